@@ -1,0 +1,114 @@
+"""What samplers write on: a batch of rows of different lengths, padded on the left, and its states.
+
+Decisions: padding is on the left with a key mask, so every row ends in the last column; each row's positions start at 0
+(the rounded rotary tables are not shift-invariant); a row carries its own number, the key of its random stream. Infilling
+needs nothing new here: any position may be given. Imports nothing of the package.
+
+B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A batch to be written on: rows aligned at the right for diffusion, prompts aligned at their ends for the ARM."""
+
+    input_ids: Tensor
+    """(B, T) int64: prompts, [MASK] where a token is wanted, 0 at padding."""
+    positions: Tensor
+    """(B, T) int64: from 0 at a row's first token; 0 at padding."""
+    key_mask: Tensor
+    """(B, T) bool: False at padding."""
+    prompt_mask: Tensor
+    """(B, T) bool: True where a token is given."""
+    rows: Tensor
+    """(B,) int64: each row's number, the key of its random stream."""
+
+    def attention_mask(self) -> Tensor | None:
+        """`key_mask`, or None where nothing is padded (faster kernels)."""
+        return None if bool(self.key_mask.all()) else self.key_mask
+
+
+@dataclass(frozen=True)
+class State:
+    """What stands on the canvas after a step."""
+
+    step: int
+    """Steps done; 0 is the prompt alone."""
+    input_ids: Tensor
+    """(B, T) int64; [MASK] where nothing is decided."""
+    confidence: Tensor
+    """(B, T) float32: the model's probability of a token when it was decided; 1 at prompts, 0 where nothing is decided."""
+    key_mask: Tensor
+    """(B, T) bool: False at padding and, for the ARM, where no token has been written."""
+
+    def tokens(self) -> list[Tensor]:
+        """Each row without its padding, (L_i,) int64."""
+        return [ids[keep] for ids, keep in zip(self.input_ids, self.key_mask, strict=True)]
+
+    def confidences(self) -> list[Tensor]:
+        """The confidences of `tokens`, (L_i,) float32 each."""
+        return [value[keep] for value, keep in zip(self.confidence, self.key_mask, strict=True)]
+
+
+def masked_canvas(
+    prompts: Sequence[Sequence[int] | Tensor],
+    lengths: Sequence[int],
+    mask_id: int,
+    rows: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Canvas:
+    """Each prompt followed by [MASK] up to its length; shorter rows are padded on the left.
+
+    Args:
+        prompts: token ids per row.
+        lengths: tokens of each finished row, at least the prompt's.
+        mask_id: id of [MASK].
+        rows: as `sample`.
+        device: where the tensors go.
+    """
+    filled = []
+    for prompt, length in zip(prompts, lengths, strict=True):
+        given = torch.as_tensor(prompt, dtype=torch.int64).cpu()
+        filled.append(torch.cat((given, torch.full((length - len(given),), mask_id))))
+    return _aligned_right(filled, [ids != mask_id for ids in filled], rows, device)
+
+
+def prompt_canvas(
+    prompts: Sequence[Sequence[int] | Tensor], rows: Sequence[int] | None = None, device: torch.device | str = "cpu"
+) -> Canvas:
+    """The prompts alone, padded on the left so that all of them end in the last column; arguments as `masked_canvas`.
+
+    Raises:
+        ValueError: a prompt is empty: the ARM's first token needs one before it.
+    """
+    ids = [torch.as_tensor(prompt, dtype=torch.int64).cpu() for prompt in prompts]
+    for index, row in enumerate(ids):
+        if not len(row):
+            raise ValueError(f"prompt {index} is empty: an ARM needs at least one token to start from, such as bos")
+    return _aligned_right(ids, [torch.ones(len(row), dtype=torch.bool) for row in ids], rows, device)
+
+
+def _aligned_right(
+    ids: Sequence[Tensor], given: Sequence[Tensor], rows: Sequence[int] | None, device: torch.device | str
+) -> Canvas:
+    """Rows of different lengths, padded on the left to the longest."""
+    shape = (len(ids), max(len(row) for row in ids))
+    input_ids, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    key_mask, prompt_mask = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    for index, row in enumerate(ids):
+        start = shape[1] - len(row)
+        input_ids[index, start:] = row
+        positions[index, start:] = torch.arange(len(row))
+        key_mask[index, start:] = True
+        prompt_mask[index, start:] = given[index]
+    numbers = torch.arange(len(ids)) if rows is None else torch.tensor(list(rows), dtype=torch.int64)
+    assert len(numbers) == len(ids)
+    return Canvas(*(tensor.to(device) for tensor in (input_ids, positions, key_mask, prompt_mask, numbers)))

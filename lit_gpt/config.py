@@ -1,0 +1,189 @@
+"""The shape of a model: one dataclass, and the 30 published sizes as one table.
+
+Decisions: a size is six numbers (everything else is common to the family); a config is frozen and travels as JSON
+inside every checkpoint, so a user types a path and never a shape; the mask id is always the padded vocabulary size,
+whatever the vocabulary. This module may import nothing from the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+NAME_PREFIX = "Diff_LLaMA_"
+
+# Source: the 30 sizes of the SMDM paper (arXiv 2410.18514).
+# size: layers, heads, width, MLP width, query groups
+_SIZES: dict[int, tuple[int, int, int, int, int]] = {
+    6: (6, 4, 256, 1024, 4),
+    19: (8, 6, 384, 1536, 6),
+    34: (8, 8, 512, 2048, 8),
+    48: (9, 9, 576, 2304, 9),
+    66: (10, 10, 640, 2560, 10),
+    75: (16, 8, 640, 1600, 8),
+    85: (13, 10, 640, 2560, 10),
+    113: (12, 12, 768, 3072, 12),
+    142: (15, 12, 768, 3072, 12),
+    170: (18, 12, 768, 3072, 12),
+    180: (14, 14, 896, 3584, 14),
+    206: (16, 14, 896, 3584, 14),
+    231: (18, 14, 896, 3584, 14),
+    268: (16, 16, 1024, 4096, 16),
+    302: (18, 16, 1024, 4096, 16),
+    336: (20, 16, 1024, 4096, 16),
+    472: (18, 10, 1280, 5120, 10),
+    551: (21, 10, 1280, 5120, 10),
+    571: (18, 11, 1408, 5632, 11),
+    629: (24, 10, 1280, 5120, 10),
+    666: (21, 11, 1408, 5632, 11),
+    717: (19, 12, 1536, 6144, 12),
+    761: (24, 11, 1408, 5632, 11),
+    831: (22, 12, 1536, 6144, 12),
+    944: (25, 12, 1536, 6144, 12),
+    1028: (20, 14, 1792, 7168, 14),
+    1233: (24, 14, 1792, 7168, 14),
+    1476: (22, 16, 2048, 8192, 16),
+    1678: (25, 16, 2048, 8192, 16),
+    2121: (28, 17, 2176, 8704, 17),
+}
+SIZES: tuple[int, ...] = tuple(_SIZES)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of one model of the family: pre-norm RMSNorm, SwiGLU, rotary on the whole head, no biases, untied head."""
+
+    name: str
+    """`Diff_LLaMA_<size>M` for a published size, any other name for a shape of your own."""
+    n_layer: int
+    """Transformer blocks."""
+    n_head: int
+    """Query heads."""
+    n_embd: int
+    """Width of the residual stream."""
+    intermediate_size: int
+    """Width of the MLP."""
+    n_query_groups: int
+    """Key and value heads; each serves n_head / n_query_groups query heads."""
+    block_size: int = 2048
+    """Longest input, in tokens."""
+    vocab_size: int = 32000
+    """Pieces of the tokenizer; ids from here to padded_vocab_size exist in the head but are never trained on or sampled."""
+    padding_multiple: int = 64
+    """The head's rows are padded up to a multiple of this."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_table_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Rounding of the cos and sin tables; released weights were trained with bfloat16, transformers keeps float32."""
+    norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{field} must be a whole number above 0, not {value!r}"
+            for field in _POSITIVE_FIELDS
+            if not isinstance(value := getattr(self, field), int) or value < 1
+        ]
+        if not problems:
+            if self.n_embd % self.n_head:
+                problems.append(f"n_embd {self.n_embd} does not divide by n_head {self.n_head}")
+            elif self.head_size % 2:
+                problems.append(f"head size {self.head_size} (n_embd / n_head) must be even for rotary")
+            if self.n_head % self.n_query_groups:
+                problems.append(f"n_head {self.n_head} does not divide by n_query_groups {self.n_query_groups}")
+        if self.rope_table_dtype not in ("bfloat16", "float32"):
+            problems.append(f"rope_table_dtype must be bfloat16 or float32, not {self.rope_table_dtype!r}")
+        if problems:
+            raise ValueError(f"model {self.name}: " + "; ".join(problems))
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the head: vocab_size rounded up to padding_multiple."""
+        return -(-self.vocab_size // self.padding_multiple) * self.padding_multiple
+
+    @property
+    def mask_id(self) -> int:
+        """Id of [MASK]: one above the last row of the head, so that it can be read but never predicted."""
+        return self.padded_vocab_size
+
+    @property
+    def non_embedding_params(self) -> int:
+        """Parameters without the embedding and the head (the paper's N): blocks and the final norm."""
+        qkv = (self.n_head + 2 * self.n_query_groups) * self.head_size * self.n_embd
+        proj = self.n_embd * self.n_embd
+        mlp = 3 * self.n_embd * self.intermediate_size
+        return self.n_layer * (qkv + proj + mlp + 2 * self.n_embd) + self.n_embd
+
+    @property
+    def size_in_millions(self) -> float:
+        """The exact non-embedding count in millions, as the compute budget uses it."""
+        return self.non_embedding_params / 1e6
+
+    @property
+    def size_label(self) -> str:
+        """How names of files and folders write the size: `170` for 170M, `0.87` or `1.23e+03` for shapes of your own."""
+        if self.name.startswith(NAME_PREFIX) and self.name.endswith("M"):
+            label = self.name[len(NAME_PREFIX) : -1]
+            if label.isdigit() and int(label) in _SIZES:
+                return label
+        return f"{self.size_in_millions:.3g}"
+
+    @classmethod
+    def from_name(cls, name: str | int, **overrides: Any) -> Config:
+        """Build a published size; `170`, `170M` and `Diff_LLaMA_170M` are the same.
+
+        Args:
+            name: the size in millions, or the full name.
+            **overrides: fields to set instead, such as `vocab_size=4096, block_size=256`. A shape that differs from
+                the published one in layers, heads or widths loses the published name.
+
+        Returns:
+            The config.
+
+        Raises:
+            ValueError: the size is not one of the 30 (they are listed), or a field is unknown or impossible.
+        """
+        label = str(name).strip().removeprefix(NAME_PREFIX).removesuffix("M")
+        if not label.isdigit() or int(label) not in _SIZES:
+            known = ", ".join(str(size) for size in SIZES)
+            raise ValueError(f"unknown model size {name!r}: the sizes are {known} (millions of non-embedding parameters)")
+        unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown model setting {', '.join(unknown)}")
+        shape = dict(zip(_SHAPE_FIELDS, _SIZES[int(label)], strict=True))
+        published = dict(shape)
+        shape.update({key: value for key, value in overrides.items() if key in shape})
+        rest = {key: value for key, value in overrides.items() if key not in shape}
+        full_name = f"{NAME_PREFIX}{label}M"
+        if shape != published and "name" not in rest:
+            custom = cls(name="custom", **shape, **rest)  # type: ignore[arg-type]
+            full_name = f"{NAME_PREFIX}{custom.size_in_millions:.3g}M"
+        return cls(**{"name": full_name, **shape, **rest})  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values; `Config.from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Read back `to_dict`.
+
+        Raises:
+            ValueError: a field is missing or unknown (the file is of another program or a later version).
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - names)
+        missing = [field for field in ("name", *_SHAPE_FIELDS) if field not in values]
+        if unknown or missing:
+            raise ValueError(f"model config: unknown fields {unknown}, missing fields {missing}")
+        return cls(**values)
+
+
+_SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
+_POSITIVE_FIELDS = (*_SHAPE_FIELDS, "block_size", "vocab_size", "padding_multiple")

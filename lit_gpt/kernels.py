@@ -1,0 +1,223 @@
+"""The arithmetic that decides speed: attention, RMSNorm, rotary, SwiGLU, and linear + cross-entropy on chosen rows.
+
+Each is one function with a torch implementation that runs anywhere. Attention can also run on flash-attn or xformers
+where they are installed and the tensors suit them; the elementwise kernels are fused by torch.compile, which the trainer
+applies to whole blocks (`layers.Transformer.compile_blocks`) and this file to the softmax of the loss. This is the only
+file that knows what is installed, and it looks only when asked. It imports nothing of the package.
+
+B batch, T query tokens, S key tokens, H heads, G query groups (key/value heads), D head size, C width, V vocabulary, N rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ATTENTION_CHOICES = ("auto", "torch", "flash_attn", "xformers")
+# Logits of the loss that exist at one time, in elements: 32 Mi float32 are 128 MB; larger chunks were not faster.
+_CHUNK_ELEMENTS = 32 * 2**20
+
+_attention_choice = "torch"
+_compile_loss = False
+
+
+def choose(attention_kernel: str, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> str:
+    """Fix the implementations for this process and say which they are.
+
+    Args:
+        attention_kernel: one of ATTENTION_CHOICES; `auto` takes flash-attn on CUDA in half precision if it is installed,
+            then xformers, else torch (whose scaled_dot_product_attention has flash kernels of its own).
+        device: where the model runs.
+        dtype: what the matrix products run in.
+        compiled: whether torch.compile fuses the elementwise kernels.
+
+    Returns:
+        One line for the console.
+
+    Raises:
+        ValueError: a forced package is not installed or cannot run on this device and dtype.
+    """
+    global _attention_choice, _compile_loss
+    suits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    if attention_kernel not in ATTENTION_CHOICES:
+        raise ValueError(f"attention kernel {attention_kernel!r} is unknown: choose from {', '.join(ATTENTION_CHOICES)}")
+    if attention_kernel == "auto":
+        packages = [name for name in ("flash_attn", "xformers") if suits and importlib.util.find_spec(name)]
+        attention_kernel = packages[0] if packages else "torch"
+    elif attention_kernel != "torch":
+        if not importlib.util.find_spec(attention_kernel):
+            raise ValueError(f"attention kernel {attention_kernel} is not installed: pip install 'smdm[fused]', or use torch")
+        if not suits:
+            raise ValueError(
+                f"attention kernel {attention_kernel} needs CUDA in bf16 or fp16, not {device.type} in "
+                f"{str(dtype).removeprefix('torch.')}: use torch"
+            )
+    _attention_choice, _compile_loss = attention_kernel, compiled
+    fused = "fused by torch.compile" if compiled else "torch"
+    return f"kernels: attention {attention_kernel}; rms_norm, rotary, swiglu and cross-entropy {fused}"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, per head.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, G, S, D); each key head serves H / G query heads.
+        v: (B, G, S, D).
+        causal: query i (the last T of the S positions) sees keys up to S - T + i.
+        key_mask: (B, S) bool, False where a key is padding; None if every key counts. A row with no key gives 0.
+
+    Returns:
+        (B, H, T, D), dtype of q.
+    """
+    length, keys = q.size(2), k.size(2)
+    if key_mask is None and _attention_choice != "torch" and (length == keys or not causal):
+        return _package_attention(q, k, v, causal)
+    bias = None
+    if key_mask is not None:
+        bias = key_mask[:, None, None, :]
+    if causal and length != keys and length > 1 or causal and bias is not None:
+        past = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+        bias = past if bias is None else past & bias
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, is_causal=causal and bias is None and length > 1, enable_gqa=q.size(1) != k.size(1)
+    )
+
+
+def _package_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """`attention` by flash-attn or xformers: both take (B, T, H, D) and CUDA half precision."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if _attention_choice == "flash_attn":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v, causal=causal).transpose(1, 2)
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    repeat = q.size(2) // k.size(2)
+    if repeat > 1:
+        k, v = (x.repeat_interleave(repeat, dim=2) for x in (k, v))
+    return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None).transpose(1, 2)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (Zhang & Sennrich 2019).
+
+    Args:
+        x: (..., C).
+        weight: (C,).
+        eps: added to the mean square.
+
+    Returns:
+        (..., C) in the autocast dtype where autocast is on, so that what backward keeps is small; else dtype of x.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+    device = x.device.type
+    return normed.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves (x1, x2) of every head to (x1 cos - x2 sin, x2 cos + x1 sin), in float32 (Su et al. 2021).
+
+    Args:
+        x: (B, H, T, D).
+        cos: (T, D/2) or (B, 1, T, D/2) float32.
+        sin: likewise.
+
+    Returns:
+        (B, H, T, D), dtype of x.
+    """
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020); same shape and dtype as its arguments."""
+    return F.silu(gate) * up
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_i row_weights_i * CE(hidden_i weight^T, targets_i), without ever holding all logits.
+
+    Rows go through the head in chunks. The gradient is formed in the same pass while a chunk's softmax is at hand (the
+    weights of the sum are known), so backward only scales it and the logits are computed once.
+
+    Args:
+        hidden: (N, C).
+        weight: (V, C), the head.
+        targets: (N,) int64 in [0, V).
+        row_weights: (N,) float32; carries 1/p, the denominator, anything that multiplies a row's loss.
+
+    Returns:
+        The weighted sum (scalar float32, differentiable in hidden and weight) and the cross-entropies in nats ((N,)
+        float32, detached).
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    # Casting here, outside the Function, lets autograd cast the gradients back.
+    return _LinearCrossEntropy.apply(hidden.to(dtype), weight, targets, row_weights.float())  # type: ignore[no-any-return]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The work of `linear_cross_entropy`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        rows, classes = hidden.size(0), weight.size(0)
+        head = weight.to(hidden.dtype)
+        nll = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight and rows == 0 else None
+        step = max(1, _CHUNK_ELEMENTS // classes)
+        softmax = _compiled_softmax_loss() if _compile_loss else _softmax_loss
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, rows, step):
+                part = slice(start, start + step)
+                logits = hidden[part] @ head.T
+                nll[part], grad_logits = softmax(logits, targets[part], row_weights[part], need_hidden or need_weight)
+                del logits
+                if grad_hidden is not None:
+                    torch.mm(grad_logits, head, out=grad_hidden[part])
+                if need_weight:
+                    piece = (grad_logits.T @ hidden[part]).to(weight.dtype)
+                    grad_weight = piece if grad_weight is None else grad_weight.add_(piece)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(nll)
+        return torch.dot(nll, row_weights), nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        # Training calls backward on the sum itself: multiplying by one would cost a pass over the head's gradient.
+        if scale.is_cuda or scale.item() != 1.0:
+            grad_hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
+            grad_weight = None if grad_weight is None else grad_weight * scale
+        return grad_hidden, grad_weight, None, None
+
+
+def _softmax_loss(logits: Tensor, targets: Tensor, row_weights: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy (N,) float32 of logits (N, V), and row_weights * (softmax - onehot) in the logits' dtype."""
+    wide = logits.float()
+    lse = torch.logsumexp(wide, dim=-1)
+    nll = lse - wide.gather(1, targets[:, None]).squeeze(1)
+    if not with_grad:
+        return nll, None
+    grad = torch.exp(wide - lse[:, None]) * row_weights[:, None]
+    grad = grad.scatter_add(1, targets[:, None], -row_weights[:, None])
+    return nll, grad.to(logits.dtype)
+
+
+@functools.cache
+def _compiled_softmax_loss() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`_softmax_loss` as one fused pass; rows vary from step to step, so the shape is dynamic."""
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    return torch.compile(_softmax_loss, dynamic=True)

@@ -1,0 +1,174 @@
+"""The LITPKDS file format of packed tokens: header, chunks, builder. Byte for byte what TinyLlama's scripts write.
+
+A file is 24 bytes of header (magic `LITPKDS`, uint64 version 1, uint8 dtype code, uint64 chunk size, little-endian) and
+exactly chunk-size tokens; the builder pads the last file of a series with the separator. Files appear under their name
+only when complete. May import nothing of the package.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = b"LITPKDS"
+_VERSION = 1
+_HEADER = struct.Struct("<7sQBQ")
+HEADER_BYTES = _HEADER.size
+# Codes of the format; they are part of every file ever written.
+_DTYPES: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float32,
+    7: np.float64,
+    8: np.uint16,
+}
+# Vocabularies up to here are stored in two bytes per token (TinyLlama's limit).
+_UINT16_VOCABULARY = 65500
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One packed file's header."""
+
+    path: Path
+    dtype: np.dtype
+    size: int
+    """Tokens in the file, padding included."""
+
+    def open(self) -> np.memmap:
+        """The tokens (size,) as a read-only memory map."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.size,))
+
+
+def read_header(path: Path) -> Chunk:
+    """Read and check one file's header and length.
+
+    Raises:
+        ValueError: not a packed file, or a truncated one; says file, offset, what was found and expected.
+    """
+    with path.open("rb") as file:
+        raw = file.read(HEADER_BYTES)
+        found = os.fstat(file.fileno()).st_size
+    if len(raw) < HEADER_BYTES or raw[: len(MAGIC)] != MAGIC:
+        raise ValueError(
+            f"{path}: not a packed token file: offset 0 holds {raw[: len(MAGIC)]!r}, expected {MAGIC!r} and "
+            f"{HEADER_BYTES} header bytes; make such files with scripts/prepare_text.py"
+        )
+    _, version, code, size = _HEADER.unpack(raw)
+    if version != _VERSION:
+        raise ValueError(f"{path}: offset 7 holds format version {version}, expected {_VERSION}")
+    if code not in _DTYPES or code in (6, 7):
+        raise ValueError(f"{path}: offset 15 holds dtype code {code}, expected one of the integer codes 1-5 or 8")
+    chunk = Chunk(path, np.dtype(_DTYPES[code]).newbyteorder("<"), size)
+    expected = HEADER_BYTES + size * chunk.dtype.itemsize
+    if found != expected:
+        kind = "truncated" if found < expected else "too long"
+        raise ValueError(
+            f"{path}: {kind}: it ends at offset {found}, expected {expected} ({size} tokens of {chunk.dtype.name}); make it again"
+        )
+    return chunk
+
+
+class PackedDatasetBuilder:
+    """Writes a series of packed files `{prefix}_{counter:010d}.bin`; users' preparation scripts import this.
+
+    Args:
+        outdir: folder, made if it is missing.
+        prefix: of the file names.
+        chunk_size: tokens of a file.
+        sep_token: what the unfilled end of the last file is padded with.
+        dtype: numpy type of a token, or "auto" to choose by the vocabulary.
+        vocab_size: needed for "auto".
+
+    Attributes:
+        filenames: paths of the files written so far, as strings.
+
+    Raises:
+        ValueError: "auto" without vocab_size, or a dtype that the format does not know.
+    """
+
+    def __init__(
+        self,
+        outdir: str | Path,
+        prefix: str,
+        chunk_size: int,
+        sep_token: int,
+        dtype: str | type[np.generic] = "auto",
+        vocab_size: int | None = None,
+    ) -> None:
+        if dtype == "auto":
+            if vocab_size is None:
+                raise ValueError("PackedDatasetBuilder: dtype='auto' needs vocab_size")
+            dtype = np.uint16 if vocab_size < _UINT16_VOCABULARY else np.int32
+        codes = [code for code, known in _DTYPES.items() if np.dtype(known) == np.dtype(dtype)]
+        if not codes:
+            raise ValueError(f"PackedDatasetBuilder: the format has no code for dtype {dtype}")
+        if chunk_size < 1:
+            raise ValueError(f"PackedDatasetBuilder: chunk_size {chunk_size}: at least 1")
+        self.filenames: list[str] = []
+        self._code = codes[0]
+        self._dtype = np.dtype(_DTYPES[codes[0]])
+        self._outdir, self._prefix, self._chunk_size, self._sep_token = Path(outdir), prefix, chunk_size, sep_token
+        self._tokens = np.full(chunk_size, sep_token, dtype=self._dtype)
+        self._filled = 0
+        self._counter = 0
+
+    @property
+    def dtype(self) -> type[np.generic]:
+        """numpy type of the tokens."""
+        return self._dtype.type
+
+    @property
+    def pending(self) -> np.ndarray:
+        """The tokens that wait for the next file: (n,), a copy."""
+        return self._tokens[: self._filled].copy()
+
+    def continue_from(self, counter: int, pending: np.ndarray) -> None:
+        """Go on where an interrupted builder was: the next file's number and its first tokens."""
+        self._counter = counter
+        self._filled = 0
+        self._tokens.fill(self._sep_token)
+        self.add_array(pending)
+
+    def add_array(self, array: np.ndarray) -> None:
+        """Append tokens (n,); a full chunk is written when the next token comes."""
+        array = np.asarray(array)
+        while self._filled + array.shape[0] > self._chunk_size:
+            part = self._chunk_size - self._filled
+            self._tokens[self._filled :] = array[:part]
+            self._filled = self._chunk_size
+            self._write_chunk()
+            array = array[part:]
+        self._tokens[self._filled : self._filled + array.shape[0]] = array
+        self._filled += array.shape[0]
+
+    def write_reminder(self) -> None:
+        """Write what is left, padded with the separator (the name is TinyLlama's); nothing left writes nothing."""
+        if self._filled:
+            self._write_chunk()
+
+    def _write_chunk(self) -> None:
+        path = self._outdir / f"{self._prefix}_{self._counter:010d}.bin"
+        self._outdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(_HEADER.pack(MAGIC, _VERSION, self._code, self._chunk_size))
+                file.write(self._tokens.astype(self._dtype.newbyteorder("<"), copy=False).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        self.filenames.append(str(path))
+        self._counter += 1
+        self._filled = 0
+        self._tokens.fill(self._sep_token)

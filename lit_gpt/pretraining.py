@@ -1,0 +1,135 @@
+"""What the three pretraining scripts share: opening the packed data, the model's shape, names, group sizes.
+
+A script says which model and which objective; this module turns the flags into an `Experiment` and hands it to
+`trainer.fit`. May import everything below the scripts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_gpt import checkpoint, packed_dataset, runtime, schedule, trainer, weights
+from lit_gpt.config import Config
+from lit_gpt.layers import Transformer
+from lit_gpt.objectives import Objective
+from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.train_config import PretrainConfig
+
+_SHAPE_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
+# Flags that change no number, or whose effect other settings hold already (a budget its steps, a folder its fingerprint).
+_NOT_SETTINGS = {
+    *("micro_batch_size", "accelerator", "devices", "nodes_num", "strategy", "compile", "attention_kernel", "model", "flops"),
+    *("activation_checkpointing", "log_interval", "save_interval", "keep_checkpoints", "val_interval", "val_samples"),
+    *("val_draws", "logger", "log_dir", "models_dir", "resume", "overwrite", "data_dir", "out_dir", "tokenizer", "vocab_size"),
+    *("precision", "max_steps", "warmup_steps", "data_weights", "init_from", *_SHAPE_FLAGS),
+}
+
+
+MDM_GROUP_SIZES = ((20, 32), (50, 16), (1000, 8), (math.inf, 4))
+"""Published micro batches by size in millions; they fix which rows are averaged together, not memory."""
+
+
+@dataclass
+class Recipe:
+    """What makes one pretraining script different from the next."""
+
+    model_class: type[Transformer]
+    """GPT or TransEncoder."""
+    objective: Callable[[Config, PretrainConfig], Objective]
+    """Builds what is learnt."""
+    group_sizes: tuple[tuple[float, int], ...]
+    """(largest size in millions, rows of a group), ascending; the published micro batches."""
+    ssl_ratio: float | None = None
+    """Share of groups with a random length; None where the script has none."""
+
+
+def pretrain(recipe: Recipe, flags: PretrainConfig) -> dict[str, Any]:
+    """Run one pretraining from flags to exported model.
+
+    Raises:
+        ValueError: anything a user can get wrong, with the remedy.
+    """
+    _check(flags)
+    config, tokenizer, record = _shape(flags)
+    data = packed_dataset.open_mixture(
+        Path(flags.data_dir), flags.data_weights, config.block_size + 1, config.vocab_size, flags.seed
+    )
+    validation = packed_dataset.open_validation(Path(flags.data_dir), config.block_size + 1, config.vocab_size)
+    tokens_per_sample = schedule.mean_random_length(config.block_size, recipe.ssl_ratio or 0.0)
+    if flags.max_steps is None:
+        assert flags.flops is not None
+        steps = schedule.budget_steps(flags.flops, config.size_in_millions, flags.batch_size, tokens_per_sample)
+        budget = flags.flops
+    else:
+        steps = flags.max_steps
+        spent = schedule.budget_flops(steps, config.size_in_millions, flags.batch_size, tokens_per_sample)
+        budget = float(f"{spent:.3g}")
+    fabric = runtime.start_fabric(flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision)
+    if validation is None:
+        fabric.print(f"no validation* files in {flags.data_dir}: training without validation")
+    kind = recipe.model_class.kind
+    model = recipe.model_class(config)
+    model.init_weights(flags.seed)
+    start_hash = _start_from(model, flags.init_from) if flags.init_from else None
+    warmup = schedule.default_warmup(steps) if flags.warmup_steps is None else flags.warmup_steps
+    group_size = next(rows for limit, rows in recipe.group_sizes if config.size_in_millions <= limit)
+    settings = {name: value for name, value in dataclasses.asdict(flags).items() if name not in _NOT_SETTINGS}
+    settings |= {"kind": kind, "model": config.to_dict(), "data": data.fingerprint, "init_from": start_hash}
+    settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": runtime.precision_name(fabric)}
+    settings |= {"ssl_ratio": recipe.ssl_ratio, "group_size": group_size}
+    name = checkpoint.run_name(kind, config, budget, recipe.ssl_ratio)
+    experiment = trainer.Experiment(
+        name=name,
+        model=model,
+        objective=recipe.objective(config, flags),
+        train_data=data,
+        val_data=validation,
+        group_size=group_size,
+        max_steps=steps,
+        warmup_steps=warmup,
+        settings=settings,
+        record=record,
+        export_name=checkpoint.export_name(kind, config, budget, recipe.ssl_ratio, flags.batch_size),
+        token_bytes=None if tokenizer is None else tokenizer.token_bytes(),
+    )
+    return trainer.fit(fabric, experiment, flags, Path(flags.out_dir) / name)
+
+
+def _check(flags: PretrainConfig) -> None:
+    """Collect what is wrong with the flags before anything is opened."""
+    problems = flags.problems()
+    if not flags.model:
+        problems.append("--model is missing: a size in millions, such as --model 170")
+    if (flags.flops is None) == (flags.max_steps is None):
+        problems.append("give either --flops (in 1e18) or --max_steps, not " + ("both" if flags.flops else "neither"))
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _shape(flags: PretrainConfig) -> tuple[Config, Tokenizer | None, dict[str, Any]]:
+    """The model's config, the tokenizer if there is one at hand, and what the checkpoint records of it."""
+    folder = Path(flags.data_dir)
+    known = packed_dataset.recorded_tokenizer(folder, list(flags.data_weights))
+    source = flags.tokenizer or known.get("source")
+    tokenizer = Tokenizer(source) if flags.tokenizer or (source and Path(source).exists()) else None
+    overrides = {name: value for name in _SHAPE_FLAGS if (value := getattr(flags, name)) is not None}
+    vocab_size = flags.vocab_size or (tokenizer.vocab_size if tokenizer else known.get("vocab_size"))
+    if vocab_size is not None:
+        overrides["vocab_size"] = vocab_size
+    fingerprint = tokenizer.fingerprint if tokenizer else known.get("fingerprint")
+    record = {"tokenizer": {"source": source, "fingerprint": fingerprint}}
+    return Config.from_name(flags.model, **overrides), tokenizer, record
+
+
+def _start_from(model: Transformer, path: str) -> str:
+    """Load a checkpoint's weights into a new model, an ARM's into an MDM too; returns their hash for the settings."""
+    state, _ = weights.load_weights(Path(path))
+    if model.kind == "mdm":
+        state = weights.adapt_arm_to_mdm(state, model.config)
+    weights.load_state(model, state, path)
+    return weights.state_hash(state)

@@ -1,0 +1,61 @@
+"""From a compute budget to steps, and from a step to a learning rate: plain arithmetic on numbers.
+
+Imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def budget_steps(flops: float, size_in_millions: float, global_batch_size: int, tokens_per_sample: float) -> int:
+    """Optimizer steps that a budget pays for: int(F / (6 N B T)), the paper's rule C = 6ND (Hoffmann et al. 2022).
+
+    Args:
+        flops: in units of 1e18.
+        size_in_millions: non-embedding parameters, exact.
+        global_batch_size: sequences a step, over all nodes.
+        tokens_per_sample: mean length of a sequence.
+
+    Raises:
+        ValueError: the budget does not pay for one step.
+    """
+    # 1e18 / 1e6 leaves 1e12; this order of operations is the published code's, so its rounding is too.
+    steps = int(flops * 1e12 / (6 * size_in_millions * global_batch_size * tokens_per_sample))
+    if steps < 1:
+        per_step = budget_flops(1, size_in_millions, global_batch_size, tokens_per_sample)
+        raise ValueError(f"--flops {flops:g} (in 1e18) does not pay for one step, which costs {per_step:.3g}")
+    return steps
+
+
+def budget_flops(steps: int, size_in_millions: float, global_batch_size: int, tokens_per_sample: float) -> float:
+    """The budget in 1e18 that `steps` use up: the inverse of `budget_steps`."""
+    return steps * 6 * size_in_millions * global_batch_size * tokens_per_sample / 1e12
+
+
+def mean_random_length(block_size: int, ssl_ratio: float) -> float:
+    """Mean length when a share `ssl_ratio` of the groups has a length uniform in [1, block_size]."""
+    return block_size * (1 - ssl_ratio) + (block_size + 1) / 2 * ssl_ratio
+
+
+def default_warmup(max_steps: int) -> int:
+    """Linear warmup of the published runs: 1 % of the steps, at least 100."""
+    return max(100, max_steps // 100)
+
+
+def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float, floor: float) -> float:
+    """Linear from 0 to `peak`, then a cosine down to `floor` at `max_steps`.
+
+    Args:
+        step: optimizer step, counted from 1.
+        max_steps: the run's last step.
+        warmup_steps: the step at which `peak` is reached.
+        peak: highest learning rate.
+        floor: last learning rate, also beyond max_steps.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if step > max_steps:
+        return floor
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)

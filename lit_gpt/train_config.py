@@ -1,0 +1,132 @@
+"""The settings of a training run, as flags: every field is a flag of the training scripts, its docstring the help text.
+
+Plain dataclasses and nothing heavy to import, so that `--help` is quick. May import nothing from the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TrainConfig:
+    """What every training script can be told, whatever it trains."""
+
+    batch_size: int = 256
+    """Sequences of one optimizer step, over all devices and nodes."""
+    micro_batch_size: int | None = None
+    """Sequences a device computes at once; by default the largest that fits. Changes speed and memory, not the result."""
+    max_steps: int | None = None
+    """Optimizer steps, instead of those that the budget or the epochs give."""
+    learning_rate: float = 2e-4
+    """Peak learning rate (the published code's; the paper's text says 4e-4)."""
+    min_lr: float = 2e-5
+    """Last learning rate of the cosine (the paper's text says 4e-5)."""
+    warmup_steps: int | None = None
+    """Steps of linear warmup; by default 1 % of the steps, at least 100."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay, on all parameters."""
+    beta1: float = 0.9
+    """AdamW's first decay rate."""
+    beta2: float = 0.95
+    """AdamW's second decay rate."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    seed: int = 3407
+    """Decides weights, data order and noise."""
+
+    accelerator: str = "auto"
+    """auto, cpu or cuda."""
+    devices: str = "auto"
+    """How many devices of this machine: auto means every GPU, or one CPU process."""
+    nodes_num: int = 1
+    """Machines; must equal the launcher's count."""
+    strategy: str = "auto"
+    """With several devices: ddp, or fsdp (FSDP2, the default on GPUs)."""
+    precision: str = "auto"
+    """auto (bf16-mixed where the hardware supports it, else 32-true), bf16-mixed, 16-mixed, bf16-true or 32-true."""
+    compile: str = "auto"
+    """Fuse kernels with torch.compile: on, off, or auto (on for runs of 200 steps or more)."""
+    attention_kernel: str = "auto"
+    """auto, torch, flash_attn or xformers."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+    log_interval: int = 10
+    """Steps between two lines of the log."""
+    save_interval: int = 5000
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """How many checkpoints of a run are kept beside the final one; 0 keeps all."""
+    val_interval: int = 0
+    """Steps between two validations; 0 validates at the end only."""
+    val_samples: int = 1024
+    """At most this many sequences are validated on."""
+    val_draws: int = 128
+    """Noise draws per validation sequence (masked diffusion only)."""
+    logger: list[str] = field(default_factory=lambda: ["csv"])
+    """csv (always on), tensorboard, wandb; several as [csv,tensorboard]."""
+    log_dir: str = "out"
+    """Metrics go to <log_dir>/Diff_LLaMA_<size>M/version_<n>/metrics.csv."""
+    models_dir: str = "models"
+    """The finished model is exported here as .safetensors."""
+    resume: str = "auto"
+    """auto (the run's newest complete checkpoint, if any), never, or a checkpoint's path."""
+    overwrite: bool = False
+    """Allow the export to replace another run's file of the same name, and --resume never to replace a run."""
+
+    def problems(self) -> list[str]:
+        """What is impossible about these values, one line each."""
+        least = {"batch_size": 1, "log_interval": 1, "save_interval": 1, "keep_checkpoints": 0, "val_interval": 0}
+        least |= {"val_samples": 0, "val_draws": 1, "nodes_num": 1, "seed": 0}
+        found = [f"--{name} {getattr(self, name)}: at least {low}" for name, low in least.items() if getattr(self, name) < low]
+        for name in ("micro_batch_size", "max_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                found.append(f"--{name} {value}: at least 1")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            found.append(f"--warmup_steps {self.warmup_steps}: at least 0")
+        if not 0 <= self.min_lr <= self.learning_rate:
+            found.append(f"--min_lr {self.min_lr:g} and --learning_rate {self.learning_rate:g}: expected 0 <= min_lr <= learning_rate")
+        choices = {
+            "compile": ("auto", "on", "off"),
+            "strategy": ("auto", "ddp", "fsdp"),
+            "precision": ("auto", "bf16-mixed", "16-mixed", "bf16-true", "32-true"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                found.append(f"--{name} {getattr(self, name)}: expected {', '.join(allowed)}")
+        return found
+
+
+@dataclass
+class PretrainConfig(TrainConfig):
+    """What the pretraining scripts can be told besides."""
+
+    model: str = ""
+    """Size in millions of non-embedding parameters: 6, 19, 34 ... 2121, or a full name such as Diff_LLaMA_170M. Required."""
+    flops: float | None = None
+    """Compute budget in units of 1e18 FLOPs, which decides the number of steps. This or --max_steps is required."""
+    data_dir: str = "/dataset/slim_star_combined"
+    """Folder of packed .bin files: train_slim*, train_star*, validation*."""
+    data_weights: dict[str, float] = field(default_factory=lambda: {"train_slim": 1.0, "train_star": 0.0})
+    """File prefixes and their weights in the mixture; a set with weight 0 need not exist."""
+    out_dir: str = "workdir/scaling_debug"
+    """The run's folder, with its checkpoints, is made in here."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub name, recorded in the checkpoint and used for bits per byte; by default the data's own record."""
+    init_from: str | None = None
+    """Start from a checkpoint's weights (an ARM's will do for an MDM) instead of random ones."""
+    vocab_size: int | None = None
+    """Pieces of the tokenizer; by default the data's own record says it, else 32000."""
+    block_size: int | None = None
+    """Context length in tokens; 2048 by default."""
+    n_layer: int | None = None
+    """Blocks, for a shape of your own."""
+    n_head: int | None = None
+    """Heads, for a shape of your own."""
+    n_embd: int | None = None
+    """Width, for a shape of your own."""
+    intermediate_size: int | None = None
+    """MLP width, for a shape of your own."""
+    n_query_groups: int | None = None
+    """Key/value heads, for a shape of your own."""

@@ -1,0 +1,101 @@
+"""Validation: the loss over fixed sequences with fixed noise, the same for any number of devices and any micro batch.
+
+May import objectives, batching and runtime.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_gpt import batching, runtime
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from lit_gpt.trainer import Experiment
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation's result."""
+
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float | None
+    """Nats over ln 2 and the UTF-8 bytes of exactly the scored tokens; None without a tokenizer."""
+    samples: int
+    """Sequences."""
+    draws: int
+    """Noise draws per sequence."""
+    estimator: str
+    """In words."""
+    is_bound: bool
+    """Whether loss and bits per byte are upper bounds."""
+
+    def metrics(self) -> dict[str, float]:
+        """Under the published names."""
+        found = {"metric/val_loss": self.loss, "metric/val_ppl": runtime.perplexity(self.loss)}
+        return found if self.bits_per_byte is None else {**found, "metric/val_bpb": self.bits_per_byte}
+
+    def record(self) -> dict[str, Any]:
+        """As the run's record keeps it."""
+        return {
+            "val_loss": self.loss,
+            "val_ppl": runtime.perplexity(self.loss),
+            "val_bits_per_byte": self.bits_per_byte,
+            "val_samples": self.samples,
+            "val_draws": self.draws,
+            "val_is_bound": self.is_bound,
+            "estimator": self.estimator,
+        }
+
+    def line(self) -> str:
+        """For the console."""
+        bound = "<= " if self.is_bound else ""
+        bits = "" if self.bits_per_byte is None else f", bits per byte {bound}{self.bits_per_byte:.4f}"
+        draws = f", {self.draws} draws" if self.is_bound else ""
+        return (
+            f"val loss {bound}{self.loss:.4f}, val ppl {bound}{runtime.perplexity(self.loss):.2f}{bits} "
+            f"({self.samples} sequences{draws}; {self.estimator})"
+        )
+
+
+@torch.no_grad()
+def validate(
+    fabric: Fabric, model: Any, experiment: Experiment, count: int, draws: int, micro_batch_size: int
+) -> Validation:
+    """Mean loss over the first `count` validation sequences.
+
+    Args:
+        fabric: launched.
+        model: the set-up model.
+        experiment: for the objective, the validation data and the tokens' bytes.
+        count: sequences, over all devices.
+        draws: noise draws per sequence, where the objective has noise.
+        micro_batch_size: rows of a forward pass.
+    """
+    objective = experiment.objective
+    draws = objective.fixed_draws or draws
+    lengths = None if experiment.token_bytes is None else torch.as_tensor(experiment.token_bytes, device=fabric.device)
+    nats = tokens = text_bytes = 0.0
+    model.eval()
+    for batch in batching.validation_batches(
+        experiment.val_data, count, micro_batch_size, fabric.global_rank, fabric.world_size
+    ):
+        batch = batch.to(fabric.device)
+        for draw in range(draws):
+            scored = objective.validation(batch, draw, draws)
+            _, nll, index = model.weighted_nll(scored.input_ids, scored.targets, scored.weights, scored.key_mask)
+            nats += float(nll.double() @ scored.weights.flatten()[index].double()) / draws
+        counted = scored.counted & (batch.row_weights > 0)[:, None]
+        tokens += float(counted.sum())
+        if lengths is not None:
+            text_bytes += float(lengths[scored.targets[counted]].sum())
+    model.train()
+    nats, tokens, text_bytes = runtime.all_reduce_sum(fabric, [nats, tokens, text_bytes])
+    bits = nats / (math.log(2) * text_bytes) if text_bytes else None
+    return Validation(nats / tokens, bits, count, draws, objective.estimator, objective.is_bound)

@@ -1,0 +1,39 @@
+"""Pretrain an autoregressive model (ARM) on packed text.
+
+    python pretrain/train_ar.py --model 6 --flops 0.001 --data_dir DIR
+    lightning run model --node-rank=0 --accelerator=cuda --devices=8 --num-nodes=1 pretrain/train_ar.py --model 1028 --flops 100.
+
+It learns to predict the next token: mean cross-entropy. Prints the loss every 10 steps, keeps checkpoints in
+workdir/scaling_debug/arm-<size>M-<flops>, goes on from them when started again, and exports models/ar-<...>.safetensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lit_gpt.cli import parse, run
+from lit_gpt.train_config import PretrainConfig
+
+
+def main() -> None:
+    """Parse, describe, fit."""
+    flags = parse(PretrainConfig, None, __doc__)
+
+    from lit_gpt.model import GPT
+    from lit_gpt.objectives import NextToken
+    from lit_gpt.pretraining import Recipe, pretrain
+
+    recipe = Recipe(
+        model_class=GPT,
+        objective=lambda config, _: NextToken(block_size=config.block_size),
+        # Published micro batches by size in millions; they fix which rows are averaged together, not memory.
+        group_sizes=((20, 32), (50, 16), (1028, 8), (2000, 4), (float("inf"), 2)),
+    )
+    pretrain(recipe, flags)
+
+
+if __name__ == "__main__":
+    run(main)
