@@ -43,6 +43,16 @@ class Dataset(Protocol):
         ...
 
 
+class ValidationData(Protocol):
+    """What validation reads: a finite number of sequences."""
+
+    block_length: int
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Group:
     """What an objective decides for one group of rows."""
@@ -170,7 +180,9 @@ def prefetched_steps(
             yield step, current.result()
 
 
-def validation_batches(dataset: Dataset, count: int, micro_batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
+def validation_batches(
+    dataset: ValidationData, count: int, micro_batch_size: int, rank: int, world_size: int
+) -> Iterator[Batch]:
     """A device's share of the first `count` validation sequences, whole rows.
 
     Every device gets the same number of batches, because sharded models meet in every forward pass; rows that fill up the

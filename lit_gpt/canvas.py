@@ -1,8 +1,8 @@
 """What samplers write on: a batch of rows of different lengths, padded on the left, and its states.
 
-Decisions: padding is on the left with a key mask, so every row ends in the last column; each row's positions start at 0
-(the rounded rotary tables are not shift-invariant); a row carries its own number, the key of its random stream. Infilling
-needs nothing new here: any position may be given. Imports nothing of the package.
+Decisions: padding is on the left with a key mask, so every row ends in the last column; each row's positions start at
+0 (the rounded rotary tables are not shift-invariant); a row carries its own number, the key of its random stream.
+Infilling needs nothing new here: any position may be given. Imports nothing of the package.
 
 B rows, T tokens.
 """
@@ -45,7 +45,7 @@ class State:
     input_ids: Tensor
     """(B, T) int64; [MASK] where nothing is decided."""
     confidence: Tensor
-    """(B, T) float32: the model's probability of a token when it was decided; 1 at prompts, 0 where nothing is decided."""
+    """(B, T) float32: the model's probability of a token when it was decided; 1 at prompts, 0 where undecided."""
     key_mask: Tensor
     """(B, T) bool: False at padding and, for the ARM, where no token has been written."""
 

@@ -27,7 +27,9 @@ class Interrupted(Exception):
         self.code = 128 + signal_number
 
 
-def parse(flags: type[Flags], argv: Sequence[str] | None, description: str, defaults: dict[str, Any] | None = None) -> Flags:
+def parse(
+    flags: type[Flags], argv: Sequence[str] | None, description: str, defaults: dict[str, Any] | None = None
+) -> Flags:
     """Read command-line flags into a dataclass.
 
     Args:
@@ -143,7 +145,9 @@ def _underscores(argv: Sequence[str]) -> list[str]:
     result = []
     for argument in argv:
         name, equals, value = argument.partition("=")
-        result.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument)
+        result.append(
+            name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
+        )
     return result
 
 

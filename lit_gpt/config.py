@@ -152,7 +152,9 @@ class Config:
         label = str(name).strip().removeprefix(NAME_PREFIX).removesuffix("M")
         if not label.isdigit() or int(label) not in _SIZES:
             known = ", ".join(str(size) for size in SIZES)
-            raise ValueError(f"unknown model size {name!r}: the sizes are {known} (millions of non-embedding parameters)")
+            raise ValueError(
+                f"unknown model size {name!r}: the sizes are {known} (millions of non-embedding parameters)"
+            )
         unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"unknown model setting {', '.join(unknown)}")

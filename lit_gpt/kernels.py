@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ATTENTION_CHOICES = ("auto", "torch", "flash_attn", "xformers")
-# Logits of the loss that exist at one time, in elements: 32 Mi float32 are 128 MB; larger chunks were not faster.
+# Logits of the loss that exist at one time, in elements. 32 Mi float32 are 128 MB.
 _CHUNK_ELEMENTS = 32 * 2**20
+# On CPUs a chunk that stays near the cache is faster.
+_CPU_CHUNK_ELEMENTS = 8 * 2**20
 
 _attention_choice = "torch"
 _compile_loss = False
@@ -171,24 +173,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        rows, classes = hidden.size(0), weight.size(0)
+        rows = hidden.size(0)
         head = weight.to(hidden.dtype)
         nll = torch.empty(rows, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight and rows == 0 else None
-        step = max(1, _CHUNK_ELEMENTS // classes)
-        softmax = _compiled_softmax_loss() if _compile_loss else _softmax_loss
+        step = max(1, chunk_elements(hidden.device) // weight.size(0))
+        softmax = _compiled_softmax_gradient() if _compile_loss else _softmax_gradient
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, rows, step):
                 part = slice(start, start + step)
                 logits = hidden[part] @ head.T
-                nll[part], grad_logits = softmax(logits, targets[part], row_weights[part], need_hidden or need_weight)
-                del logits
+                if not (need_hidden or need_weight):
+                    wide = logits.float()
+                    nll[part] = wide.logsumexp(-1) - wide.gather(1, targets[part, None]).squeeze(1)
+                    continue
+                nll[part], gradient = softmax(logits, targets[part], row_weights[part])
                 if grad_hidden is not None:
-                    torch.mm(grad_logits, head, out=grad_hidden[part])
+                    torch.mm(gradient, head, out=grad_hidden[part])
                 if need_weight:
-                    piece = (grad_logits.T @ hidden[part]).to(weight.dtype)
-                    grad_weight = piece if grad_weight is None else grad_weight.add_(piece)
+                    grad_weight = _add_product(grad_weight, gradient.T, hidden[part], weight.dtype)
+                # Before the next chunk's logits are allocated: two chunks at a time would double the peak.
+                del logits, gradient
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nll)
         return torch.dot(nll, row_weights), nll
@@ -204,20 +210,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def _softmax_loss(logits: Tensor, targets: Tensor, row_weights: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy (N,) float32 of logits (N, V), and row_weights * (softmax - onehot) in the logits' dtype."""
+def chunk_elements(device: torch.device) -> int:
+    """Logits of the loss that exist at one time, in elements: what bounds its memory (see the constants above)."""
+    return _CPU_CHUNK_ELEMENTS if device.type == "cpu" else _CHUNK_ELEMENTS
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left @ right in `dtype`; in float32 the product is added as it is formed, without a tensor of its own."""
+    if total is None:
+        return (left @ right).to(dtype)
+    return total.addmm_(left, right) if left.dtype == dtype else total.add_(left @ right)
+
+
+def _softmax_gradient(logits: Tensor, targets: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (N,) float32 of logits (N, V), and row_weights * (softmax - onehot) in the logits' dtype.
+
+    In float32 the gradient overwrites the logits: fresh memory of this size costs more than the arithmetic. Head and
+    loss of 512 rows took 720 ms with new tensors, 434 ms in place, 420 ms for the matrix products alone (one core).
+    """
     wide = logits.float()
-    lse = torch.logsumexp(wide, dim=-1)
-    nll = lse - wide.gather(1, targets[:, None]).squeeze(1)
-    if not with_grad:
-        return nll, None
-    grad = torch.exp(wide - lse[:, None]) * row_weights[:, None]
-    grad = grad.scatter_add(1, targets[:, None], -row_weights[:, None])
-    return nll, grad.to(logits.dtype)
+    picked = wide.gather(1, targets[:, None])
+    top = wide.amax(-1, keepdim=True)
+    wide.sub_(top).exp_()
+    total = wide.sum(-1, keepdim=True)
+    nll = (total.log() + top - picked).squeeze(1)
+    wide.mul_(row_weights[:, None] / total)
+    wide.scatter_add_(1, targets[:, None], -row_weights[:, None])
+    return nll, wide.to(logits.dtype)
 
 
 @functools.cache
-def _compiled_softmax_loss() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """`_softmax_loss` as one fused pass; rows vary from step to step, so the shape is dynamic."""
+def _compiled_softmax_gradient() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`_softmax_gradient` in fewer passes; rows vary from step to step, so the shape is dynamic."""
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-    return torch.compile(_softmax_loss, dynamic=True)
+    return torch.compile(_softmax_gradient, dynamic=True)

@@ -141,6 +141,10 @@ class Transformer(nn.Module):
     kind: ClassVar[str]
     """`arm` or `mdm`: how names of runs and exports, and metadata, call the model."""
     causal: ClassVar[bool]
+    transformer: Any
+    """wte, h (the blocks) and ln_f, under the published names."""
+    rope_cos: Tensor
+    rope_sin: Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -60,18 +60,14 @@ def hash_tensor(*keys: int | Tensor) -> Tensor:
     Returns:
         int64 tensor of the broadcast shape; its 64 bits equal `hash_int` of the same keys.
     """
-    lead = 0
-    position = 0
-    while not isinstance(keys[position], Tensor):
-        position += 1
-    lead = hash_int(*keys[:position])  # type: ignore[arg-type]
-    state: int | Tensor = _signed(lead)
+    position = next(index for index, key in enumerate(keys) if isinstance(key, Tensor))
+    lead = [key for key in keys[:position] if not isinstance(key, Tensor)]
+    state = torch.full_like(torch.as_tensor(keys[position]), _signed(hash_int(*lead)))
     for key in keys[position:]:
         z = (state ^ (key if isinstance(key, Tensor) else _signed(key & _MASK64))) + _signed(_GAMMA)
         z = (z ^ _shift_right(z, 30)) * _signed(_MUL1)
         z = (z ^ _shift_right(z, 27)) * _signed(_MUL2)
         state = z ^ _shift_right(z, 31)
-    assert isinstance(state, Tensor)
     return state
 
 
@@ -126,6 +122,6 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _shift_right(z: int | Tensor, bits: int) -> int | Tensor:  # type: ignore[return]
+def _shift_right(z: Tensor, bits: int) -> Tensor:
     """Logical (not arithmetic) shift of 64-bit values held as int64."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,16 +1,18 @@
 """Reading packed tokens: any sample of any epoch by its number, from memory maps.
 
-Decisions: the data position of a run is one number k, and sample k is a pure function of (files, weights, seed, k). In a
-mixture k falls on data set d, index j, by a deterministic rule that keeps every set's count within a few samples of its
-share; set d's epoch is j // n_d, and each epoch is a pseudo-random permutation computed on the fly, so nothing grows with
-the corpus and seeking costs nothing. What pads the end of a series is never a real token: a manifest says where it
+Decisions: the data position of a run is one number k, and sample k is a pure function of (files, weights, seed, k). In
+a mixture k falls on data set d, index j, by a deterministic rule that keeps every set's count within two samples of its
+share; set d's epoch is j // n_d, and each epoch is a pseudo-random permutation computed on the fly, so nothing grows
+with the corpus and seeking costs nothing. What pads the end of a series is never a real token: a manifest says where it
 begins, and without one it is the trailing run of one repeated token. May import noise and packed_format.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,14 +65,17 @@ class PackedSeries:
         for chunk in self.chunks:
             if chunk.size < block_length:
                 raise ValueError(
-                    f"{chunk.path}: a chunk of {chunk.size} tokens is smaller than a block of {block_length}: pack with "
-                    f"--chunk_size of at least {block_length}, or train with a smaller --block_size"
+                    f"{chunk.path}: a chunk of {chunk.size} tokens is smaller than a block of {block_length}: pack "
+                    f"with --chunk_size of at least {block_length}, or train with a smaller --block_size"
                 )
         self._maps: OrderedDict[int, np.memmap] = OrderedDict()
         self.real_tokens = [self._count_real(index) for index in range(len(files))]
         # A chunk holds size // block_length blocks; the padded end of a series holds fewer, the last one partly filled.
         per_file = [
-            min(chunk.size // block_length, (real - _LEAST_REAL_TOKENS) // block_length + 1 if real >= _LEAST_REAL_TOKENS else 0)
+            min(
+                chunk.size // block_length,
+                (real - _LEAST_REAL_TOKENS) // block_length + 1 if real >= _LEAST_REAL_TOKENS else 0,
+            )
             for chunk, real in zip(self.chunks, self.real_tokens, strict=True)
         ]
         self._ends = np.cumsum(per_file)
@@ -82,7 +87,7 @@ class PackedSeries:
 
     def __getitem__(self, index: int) -> Sample:
         file, first, real = self._locate(index)
-        tokens = self._map(file)[first : first + self.block_length].astype(np.int64)
+        tokens = np.array(self._map(file)[first : first + self.block_length], dtype=np.int64)
         self._check_vocabulary(tokens, file, first)
         return Sample(tokens, real)
 
@@ -105,8 +110,11 @@ class PackedSeries:
             return self._maps[file]
         if len(self._maps) >= _OPEN_FILES:
             self._maps.popitem(last=False)
-        self._maps[file] = self.chunks[file].open()
-        return self._maps[file]
+        try:
+            opened = self._maps[file] = self.chunks[file].open()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.chunks[file].path}: changed or gone since it was opened ({error})") from error
+        return opened
 
     def _check_vocabulary(self, tokens: np.ndarray, file: int, first: int) -> None:
         largest, smallest = int(tokens.max()), int(tokens.min())
@@ -115,8 +123,9 @@ class PackedSeries:
             position = first + int(np.flatnonzero(tokens == wrong)[0])
             chunk = self.chunks[file]
             raise ValueError(
-                f"{chunk.path}: offset {HEADER_BYTES + position * chunk.dtype.itemsize} holds token {wrong}, but the model's "
-                f"vocabulary has {self.vocab_size} tokens: the data was packed with another tokenizer; give --vocab_size"
+                f"{chunk.path}: offset {HEADER_BYTES + position * chunk.dtype.itemsize} holds token {wrong}, but the "
+                f"model's vocabulary has {self.vocab_size} tokens: the data was packed with another tokenizer; give "
+                "--vocab_size"
             )
 
     def _count_real(self, file: int) -> int:
@@ -163,22 +172,24 @@ class PackedMixture:
         assert len(sets) == len(weights) and all(weight > 0 for weight in weights)
         self.names, self.sets, self.weights, self.seed = list(sets), list(sets.values()), list(weights), seed
         self.block_length = self.sets[0].block_length
-        shares = [Fraction(weight).limit_denominator(10**6) for weight in weights]
-        # Set i's share of what sets 0 .. i-1 left over.
-        self._splits = [share / sum(shares[index:]) for index, share in enumerate(shares[:-1])]
+        self._root = _split_tree(weights)
 
     def assign(self, k: int) -> tuple[int, int]:
         """Data set of sample k, and how many earlier samples went to that set.
 
-        Set 0 takes sample k where floor(share * k) steps up, so after n samples it has had floor(share * n) of them; the
-        others deal the rest among themselves in the same way. Exact in rational numbers for any k.
+        The sets are the leaves of a binary tree. Where a share of a node's samples goes left, its first n samples have
+        sent round(share * n) there, and sample n goes left where that steps up. Exact in whole numbers for any k. A
+        set's count differs from its share of k by at most 0.5 with two sets and by less than 1.7 with any number: the
+        tree is Huffman's, in which the errors of a set's ancestors count less as the Fibonacci numbers grow.
         """
-        for index, share in enumerate(self._splits):
-            taken = k * share.numerator // share.denominator
-            if (k + 1) * share.numerator // share.denominator > taken:
-                return index, taken
-            k -= taken
-        return len(self.sets) - 1, k
+        node = self._root
+        while isinstance(node, _Split):
+            left = node.sent_left(k)
+            if node.sent_left(k + 1) > left:
+                node, k = node.left, left
+            else:
+                node, k = node.right, k - left
+        return node, k
 
     def locate(self, k: int) -> tuple[int, int]:
         """Data set and block number of sample k."""
@@ -218,12 +229,43 @@ class PackedMixture:
         return list(zip(self.names, self.weights, self.sets, strict=True))
 
 
+@dataclass(frozen=True)
+class _Split:
+    """An inner node of the mixture's tree."""
+
+    share: Fraction
+    """Of the node's samples, those that go left."""
+    left: _Split | int
+    right: _Split | int
+
+    def sent_left(self, samples: int) -> int:
+        """How many of the node's first samples go left: share * samples, rounded."""
+        denominator = self.share.denominator
+        return (2 * samples * self.share.numerator + denominator) // (2 * denominator)
+
+
+def _split_tree(weights: Sequence[float]) -> _Split | int:
+    """Huffman's tree over the sets: the two lightest nodes are joined until one is left."""
+    # The decimal that the user typed, not the binary number nearest to it.
+    nodes: list[tuple[Fraction, int, _Split | int]] = [(Fraction(str(w)), i, i) for i, w in enumerate(weights)]
+    heapq.heapify(nodes)
+    while len(nodes) > 1:
+        lighter, heavier = heapq.heappop(nodes), heapq.heappop(nodes)
+        total = lighter[0] + heavier[0]
+        first = min(lighter[1], heavier[1])
+        heapq.heappush(nodes, (total, first, _Split(heavier[0] / total, heavier[2], lighter[2])))
+    return nodes[0][2]
+
+
 def find_files(folder: Path, prefix: str) -> list[Path]:
     """The packed files `{prefix}*.bin` of a folder, by name."""
-    return sorted(path for path in folder.glob(f"{prefix}*.bin") if path.is_file())
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if path.name.startswith(prefix) and path.suffix == ".bin" and path.is_file())
 
 
-def open_mixture(folder: Path, weights: Mapping[str, float], block_length: int, vocab_size: int, seed: int) -> PackedMixture:
+def open_mixture(
+    folder: Path, weights: Mapping[str, float], block_length: int, vocab_size: int, seed: int
+) -> PackedMixture:
     """Open training data by file prefix.
 
     Args:
@@ -236,15 +278,17 @@ def open_mixture(folder: Path, weights: Mapping[str, float], block_length: int, 
     Raises:
         ValueError: no data, or data that does not fit; says where it looked and how to make it.
     """
-    if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
+    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
         raise ValueError(f"--data_weights {dict(weights)}: expected weights of at least 0, one of them above 0")
     sets: dict[str, PackedSeries] = {}
     for prefix in (prefix for prefix, weight in weights.items() if weight > 0):
         files = find_files(folder, prefix)
         if not files:
+            missing = "" if folder.is_dir() else " (there is no such folder)"
             raise ValueError(
-                f"no training data: looked for {folder / prefix}*.bin; make it with python scripts/prepare_text.py "
-                f"--source_path TEXT --tokenizer_path TOKENIZER --destination_path {folder} --prefix {prefix}, or give --data_dir"
+                f"no training data: looked for {folder / prefix}*.bin{missing}; make it with "
+                "python scripts/prepare_text.py --source_path TEXT --tokenizer_path TOKENIZER "
+                f"--destination_path {folder} --prefix {prefix}, or give --data_dir"
             )
         sets[prefix] = PackedSeries(files, block_length, vocab_size)
         if not len(sets[prefix]):
@@ -252,7 +296,9 @@ def open_mixture(folder: Path, weights: Mapping[str, float], block_length: int, 
     return PackedMixture(sets, [weights[prefix] for prefix in sets], seed)
 
 
-def open_validation(folder: Path, block_length: int, vocab_size: int, prefix: str = "validation") -> PackedSeries | None:
+def open_validation(
+    folder: Path, block_length: int, vocab_size: int, prefix: str = "validation"
+) -> PackedSeries | None:
     """The validation blocks in file order, or None where there are none; arguments and errors as `open_mixture`."""
     files = find_files(folder, prefix)
     series = PackedSeries(files, block_length, vocab_size) if files else None
@@ -288,7 +334,9 @@ def _manifest_tokens(path: Path) -> int | None:
         entry = _read_manifest(manifest, manifest.stat().st_mtime_ns).get("files", {}).get(path.name)
         return None if entry is None else int(entry["tokens"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{manifest}: not a manifest of scripts/prepare_text.py ({error}); make it again or delete it") from None
+        raise ValueError(
+            f"{manifest}: not a manifest of scripts/prepare_text.py ({error}); make it again or delete it"
+        ) from None
 
 
 _manifests: dict[tuple[Path, int], dict[str, Any]] = {}

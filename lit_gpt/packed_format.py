@@ -71,7 +71,8 @@ def read_header(path: Path) -> Chunk:
     if found != expected:
         kind = "truncated" if found < expected else "too long"
         raise ValueError(
-            f"{path}: {kind}: it ends at offset {found}, expected {expected} ({size} tokens of {chunk.dtype.name}); make it again"
+            f"{path}: {kind}: it ends at offset {found}, expected {expected} ({size} tokens of {chunk.dtype.name}); "
+            "make it again"
         )
     return chunk
 
@@ -122,7 +123,7 @@ class PackedDatasetBuilder:
 
     @property
     def dtype(self) -> type[np.generic]:
-        """numpy type of the tokens."""
+        """NumPy type of the tokens."""
         return self._dtype.type
 
     @property
@@ -133,13 +134,25 @@ class PackedDatasetBuilder:
     def continue_from(self, counter: int, pending: np.ndarray) -> None:
         """Go on where an interrupted builder was: the next file's number and its first tokens."""
         self._counter = counter
+        self.filenames = [str(self._path(number)) for number in range(counter)]
         self._filled = 0
         self._tokens.fill(self._sep_token)
         self.add_array(pending)
 
     def add_array(self, array: np.ndarray) -> None:
-        """Append tokens (n,); a full chunk is written when the next token comes."""
+        """Append tokens (n,); a full chunk is written when the next token comes.
+
+        Raises:
+            ValueError: a token that the dtype cannot hold (NumPy would wrap it around without a word).
+        """
         array = np.asarray(array)
+        if array.size and self._dtype.kind in "iu":
+            smallest, largest, limits = int(array.min()), int(array.max()), np.iinfo(self._dtype)
+            if smallest < limits.min or largest > limits.max:
+                raise ValueError(
+                    f"PackedDatasetBuilder: token ids from {smallest} to {largest} do not fit into {self._dtype.name}: "
+                    "give the tokenizer's true vocab_size, or a wider dtype"
+                )
         while self._filled + array.shape[0] > self._chunk_size:
             part = self._chunk_size - self._filled
             self._tokens[self._filled :] = array[:part]
@@ -155,7 +168,7 @@ class PackedDatasetBuilder:
             self._write_chunk()
 
     def _write_chunk(self) -> None:
-        path = self._outdir / f"{self._prefix}_{self._counter:010d}.bin"
+        path = self._path(self._counter)
         self._outdir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         try:
@@ -172,3 +185,6 @@ class PackedDatasetBuilder:
         self._counter += 1
         self._filled = 0
         self._tokens.fill(self._sep_token)
+
+    def _path(self, number: int) -> Path:
+        return self._outdir / f"{self._prefix}_{number:010d}.bin"

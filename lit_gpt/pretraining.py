@@ -23,9 +23,30 @@ from lit_gpt.train_config import PretrainConfig
 _SHAPE_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
 # Flags that change no number, or whose effect other settings hold already (a budget its steps, a folder its fingerprint).
 _NOT_SETTINGS = {
-    *("micro_batch_size", "accelerator", "devices", "nodes_num", "strategy", "compile", "attention_kernel", "model", "flops"),
+    *(
+        "micro_batch_size",
+        "accelerator",
+        "devices",
+        "nodes_num",
+        "strategy",
+        "compile",
+        "attention_kernel",
+        "model",
+        "flops",
+    ),
     *("activation_checkpointing", "log_interval", "save_interval", "keep_checkpoints", "val_interval", "val_samples"),
-    *("val_draws", "logger", "log_dir", "models_dir", "resume", "overwrite", "data_dir", "out_dir", "tokenizer", "vocab_size"),
+    *(
+        "val_draws",
+        "logger",
+        "log_dir",
+        "models_dir",
+        "resume",
+        "overwrite",
+        "data_dir",
+        "out_dir",
+        "tokenizer",
+        "vocab_size",
+    ),
     *("precision", "max_steps", "warmup_steps", "data_weights", "init_from", *_SHAPE_FLAGS),
 }
 
@@ -75,7 +96,7 @@ def pretrain(recipe: Recipe, flags: PretrainConfig) -> dict[str, Any]:
     kind = recipe.model_class.kind
     model = recipe.model_class(config)
     model.init_weights(flags.seed)
-    start_hash = _start_from(model, flags.init_from) if flags.init_from else None
+    start_hash = weights.load_into(model, flags.init_from) if flags.init_from else None
     warmup = schedule.default_warmup(steps) if flags.warmup_steps is None else flags.warmup_steps
     group_size = next(rows for limit, rows in recipe.group_sizes if config.size_in_millions <= limit)
     settings = {name: value for name, value in dataclasses.asdict(flags).items() if name not in _NOT_SETTINGS}
@@ -116,7 +137,7 @@ def _shape(flags: PretrainConfig) -> tuple[Config, Tokenizer | None, dict[str, A
     folder = Path(flags.data_dir)
     known = packed_dataset.recorded_tokenizer(folder, list(flags.data_weights))
     source = flags.tokenizer or known.get("source")
-    tokenizer = Tokenizer(source) if flags.tokenizer or (source and Path(source).exists()) else None
+    tokenizer = Tokenizer(source) if source and (flags.tokenizer or Path(source).exists()) else None
     overrides = {name: value for name in _SHAPE_FLAGS if (value := getattr(flags, name)) is not None}
     vocab_size = flags.vocab_size or (tokenizer.vocab_size if tokenizer else known.get("vocab_size"))
     if vocab_size is not None:
@@ -124,12 +145,3 @@ def _shape(flags: PretrainConfig) -> tuple[Config, Tokenizer | None, dict[str, A
     fingerprint = tokenizer.fingerprint if tokenizer else known.get("fingerprint")
     record = {"tokenizer": {"source": source, "fingerprint": fingerprint}}
     return Config.from_name(flags.model, **overrides), tokenizer, record
-
-
-def _start_from(model: Transformer, path: str) -> str:
-    """Load a checkpoint's weights into a new model, an ARM's into an MDM too; returns their hash for the settings."""
-    state, _ = weights.load_weights(Path(path))
-    if model.kind == "mdm":
-        state = weights.adapt_arm_to_mdm(state, model.config)
-    weights.load_state(model, state, path)
-    return weights.state_hash(state)

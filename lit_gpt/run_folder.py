@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
     from lit_gpt.trainer import Experiment
 
-METRICS = ("step", "metric/train_loss", "metric/train_ppl", "metric/val_loss", "metric/val_ppl", "metric/val_bpb")
-METRICS += ("metric/grad_norm", "learning_rate", "samples", "total_tokens")
+METRICS = (
+    *("step", "metric/train_loss", "metric/train_ppl", "metric/val_loss", "metric/val_ppl", "metric/val_bpb"),
+    *("metric/grad_norm", "learning_rate", "samples", "total_tokens", *speed_monitor.RATE_COLUMNS),
+)
 
 
 class RunFolder:
@@ -121,8 +123,7 @@ class RunFolder:
 
     def _open_logs(self) -> None:
         step = self.start.step if self.start else None
-        columns = (*METRICS, *speed_monitor.RATE_COLUMNS)
-        self._loggers = [runtime.MetricsCsv(self.log_path, columns, step)]
+        self._loggers = [runtime.MetricsCsv(self.log_path, METRICS, step)]
         self._loggers += runtime.extra_loggers(
             self.config.logger, self.log_path.parent, self.experiment.name, self.experiment.settings
         )
@@ -171,7 +172,11 @@ class RunFolder:
         state, _ = weights.load_weights(final.path)
         described = {key: value for key, value in self.record.items() if key not in ("finished", "log_path")}
         target = weights.export_weights(
-            Path(self.config.models_dir), self.experiment.export_name, state, {**described, "result": result}, self.config.overwrite
+            Path(self.config.models_dir),
+            self.experiment.export_name,
+            state,
+            {**described, "result": result},
+            self.config.overwrite,
         )
         if target.stem != self.experiment.export_name:
             cli.warn(f"{self.experiment.export_name} was taken by another run meanwhile: exported as {target}")

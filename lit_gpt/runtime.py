@@ -42,9 +42,7 @@ def default_precision(device_type: str) -> str:
     return "32-true"
 
 
-def start_fabric(
-    accelerator: str, devices: str, num_nodes: int, strategy: str, precision: str
-) -> Fabric:
+def start_fabric(accelerator: str, devices: str, num_nodes: int, strategy: str, precision: str) -> Fabric:
     """Create Fabric for what is there and start its processes.
 
     Args:
@@ -65,7 +63,9 @@ def start_fabric(
         values = {name: _launcher_value(name, value) for name, value in values.items()}
         launched_nodes = int(os.environ.get("LT_NUM_NODES", "1"))
         if num_nodes != launched_nodes:
-            raise ValueError(f"--nodes_num {num_nodes} but the launcher started {launched_nodes} node(s): make them equal")
+            raise ValueError(
+                f"--nodes_num {num_nodes} but the launcher started {launched_nodes} node(s): make them equal"
+            )
         if strategy == "auto" and os.environ.get("LT_STRATEGY"):
             strategy = os.environ["LT_STRATEGY"]
     kind, count = _resolve_devices(values["accelerator"], values["devices"])
@@ -104,7 +104,9 @@ def _resolve_devices(accelerator: str, devices: str) -> tuple[str, int]:
         raise ValueError(f"--accelerator {accelerator} is unknown: choose from auto, cpu, cuda")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator in ("cuda", "gpu") and not gpus:
-        raise ValueError(f"--accelerator {accelerator}: no CUDA device is visible to torch {torch.__version__}; use cpu or auto")
+        raise ValueError(
+            f"--accelerator {accelerator}: no CUDA device is visible to torch {torch.__version__}; use cpu or auto"
+        )
     kind = "cuda" if gpus and accelerator != "cpu" else "cpu"
     if devices in ("auto", "-1"):
         return kind, max(1, gpus) if kind == "cuda" else 1
@@ -205,16 +207,18 @@ def largest_that_fits(candidates: Iterable[int], attempt: Callable[[int], object
             break
         best = size
     if not best:
-        raise ValueError("not even one sequence fits into memory: use --activation_checkpointing true or a smaller model")
+        raise ValueError(
+            "not even one sequence fits into memory: use --activation_checkpointing true or a smaller model"
+        )
     return best
 
 
 def micro_batch_candidates(device_rows: int, tokens: int, bytes_per_token: float, device: torch.device) -> list[int]:
     """Divisors of a device's rows, ascending, that are worth trying.
 
-    On a GPU all of them (memory is found by trying); on a CPU those whose activations fit a share of the machine's memory
-    by estimate, since running out of it would not raise but end the process, up to the size where speed levels off. The
-    list depends on the machine, not on its load, so that the same command makes the same choice.
+    On a GPU all of them (memory is found by trying); on a CPU the largest whose activations fit a share of the machine's
+    memory by estimate, since running out of it would not raise but end the process, up to the size where speed levels
+    off. It depends on the machine, not on its load, so that the same command makes the same choice.
     """
     divisors = [size for size in range(1, device_rows + 1) if device_rows % size == 0]
     if device.type == "cuda":
@@ -223,7 +227,7 @@ def micro_batch_candidates(device_rows: int, tokens: int, bytes_per_token: float
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     fits = int(memory * _CPU_MEMORY_SHARE / processes / (bytes_per_token * tokens))
     limit = max(1, min(fits, _CPU_MICRO_BATCH_TOKENS // tokens))
-    return [size for size in divisors if size <= limit]
+    return [max(size for size in divisors if size <= limit)]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -292,7 +296,9 @@ def extra_loggers(names: Sequence[str], folder: Path, run_name: str, settings: d
         elif name == "wandb":
             from lightning.pytorch.loggers import WandbLogger
 
-            loggers.append(WandbLogger(project="scaling", name=run_name, save_dir=folder, config=settings, resume="allow"))
+            loggers.append(
+                WandbLogger(project="scaling", name=run_name, save_dir=folder, config=settings, resume="allow")
+            )
     return loggers
 
 

@@ -4,8 +4,8 @@ Decisions:
 
 - Samplers see a model only as `logits_fn(input_ids, positions, key_mask) -> logits`, so a toy distribution tests them
   exactly, and guidance or a key/value cache is a function around it.
-- A row's tokens depend on its own number and prompt alone: random numbers are hashes of (seed, step, row, position in the
-  row, token id), and padding is masked (`canvas`).
+- A row's tokens depend on its own number and prompt alone: random numbers are hashes of (seed, step, row, position in
+  the row, token id), and padding is masked (`canvas`).
 - A masked-diffusion algorithm is one function, from the times of a step and the confidences to the positions that are
   revealed (`ALGORITHMS`); everything else of the loop is shared.
 
@@ -36,7 +36,7 @@ LogitsFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _LAST_TIME = 1e-5
 """Where the published time grid ends (SPEC 2)."""
 _CHUNK_ELEMENTS = 2**21
-"""Logits that are in float64 at one time: 16 MB a temporary; larger chunks leave the processor's cache and are slower."""
+"""Logits that are in float64 at one time: 16 MB a temporary, near a processor's cache."""
 _REVEAL_COLUMN = -1
 """Where a token id stands in the other random keys: the number that decides whether a position is revealed."""
 
@@ -295,8 +295,8 @@ def extend(
     """Autoregressive sampling: one token a step behind every row, by Gumbel-max, until it stops or is full.
 
     Args:
-        logits_fn: called with the tokens it has not seen yet (the prompts, then one column at a time) and a key mask over
-            all; only its last column is read. See `cached` and `recomputed`.
+        logits_fn: called with the tokens it has not seen yet (the prompts, then one column at a time) and a key mask
+            over all; only its last column is read. See `cached` and `recomputed`.
         canvas: prompts from `prompt_canvas`.
         new_tokens: how many tokens each row gets at most.
         sampling: temperature, seed, stop_id.

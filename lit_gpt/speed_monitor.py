@@ -105,7 +105,13 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         return None
     from lightning.fabric.utilities.throughput import get_available_flops
 
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16 if precision.startswith("16") else torch.float32
+    dtype = (
+        torch.bfloat16
+        if precision.startswith("bf16")
+        else torch.float16
+        if precision.startswith("16")
+        else torch.float32
+    )
     try:
         value = get_available_flops(device, dtype)
     except (RuntimeError, KeyError):

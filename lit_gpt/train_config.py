@@ -79,14 +79,20 @@ class TrainConfig:
         """What is impossible about these values, one line each."""
         least = {"batch_size": 1, "log_interval": 1, "save_interval": 1, "keep_checkpoints": 0, "val_interval": 0}
         least |= {"val_samples": 0, "val_draws": 1, "nodes_num": 1, "seed": 0}
-        found = [f"--{name} {getattr(self, name)}: at least {low}" for name, low in least.items() if getattr(self, name) < low]
+        found = [
+            f"--{name} {getattr(self, name)}: at least {low}"
+            for name, low in least.items()
+            if getattr(self, name) < low
+        ]
         for name in ("micro_batch_size", "max_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 found.append(f"--{name} {value}: at least 1")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             found.append(f"--warmup_steps {self.warmup_steps}: at least 0")
         if not 0 <= self.min_lr <= self.learning_rate:
-            found.append(f"--min_lr {self.min_lr:g} and --learning_rate {self.learning_rate:g}: expected 0 <= min_lr <= learning_rate")
+            found.append(
+                f"--min_lr {self.min_lr:g} and --learning_rate {self.learning_rate:g}: expected 0 <= min_lr <= learning_rate"
+            )
         choices = {
             "compile": ("auto", "on", "off"),
             "strategy": ("auto", "ddp", "fsdp"),

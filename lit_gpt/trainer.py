@@ -11,7 +11,6 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_gpt import batching, kernels, runtime, schedule, speed_monitor
-from lit_gpt.batching import Batch, Dataset, StepLayout
+from lit_gpt.batching import Batch, Dataset, StepLayout, ValidationData
 from lit_gpt.layers import Transformer
 from lit_gpt.objectives import Objective, Scored
 from lit_gpt.run_folder import RunFolder
@@ -45,7 +44,7 @@ class Experiment:
     """What is learnt."""
     train_data: Dataset
     """Sample k is a pure function of k."""
-    val_data: Sequence[Any] | None
+    val_data: ValidationData | None
     """Validation sequences, or None."""
     group_size: int
     """Rows that share a length and a denominator (SPEC: the published micro batch)."""
@@ -132,7 +131,7 @@ class _Trainer:
         model = fabric.setup_module(module)
         model.mark_forward_method("weighted_nll")
         module.compile_blocks(compiled)
-        optimizer = torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             model.parameters(),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
@@ -140,7 +139,7 @@ class _Trainer:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        optimizer = fabric.setup_optimizers(optimizer)
+        optimizer = fabric.setup_optimizers(adamw)
         compiled = self._warm_up(model, module, optimizer, compiled)
         fabric.print(line if compiled or "torch.compile" not in line else kernels.choose("torch", fabric.device, dtype))
         return model, optimizer, compiled
@@ -169,8 +168,12 @@ class _Trainer:
         if self.config.micro_batch_size is None:
             known = self.folder.micro_batch_size(self.fabric.world_size)
             per_token = _activation_bytes(module)
-            candidates = [known] if known else runtime.micro_batch_candidates(
-                self.layout.device_rows, self.block_size, per_token, self.fabric.device
+            candidates = (
+                [known]
+                if known
+                else runtime.micro_batch_candidates(
+                    self.layout.device_rows, self.block_size, per_token, self.fabric.device
+                )
             )
         try:
             size = runtime.largest_that_fits(candidates, attempt)
@@ -243,7 +246,9 @@ class _Trainer:
         return value, grad_norm, (signals.received or signal.SIGTERM) if stop else 0
 
     def _weighted_nll(self, scored: Scored) -> torch.Tensor:
-        total: torch.Tensor = self.model.weighted_nll(scored.input_ids, scored.targets, scored.weights, scored.key_mask)[0]
+        total: torch.Tensor = self.model.weighted_nll(
+            scored.input_ids, scored.targets, scored.weights, scored.key_mask
+        )[0]
         return total
 
     # --- what is seen and kept ------------------------------------------------------------------------------------
@@ -302,7 +307,9 @@ class _Trainer:
         if not count:
             return
         started = time.perf_counter()
-        result = validate(self.fabric, self.model, self.experiment, count, config.val_draws, self.layout.micro_batch_size)
+        result = validate(
+            self.fabric, self.model, self.experiment, count, config.val_draws, self.layout.micro_batch_size
+        )
         self.speed.add_validation(time.perf_counter() - started)
         self.validated = result
         self.folder.log(result.metrics(), self.step)

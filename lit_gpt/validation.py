@@ -80,6 +80,7 @@ def validate(
     """
     objective = experiment.objective
     draws = objective.fixed_draws or draws
+    assert experiment.val_data is not None
     lengths = None if experiment.token_bytes is None else torch.as_tensor(experiment.token_bytes, device=fabric.device)
     nats = tokens = text_bytes = 0.0
     model.eval()

@@ -62,7 +62,9 @@ def masked(ssl_ratio=0.0, batch=8):
 
 
 @pytest.mark.parametrize("partial", [0, 4])
-@pytest.mark.parametrize("objective,model_class", [(NextToken(12), GPT), (masked(), TransEncoder), (masked(0.7), TransEncoder)])
+@pytest.mark.parametrize(
+    "objective,model_class", [(NextToken(12), GPT), (masked(), TransEncoder), (masked(0.7), TransEncoder)]
+)
 def test_loss_and_gradient_do_not_depend_on_micro_batch_or_devices(objective, model_class, partial):
     model, dataset = build(model_class), HashedTokens(13, partial)
     reference = None

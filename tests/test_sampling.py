@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from golden.weights import golden_cases, golden_model, golden_tokens
 from torch import Tensor
 
 from lit_gpt.canvas import masked_canvas, prompt_canvas
@@ -28,6 +27,7 @@ from lit_gpt.sampling import (
     sample,
     sample_states,
 )
+from tests.golden.weights import golden_cases, golden_model, golden_tokens
 
 TINY = Config("tiny", 2, 2, 32, 64, 2, block_size=32, vocab_size=50)
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
@@ -286,7 +286,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(kind: type) -> None:
     with torch.no_grad():
         model.lm_head.weight[TINY.vocab_size :] *= 100
     result = torch.cat(sample(model, [[1]] * 64, Sampling(16, "origin", 4, temperature=3.0)))
-    assert 0 <= int(result.min()) and int(result.max()) < TINY.vocab_size
+    assert int(result.min()) >= 0 and int(result.max()) < TINY.vocab_size
 
 
 # States

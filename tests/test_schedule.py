@@ -21,7 +21,9 @@ def test_golden_steps_and_rates(case):
     warmup = schedule.default_warmup(steps)
     assert (steps, warmup) == (case["max_step"], case["warmup_steps"])
     for step, expected in case["lr_at_step"].items():
-        assert schedule.learning_rate(int(step), steps, warmup, 2e-4, 2e-5) == pytest.approx(expected, rel=2e-8, abs=1e-15)
+        assert schedule.learning_rate(int(step), steps, warmup, 2e-4, 2e-5) == pytest.approx(
+            expected, rel=2e-8, abs=1e-15
+        )
 
 
 def test_budget_and_steps_are_inverse():

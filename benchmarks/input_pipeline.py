@@ -1,0 +1,141 @@
+"""How fast packed data is read: tokens per second, cold and warm, and what seeking to sample 10^9 costs.
+
+    python benchmarks/input_pipeline.py
+    python benchmarks/input_pipeline.py --megabytes 2000 --files 500
+
+Writes made-up packed files to a temporary folder (removed at the end), opens them as training does, and prints a table.
+"Cold" means that the kernel was told to forget the files' pages first; the disk's own cache may still hold them. With
+--train_tokens_per_s (from a run's log) it also says how many times faster reading is than training. About 10 s.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lit_gpt.cli import parse, run
+
+VOCABULARY = 32000
+FAR = 10**9
+
+
+@dataclass
+class Flags:
+    """What is measured."""
+
+    block_length: int = 2049
+    """Tokens of a sample."""
+    megabytes: int = 400
+    """Size of the made-up data, in 10^6 bytes of two bytes per token."""
+    files: int = 100
+    """Number of files; more than 64 are not all mapped at once."""
+    samples: int = 2000
+    """Samples read for each figure."""
+    train_tokens_per_s: float | None = None
+    """What training consumes, to compare with."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make data, measure, print."""
+    flags = parse(Flags, argv, __doc__)
+    if min(flags.block_length - 1, flags.megabytes, flags.files, flags.samples) < 1:
+        raise ValueError("--block_length must be at least 2, --megabytes, --files and --samples at least 1")
+    with tempfile.TemporaryDirectory(prefix="input_pipeline_") as folder:
+        measure(flags, Path(folder))
+
+
+def measure(flags: Flags, folder: Path) -> None:
+    """Print the table for data made in `folder`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lit_gpt.packed_dataset import open_mixture
+
+    paths = make_files(flags, folder)
+    weights = {"train_slim": 0.7, "train_star": 0.3}
+
+    def open_data() -> object:
+        return open_mixture(folder, weights, flags.block_length, VOCABULARY, seed=0)
+
+    open_s = seconds(open_data)
+    data = open_mixture(folder, weights, flags.block_length, VOCABULARY, seed=0)
+    forget(paths)
+    cold_s = seconds(lambda: [data[k] for k in range(flags.samples)])
+    warm_s = seconds(lambda: [data[k] for k in range(flags.samples)])
+    order_s = seconds(lambda: [data.length(k) for k in range(flags.samples)])
+    fresh = open_mixture(folder, weights, flags.block_length, VOCABULARY, seed=0)
+    seek_s = seconds(lambda: fresh[FAR])
+    far_s = seconds(lambda: [data[FAR + k] for k in range(flags.samples)])
+
+    table = Table(title=f"{len(paths)} files, {flags.megabytes} MB, blocks of {flags.block_length} tokens, one process")
+    for heading in ("reading", "ms per sample", "tokens/s"):
+        table.add_column(heading, justify="left" if heading == "reading" else "right")
+    rates = {
+        "cold": cold_s,
+        "warm": warm_s,
+        "warm, from sample 10^9 on": far_s,
+        "order alone (no tokens read)": order_s,
+    }
+    for name, elapsed_s in rates.items():
+        rate = flags.samples * flags.block_length / elapsed_s
+        table.add_row(name, f"{elapsed_s * 1000 / flags.samples:.4f}", f"{rate:,.0f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"opening all files: {open_s * 1000:.1f} ms; seeking to sample 10^9 and reading it: {seek_s * 1000:.2f} ms"
+    )
+    if flags.train_tokens_per_s:
+        times = flags.samples * flags.block_length / cold_s / flags.train_tokens_per_s
+        console.print(
+            f"cold reading is {times:,.0f} times as fast as training at {flags.train_tokens_per_s:,.0f} tokens/s"
+        )
+
+
+def make_files(flags: Flags, folder: Path) -> list[Path]:
+    """Packed files of random tokens, seven of ten in the first set."""
+    import numpy as np
+
+    from lit_gpt.packed_dataset import PackedDatasetBuilder
+
+    blocks = max(1, flags.megabytes * 1_000_000 // (2 * flags.block_length * flags.files))
+    generator = np.random.default_rng(0)
+    paths: list[Path] = []
+    first = max(1, round(0.7 * flags.files))
+    for prefix, count in (("train_slim", first), ("train_star", max(1, flags.files - first))):
+        builder = PackedDatasetBuilder(folder, prefix, blocks * flags.block_length, 1, vocab_size=VOCABULARY)
+        for _ in range(count):
+            builder.add_array(generator.integers(2, VOCABULARY, blocks * flags.block_length, dtype=np.uint16))
+        builder.write_reminder()
+        paths += [Path(name) for name in builder.filenames]
+    return paths
+
+
+def forget(paths: list[Path]) -> None:
+    """Ask the kernel to drop the files from its page cache, where it can be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    run(main)

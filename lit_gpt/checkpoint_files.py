@@ -1,0 +1,327 @@
+"""The checkpoints of a run folder as files: which are whole, which to delete, what they say.
+
+A run folder holds `iter-{iter_num:06d}-ckpt.pth` (the published name and keys), beside each a `.json` of the same stem,
+the *marker*, which is written last and says that the checkpoint is complete: step, size, SHA-256, and the run's record;
+`run.json`, what the run is; `run.lock`, who writes. Decisions: a marker never describes a file that is not there yet;
+torch files are read with weights_only, so nothing in them can run. May import files and config only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_gpt.files import TEMPORARY_SUFFIX, file_sha256, read_json_object, write_json
+
+FORMAT_VERSION = 1
+RUN_RECORD_NAME = "run.json"
+# Source: what the published scripts save.
+PUBLISHED_KEYS = ("model", "optimizer", "hparams", "iter_num", "step_count")
+_FILE_NAME = re.compile(r"iter-(\d{6,})-ckpt\.pth")
+_WRAPPERS = ("module", "_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Of a long value (a hash), as much as tells two apart.
+_SHOWN_CHARACTERS = 40
+
+_log = logging.getLogger("lit_gpt")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A complete checkpoint."""
+
+    path: Path
+    """The .pth file."""
+    step: int
+    """Optimizer steps done."""
+    iter_num: int
+    """Micro steps done (the published count)."""
+    size: int
+    """Bytes."""
+    sha256: str | None = None
+    """Of the file; None where no marker says it (a published file)."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """What the run wrote down about itself; empty for a published file."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting that changed numbers; empty where the file records none."""
+        return dict(self.record.get("settings") or {})
+
+
+class _BrokenError(ValueError):
+    """Why a checkpoint cannot be used."""
+
+
+# --- finding ------------------------------------------------------------------------------------------------------
+
+
+def newest_complete(run_dir: Path, warn: Callable[[str], object]) -> CheckpointInfo | None:
+    """The newest checkpoint whose bytes are those that were written.
+
+    A published file has no marker; it counts if torch can open it and it has all published keys, which is said.
+
+    Args:
+        run_dir: may be missing.
+        warn: called with a line for every newer one that is skipped, and why.
+    """
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            found = _examine(path)
+        except _BrokenError as error:
+            warn(f"skipping {path}: {error}")
+            continue
+        if found.sha256 is None:
+            warn(f"{path} has no completion marker, but opens and has all keys: taken as a published checkpoint")
+        return found
+    return None
+
+
+def open_checkpoint(path: Path) -> CheckpointInfo:
+    """One checkpoint by its path, or the newest complete one of a run folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is broken (the line says how).
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = newest_complete(path, _log.warning)
+        if found is None:
+            raise FileNotFoundError(f"{path} holds no complete checkpoint (iter-*-ckpt.pth)")
+        return found
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint {path}: no such file")
+    try:
+        return _examine(path)
+    except _BrokenError as error:
+        raise ValueError(f"checkpoint {path} cannot be used: {error}") from error
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """A folder's `iter-*-ckpt.pth` files, oldest first, whole or not."""
+    found = [path for path in Path(run_dir).glob("iter-*-ckpt.pth") if _FILE_NAME.fullmatch(path.name)]
+    return sorted(found, key=_number)
+
+
+def marker_path(path: Path) -> Path:
+    """Where a checkpoint's completion marker is."""
+    return path.with_suffix(".json")
+
+
+def _number(path: Path) -> int:
+    match = _FILE_NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _examine(path: Path) -> CheckpointInfo:
+    """Check one checkpoint against its marker.
+
+    Raises:
+        _BrokenError: it is not whole, or cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        if not marker_path(path).exists():
+            return _examine_unmarked(path, size)
+        candidates = _read_marker(path)
+        fitting = [marker for marker in candidates if marker["size"] == size]
+        if not fitting:
+            raise _BrokenError(f"it has {size} bytes, its marker says {candidates[0]['size']}")
+        digest = file_sha256(path)
+    except OSError as error:
+        raise _BrokenError(f"it cannot be read: {error.strerror}") from error
+    for marker in fitting:
+        if marker["sha256"] == digest:
+            return CheckpointInfo(path, marker["step"], marker["iter_num"], size, digest, marker["record"])
+    raise _BrokenError("its bytes are not those that were written (SHA-256 differs from its marker's)")
+
+
+def _read_marker(path: Path) -> list[dict[str, Any]]:
+    """What a marker says the file may be: one description, or two where a save over an earlier one was cut short."""
+    try:
+        marker = read_json_object(marker_path(path))
+        found = [marker, *([marker["successor"]] if "successor" in marker else [])]
+        for one in found:
+            if one["format"] != FORMAT_VERSION:
+                raise _BrokenError(f"its marker has format {one['format']}, expected {FORMAT_VERSION} (a later one?)")
+            for key, kind in {"step": int, "iter_num": int, "size": int, "sha256": str, "record": dict}.items():
+                if not isinstance(one[key], kind):
+                    raise _BrokenError(f"its marker {marker_path(path).name} is damaged: {key} is {one[key]!r}")
+    except _BrokenError:
+        raise
+    except (KeyError, TypeError) as error:
+        raise _BrokenError(f"its marker {marker_path(path).name} is damaged: {error} is missing") from error
+    except ValueError as error:
+        raise _BrokenError(f"its marker {marker_path(path).name} is damaged: {error}") from error
+    return found
+
+
+def _has_right_size(path: Path) -> bool:
+    """The quick half of `_examine`."""
+    try:
+        return path.stat().st_size in [marker["size"] for marker in _read_marker(path)]
+    except (OSError, _BrokenError):
+        return False
+
+
+def _examine_unmarked(path: Path, size: int) -> CheckpointInfo:
+    """A published checkpoint, or one of ours whose marker a kill prevented."""
+    try:
+        content = open_torch_file(path)
+    except ValueError as error:
+        raise _BrokenError(f"it has no completion marker, and {error}") from error
+    missing = [key for key in PUBLISHED_KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise _BrokenError(f"it has no completion marker and lacks {', '.join(missing)}")
+    record = content.get("record")
+    return CheckpointInfo(
+        path,
+        int(content["step_count"]),
+        int(content["iter_num"]),
+        size,
+        None,
+        record if isinstance(record, dict) else {},
+    )
+
+
+# --- deleting ------------------------------------------------------------------------------------------------------
+
+
+def remove_older(newest: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints up to and including `newest`, which is complete.
+
+    Later ones are left alone: they are what a resumed run skipped as broken and will write again.
+    """
+    older = [path for path in list_checkpoints(newest.parent) if _number(path) < _number(newest)]
+    ours = [path for path in older if marker_path(path).exists()]
+    whole = [path for path in ours if _has_right_size(path)]
+    kept = set(whole[len(whole) - (keep - 1) :]) if keep > 1 else set()
+    for path in ours:
+        if path not in kept:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """The marker goes last: a file without one would pass for a published checkpoint."""
+    for file in (path, marker_path(path)):
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("cannot delete the old checkpoint %s: %s", file, error.strerror)
+
+
+def remove_checkpoints(run_dir: Path, after_iter_num: int = -1) -> None:
+    """Delete a run's checkpoints, or those after a micro step (to go on from an earlier one); markers included."""
+    for path in list_checkpoints(run_dir):
+        if _number(path) > after_iter_num:
+            _remove(path)
+
+
+def remove_temporary(run_dir: Path) -> None:
+    """Delete what a kill left behind: unfinished files, markers without a checkpoint. Needs the folder's lock."""
+    for path in Path(run_dir).glob(f"*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
+    for path in Path(run_dir).glob("iter-*-ckpt.json"):
+        if not path.with_suffix(".pth").exists():
+            path.unlink(missing_ok=True)
+
+
+def open_torch_file(path: Path) -> Any:
+    """Read a torch file without running anything in it; tensors are mapped into memory where the format allows.
+
+    Raises:
+        ValueError: it is truncated, no torch file, or holds Python objects.
+        OSError: it cannot be opened.
+    """
+    with path.open("rb"):
+        pass  # what the system refuses is its own error; what fails below is the contents' fault
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if named := re.search(r"(?:GLOBAL|Unsupported global|class) ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} holds a Python object ({named[1]}) besides tensors and plain values; it could run code when "
+                "read, so it is not read"
+            ) from error
+        raise ValueError(f"{path} is not a torch file, or is damaged") from error
+    except (RuntimeError, EOFError, LookupError, ValueError, OSError, AttributeError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(f"{path} is truncated or not a torch file ({reason})") from error
+
+
+def clean_names(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A state dict's tensors without what wrappers (DDP, FSDP, torch.compile) put into their names."""
+    return {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+# --- the run's record ---------------------------------------------------------------------------------------------
+
+
+def read_run_record(run_dir: Path) -> dict[str, Any]:
+    """What `run.json` says; empty where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = Path(run_dir) / RUN_RECORD_NAME
+    return read_json_object(path) if path.exists() else {}
+
+
+def write_run_record(run_dir: Path, record: dict[str, Any]) -> None:
+    """Replace `run.json` durably."""
+    write_json(Path(run_dir) / RUN_RECORD_NAME, record)
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Compare a checkpoint's settings with a run's, nested dicts by their dotted names.
+
+    Args:
+        saved: the checkpoint's; empty (a published file has none) compares equal to everything.
+        current: the run's.
+
+    Returns:
+        Lines such as `batch_size: checkpoint 256, now 128`, in the order of the names.
+    """
+    if not saved:
+        return []
+    before, after = dict(_flattened(saved)), dict(_flattened(current))
+    absent = object()
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name, absent), after.get(name, absent)
+        if old != new or isinstance(old, bool) != isinstance(new, bool):
+            shown = [_shown(value) if value is not absent else "does not have it" for value in (old, new)]
+            lines.append(f"{name}: checkpoint {shown[0]}, now {shown[1]}")
+    return lines
+
+
+def _flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            # Markers are JSON: tuples come back as lists.
+            yield f"{prefix}{name}", json.loads(json.dumps(value))
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

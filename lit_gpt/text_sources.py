@@ -1,0 +1,331 @@
+"""Documents out of text files: .txt, .jsonl, .jsonl.zst and .parquet, read in order from any position.
+
+Reading is split in two, so that all cores can share the work: `read_batches` (one process) only cuts files into raw
+records, and `Batch.texts` (any process) parses them. A batch ends at a fixed number of bytes, so batches depend on the
+inputs alone. Lines end at newline characters only: U+2028 and its like are part of the text. May import nothing of the
+package.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
+# Raw bytes of a batch: large enough that handing it to another process costs little, small enough to balance the cores.
+_BATCH_BYTES = 1 << 20
+_PARQUET_ROWS = 256
+# Files up to this many bytes are compared whole when two runs' sources are compared, larger ones by size and both ends.
+_SMALL_FILE_BYTES = 1 << 21
+_END_BYTES = 1 << 14
+_UTF8_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """How records become documents; decides the result."""
+
+    document: str = "file"
+    """Of a .txt file: "file", all of it is one document, or "line", each line that is not blank."""
+    text_field: str = "text"
+    """Field of a .jsonl record, or column of a .parquet file, that holds the text."""
+    skip_subsets: tuple[str, ...] = ()
+    """SlimPajama records whose meta.redpajama_set_name is one of these are left out."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text file."""
+
+    path: Path
+    name: str
+    """What manifests call it: the path below the folder that was given, so that a moved folder stays the same."""
+
+    @property
+    def kind(self) -> str:
+        """One of SUFFIXES."""
+        return next(suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if self.path.name.endswith(suffix))
+
+    def identity(self) -> str:
+        """Name, bytes and SHA-256 (of both ends, if it is large): cheap, and the same on every machine."""
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            if size <= _SMALL_FILE_BYTES:
+                ends = file.read()
+            else:
+                ends = file.read(_END_BYTES)
+                file.seek(size - _END_BYTES)
+                ends += file.read()
+        return f"{self.name}:{size}:{hashlib.sha256(ends).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where reading goes on."""
+
+    source: int = 0
+    """Index of the file."""
+    record: int = 0
+    """Records (lines, rows) of it that are done."""
+    offset: int = 0
+    """Bytes of it (decompressed) that are done."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive raw records of one file."""
+
+    path: Path
+    kind: str
+    """Suffix of the file: how the records are to be parsed."""
+    first: int
+    """Number of the first record, from 1."""
+    records: tuple[bytes | str, ...]
+    end: Position
+    """Behind the batch."""
+    bytes_read: int
+    """Bytes of the file on the disk that this batch used up."""
+
+    def texts(self, rules: TextRules) -> Iterator[str]:
+        """The documents of the batch.
+
+        Raises:
+            ValueError: a malformed record; names file, line and what was expected.
+        """
+        for number, record in enumerate(self.records, self.first):
+            if isinstance(record, str):
+                yield record
+            elif self.kind.startswith(".jsonl"):
+                if record.strip():
+                    document = _json_text(record, rules, f"{self.path}: line {number}")
+                    if document is not None:
+                        yield document
+            else:
+                text = _plain_text(record, rules, self.path, number)
+                if rules.document == "file" or text.strip():
+                    yield text
+
+
+def find_sources(paths: Sequence[str], share: float = 1.0) -> list[Source]:
+    """Text files of files, folders (searched to any depth) and glob patterns, each once.
+
+    Args:
+        paths: in the order they are read; the files of a folder or pattern are sorted by name.
+        share: the first part of the files, in (0, 1].
+
+    Raises:
+        ValueError: nothing found, or a file of another kind.
+        FileNotFoundError: a path that is not there.
+    """
+    found: dict[Path, Source] = {}
+    for given in paths:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if _is_text(p) and not _hidden(p.relative_to(path)))
+            sources = [Source(p, p.relative_to(path).as_posix()) for p in files]
+        elif path.exists():
+            sources = [Source(path, path.name)]
+        else:
+            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+            if not matches:
+                raise FileNotFoundError(
+                    f"--source_path {given}: no such file or folder, and no file matches it as a pattern"
+                )
+            sources = [Source(match, match.name) for match in matches if match.is_file()]
+        foreign = next((source.path for source in sources if not source.path.name.endswith(SUFFIXES)), None)
+        if foreign is not None:
+            raise ValueError(f"{foreign}: unknown kind of file: expected {', '.join(SUFFIXES)}")
+        if not sources:
+            raise ValueError(f"--source_path {given}: no {', '.join(SUFFIXES)} file in it")
+        for source in sources:
+            found.setdefault(source.path.resolve(), source)
+    kept = list(found.values())[: int(len(found) * share)]
+    if not kept:
+        raise ValueError(f"--percentage {share:g} of {len(found)} file(s) is none; raise it (1 means all)")
+    return kept
+
+
+def read_batches(sources: Sequence[Source], rules: TextRules, start: Position) -> Iterator[Batch]:
+    """Raw batches of all files, in order, from a position on.
+
+    Args:
+        sources: the files.
+        rules: only `document` and `text_field` matter here.
+        start: `Position()`, or the `end` of a batch of an earlier run over the same files.
+
+    Raises:
+        ValueError: a file is damaged; names it.
+    """
+    for index in range(start.source, len(sources)):
+        begin = start if index == start.source else Position(index)
+        source = sources[index]
+        try:
+            if source.kind == ".parquet":
+                yield from _parquet_batches(source, index, rules, begin)
+            elif source.kind == ".txt" and rules.document == "file":
+                if begin.record == 0:
+                    content = source.path.read_bytes()
+                    yield Batch(source.path, ".txt", 1, (content,), Position(index + 1), len(content))
+            else:
+                yield from _line_batches(source, index, begin)
+        except (EOFError, OSError) as error:
+            raise ValueError(f"{source.path}: cannot be read ({error}); copy it again") from error
+
+
+def _line_batches(source: Source, index: int, begin: Position) -> Iterator[Batch]:
+    with source.path.open("rb") as raw:
+        lines = _decompressed(source, raw)
+        _skip(lines, begin.offset)
+        record, offset, done = begin.record, begin.offset, raw.tell() if source.kind == ".jsonl.zst" else begin.offset
+        while records := lines.readlines(_BATCH_BYTES):
+            size = sum(map(len, records))
+            offset += size
+            on_disk = raw.tell() if source.kind == ".jsonl.zst" else offset
+            end = Position(index, record + len(records), offset)
+            yield Batch(source.path, source.kind, record + 1, tuple(records), end, on_disk - done)
+            record, done = end.record, on_disk
+
+
+def _decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
+    if source.kind != ".jsonl.zst":
+        return raw
+    import io
+
+    import zstandard
+
+    class Reader(io.RawIOBase):
+        """Turns the library's own error into one that says what is wrong with the file."""
+
+        def __init__(self) -> None:
+            self._stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            try:
+                return self._stream.readinto(buffer)
+            except zstandard.ZstdError as error:
+                raise OSError(f"damaged zstd data near byte {raw.tell()}: {error}") from error
+
+    return io.BufferedReader(Reader(), _BATCH_BYTES)
+
+
+def _skip(stream: IO[bytes], count: int) -> None:
+    if stream.seekable():
+        stream.seek(count)
+        return
+    while count:
+        part = stream.read(min(count, 1 << 22))
+        if not part:
+            raise EOFError("it has become shorter since the interrupted run")
+        count -= len(part)
+
+
+def _parquet_batches(source: Source, index: int, rules: TextRules, begin: Position) -> Iterator[Batch]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(source.path)
+        if rules.text_field not in file.schema_arrow.names:
+            names = ", ".join(file.schema_arrow.names)
+            raise ValueError(f"{source.path}: has no column {rules.text_field!r}, only {names}; give --text_field")
+        rows = max(1, file.metadata.num_rows)
+        size = source.path.stat().st_size
+        record = 0
+        for group in range(file.num_row_groups):
+            in_group = file.metadata.row_group(group).num_rows
+            if record + in_group <= begin.record:
+                record += in_group
+                continue
+            for part in file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[rules.text_field]):
+                first, record = record, record + part.num_rows
+                if record <= begin.record:
+                    continue
+                texts = part.column(0).to_pylist()
+                wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
+                if wrong is not None:
+                    found = type(texts[wrong]).__name__
+                    raise ValueError(
+                        f"{source.path}: row {first + wrong + 1}: expected text in {rules.text_field!r}, got {found}"
+                    )
+                used = size * record // rows - size * first // rows
+                yield Batch(source.path, ".parquet", first + 1, tuple(texts), Position(index, record), used)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{source.path}: not a readable parquet file ({error}); copy it again") from error
+
+
+def _json_text(line: bytes, rules: TextRules, where: str) -> str | None:
+    """The text of a record, None for one of a skipped subset."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
+    text = record.get(rules.text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        holds = f"fields {', '.join(map(repr, record))}" if isinstance(record, dict) else f"a {type(record).__name__}"
+        raise ValueError(
+            f"{where}: expected an object with text in field {rules.text_field!r}, found {holds}; see --text_field"
+        )
+    meta = record.get("meta")
+    if rules.skip_subsets and isinstance(meta, dict) and meta.get("redpajama_set_name") in rules.skip_subsets:
+        return None
+    return text
+
+
+def _plain_text(record: bytes, rules: TextRules, path: Path, number: int) -> str:
+    if number == 1:
+        record = record.removeprefix(_UTF8_BOM)
+    if rules.document == "line":
+        record = record.removesuffix(b"\n").removesuffix(b"\r")
+    try:
+        return record.decode()
+    except UnicodeDecodeError as error:
+        line = number + record.count(b"\n", 0, error.start)
+        raise ValueError(
+            f"{path}: line {line}: not UTF-8 (byte 0x{record[error.start]:02x}: {error.reason}); convert the file"
+        ) from error
+
+
+def _is_text(path: Path) -> bool:
+    return path.name.endswith(SUFFIXES) and path.is_file()
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def join_sources(argv: list[str]) -> list[str]:
+    """Arguments with `--source_path A B` turned into what the flag parser reads: one source per flag.
+
+    Args:
+        argv: a script's arguments.
+    """
+    result: list[str] = []
+    sources: list[str] = []
+    reading = False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            reading = name.replace("-", "_") == "__source_path"
+            if reading and equals:
+                sources.append(value)
+                reading = False
+                continue
+        if not reading:
+            result.append(word)
+        elif not word.startswith("--"):
+            sources.append(word)
+    return result + [f"--source_path+={source}" for source in sources]

@@ -1,0 +1,53 @@
+"""What all tests share: no network, few threads, reproducible property tests, the golden numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before anything imports them: the hub's library and OpenMP read these once; processes that tests start inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the machine's cores.
+    torch.set_num_threads(1)
+
+# The same examples in every run; no deadline, since the first call of anything in torch is slow.
+settings.register_profile(
+    "reproducible",
+    derandomize=True,
+    deadline=None,
+    max_examples=50,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("reproducible")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Any]:
+    """Read a file of golden numbers: `golden("data_and_schedule")`."""
+
+    def read(name: str) -> Any:
+        return json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text())
+
+    return read
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with its reason, what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none here"))

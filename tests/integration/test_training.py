@@ -1,0 +1,214 @@
+"""Whole trainings by the real scripts: they learn, resume bit for bit, split over processes, and refuse clearly."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.training_runs import command, environment, final_state, losses, make_data, metrics, start, train
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_data(tmp_path / "data")
+    return tmp_path
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@pytest.mark.parametrize("script", ["train_ar.py", "train_mdm.py", "train_mdm_rl.py"])
+def test_a_run_learns_validates_and_exports(folder, script):
+    extra = {"ssl_ratio": 0.2} if script == "train_mdm_rl.py" else {}
+    out, _ = train(script, folder, max_steps=150, val_interval=75, **extra)
+    curve = losses(folder)
+    assert curve[150] < 0.8 * curve[1]
+    validation = losses(folder, "metric/val_loss")
+    assert set(validation) == {75, 150}
+    assert validation[150] < validation[75]
+    record = json.loads(next(folder.glob("workdir/scaling_debug/*/run.json")).read_text())
+    assert record["finished"] and record["result"]["val_loss"] == pytest.approx(validation[150])
+    assert ("bound" in record["result"]["estimator"]) == (script != "train_ar.py")
+    assert (folder / record["result"]["export"]).is_file()
+    assert "remaining time" in out
+    again, _ = train(script, folder, max_steps=150, val_interval=75, **extra)
+    assert "is finished" in again
+
+
+def test_kill_and_resume_is_bit_identical(folder, tmp_path_factory):
+    """Killed at random moments again and again, the run ends as the unbroken one does, optimizer and log included."""
+    settings = {"max_steps": 120, "save_interval": 7, "log_interval": 5}
+    whole = tmp_path_factory.mktemp("whole")
+    make_data(whole / "data")
+    train("train_mdm_rl.py", whole, **settings, ssl_ratio=0.3)
+    moments = random.Random(5)
+    kills = 0
+    for attempt in itertools.count():
+        process = start("train_mdm_rl.py", folder, **settings, ssl_ratio=0.3)
+        try:
+            # Later attempts live longer, so that the run ends however slow the machine is.
+            process.communicate(timeout=3 + moments.random() * 3 + attempt)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+    assert process.returncode == 0
+    assert kills >= 1
+    assert same(final_state(whole), final_state(folder)) == []
+    assert losses(whole) == losses(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(folder, number):
+    process = start("train_ar.py", folder, max_steps=2000, save_interval=5000, val_samples=0)
+    for line in process.stdout:
+        if "step 20:" in line:
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, out + err
+    assert "Traceback" not in err and "the same command goes on" in err
+    stopped = int(max(folder.glob("workdir/*/*/iter-*-ckpt.pth")).name.split("-")[1])
+    out, _ = train("train_ar.py", folder, code=2, max_steps=2000, save_interval=5000, val_samples=0, learning_rate=4e-3)
+    process = start("train_ar.py", folder, max_steps=2000, save_interval=5000, val_samples=0)
+    resumed = next(line for line in process.stdout if "resumed at step" in line)
+    process.kill()
+    process.communicate()
+    assert f"resumed at step {stopped} of 2000" in resumed
+
+
+def test_a_broken_checkpoint_is_skipped_by_name(folder):
+    train("train_ar.py", folder, max_steps=20, save_interval=5)
+    newest, before = sorted(folder.glob("workdir/*/*/iter-*-ckpt.pth"), reverse=True)[:2]
+    with newest.open("r+b") as file:
+        file.truncate(newest.stat().st_size // 2)
+    out, err = train("train_ar.py", folder, max_steps=20, save_interval=5)
+    assert f"warning: {newest.relative_to(folder)}" in err or newest.name in err
+    assert "resumed at step 15 of 20" in out
+
+
+def relative_difference(one, other):
+    return max(abs(one[step] / other[step] - 1) for step in one)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one(folder, tmp_path_factory, strategy):
+    settings = {"max_steps": 50, "log_interval": 1, "ssl_ratio": 0.2, "batch_size": 8, "seed": 2**33 + 5}
+    single = tmp_path_factory.mktemp("single")
+    make_data(single / "data")
+    train("train_mdm_rl.py", single, **settings)
+    train("train_mdm_rl.py", folder, **settings, devices=2, strategy=strategy)
+    one, two = losses(single), losses(folder)
+    assert len(one) == 50
+    assert relative_difference(one, two) < 1e-5
+    assert relative_difference(losses(single, "metric/val_loss"), losses(folder, "metric/val_loss")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["fabric", "run", "--accelerator=cpu", "--devices=2"],
+        ["lightning", "run", "model", "--node-rank=0", "--accelerator=cpu", "--devices=2", "--num-nodes=1"],
+    ],
+)
+def test_the_launchers_start_the_scripts(folder, launcher):
+    executable = os.path.join(os.path.dirname(sys.executable), launcher[0])
+    arguments = [executable, *launcher[1:], *command("train_mdm.py", folder, max_steps=12)]
+    result = subprocess.run(arguments, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "device: 2 x cpu" in result.stdout
+    assert 12 in losses(folder)
+
+
+def test_the_micro_batch_changes_speed_only(folder, tmp_path_factory):
+    settings = {"max_steps": 30, "log_interval": 1}
+    other = tmp_path_factory.mktemp("other")
+    make_data(other / "data")
+    train("train_mdm.py", folder, **settings, micro_batch_size=8)
+    train("train_mdm.py", other, **settings, micro_batch_size=3, activation_checkpointing="true")
+    assert relative_difference(losses(folder), losses(other)) < 1e-5
+
+
+def test_an_mdm_starts_from_an_arms_weights(folder):
+    train("train_ar.py", folder, max_steps=60)
+    (export,) = folder.glob("models/*.safetensors")
+    out, _ = train("train_mdm.py", folder, max_steps=5, init_from=export, log_dir="out_mdm")
+    assert (len(list(folder.glob("models/*.safetensors")))) == 2
+    assert "run mdm-" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"model": 7}, "the sizes are 6, 19, 34"),
+        ({"max_steps": 5, "flops": 1.0}, "give either --flops (in 1e18) or --max_steps, not both"),
+        ({"data_dir": "nowhere", "max_steps": 5}, "no training data: looked for nowhere/train_slim*.bin"),
+        ({"vocab_size": 40, "max_steps": 5}, "the model's vocabulary has 40 tokens"),
+        ({"block_size": 500, "max_steps": 5}, "is smaller than a block of 501"),
+        ({"devices": 3, "max_steps": 5}, "the nearest that do are 6 or 9"),
+        ({"accelerator": "cuda", "max_steps": 5}, "no CUDA device"),
+        ({"nodes_num": 2, "max_steps": 5}, "nodes_num"),
+        ({"init_from": "missing.safetensors", "max_steps": 5}, "missing.safetensors"),
+        ({"max_steps": 5, "min_lr": 1.0}, "0 <= min_lr <= learning_rate"),
+        (
+            {"max_steps": 30, "learning_rate": 1e30, "grad_clip": 0, "save_interval": 1},
+            "not finite, stopped before the update",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_code_2(folder, flags, expected):
+    out, err = train("train_mdm.py", folder, code=2, **flags)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and expected in lines[0], err
+    assert "Traceback" not in err
+
+
+def test_a_name_that_another_run_holds_is_refused_before_the_first_step(folder):
+    train("train_ar.py", folder, max_steps=5)
+    _, err = train("train_ar.py", folder, code=2, max_steps=5, out_dir="elsewhere")
+    assert "--overwrite" in err
+    assert not list(folder.glob("elsewhere/*/iter-*"))
+    train("train_ar.py", folder, max_steps=5, out_dir="elsewhere", overwrite="true")
+
+
+def test_a_second_writer_is_kept_out(folder):
+    first = start("train_ar.py", folder, max_steps=3000, val_samples=0)
+    for line in first.stdout:
+        if "step 10:" in line:
+            break
+    _, err = train("train_ar.py", folder, code=2, max_steps=3000, val_samples=0)
+    first.kill()
+    first.communicate()
+    assert "is in use by process" in err
+
+
+def test_the_log_goes_on_in_the_same_file(folder):
+    process = start("train_ar.py", folder, max_steps=60, save_interval=10, log_interval=1)
+    for line in process.stdout:
+        if "step 25:" in line:
+            break
+    process.kill()
+    process.communicate()
+    time.sleep(0.2)
+    train("train_ar.py", folder, max_steps=60, save_interval=10, log_interval=1)
+    steps = [int(row["step"]) for row in metrics(folder) if row["metric/train_loss"]]
+    assert steps == list(range(1, 61))
+
+
+def test_training_without_validation_data_says_so(folder):
+    for path in (folder / "data").glob("validation*"):
+        path.unlink()
+    out, _ = train("train_ar.py", folder, max_steps=5)
+    assert "no validation* files" in out

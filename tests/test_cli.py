@@ -1,0 +1,257 @@
+"""Flags and errors as users meet them: spellings, config files, one line and code 2, a quick `--help`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from lit_gpt.cli import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Flags:
+    """Flags of every kind."""
+
+    batch_size: int = 256
+    """Sequences of one step."""
+    flops: float | None = None
+    """Budget in 1e18."""
+    model: str = ""
+    """Size or name."""
+    overwrite: bool = False
+    """Whether files may be replaced."""
+    logger: list[str] = field(default_factory=lambda: ["csv"])
+    """Where metrics go."""
+    data_weights: dict[str, float] = field(default_factory=lambda: {"train": 1.0})
+    """Prefixes and weights."""
+
+
+def read(*argv: str) -> Flags:
+    """Parse a command line."""
+    return parse(Flags, list(argv), "A test.")
+
+
+def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line of a command line that is refused with code 2."""
+    with pytest.raises(SystemExit) as stop:
+        read(*argv)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    return err
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_and_replaced_defaults():
+    assert read() == Flags()
+    assert parse(Flags, ["--model", "6"], "A test.", defaults={"batch_size": 8}) == Flags(batch_size=8, model="6")
+
+
+@pytest.mark.parametrize("argv", [["--batch_size=8"], ["--batch-size=8"], ["--batch_size", "8"], ["--batch-size", "8"]])
+def test_dashes_and_underscores_are_the_same(argv):
+    assert read(*argv).batch_size == 8
+
+
+def test_values_keep_their_dashes():
+    assert read("--model", "Diff-x_y").model == "Diff-x_y"
+    assert read("--model=--a-b").model == "--a-b"
+
+
+@pytest.mark.parametrize(("text", "value"), [("100.", 100.0), ("1e2", 100.0), ("0.", 0.0), ("null", None)])
+def test_numbers_as_users_type_them(text, value):
+    assert read("--flops", text).flops == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--overwrite"], True),
+        (["--overwrite", "--model=6"], True),
+        (["--overwrite", "true"], True),
+        (["--overwrite=false"], False),
+        (["--overwrite", "false"], False),
+    ],
+)
+def test_switches(argv, value):
+    assert read(*argv).overwrite is value
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--logger", "csv,wandb"],
+        ["--logger=csv,wandb"],
+        ["--logger", "csv", "wandb", "--model=6"],
+        ["--logger", "[csv,wandb]"],
+        ["--logger", '["csv", "wandb"]'],
+    ],
+)
+def test_lists(argv):
+    assert read(*argv).logger == ["csv", "wandb"]
+
+
+def test_a_list_of_one_and_a_path_with_a_comma():
+    assert read("--logger", "csv").logger == ["csv"]
+    assert read("--logger", "/a,b/c.txt").logger == ["/a,b/c.txt"]
+
+
+def test_weights():
+    assert read("--data_weights", '{"a": 1, "b": 0.5}').data_weights == {"a": 1.0, "b": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch_siz", "3"], "unrecognized arguments: --batch_siz 3"),
+        (["--batch", "3"], "unrecognized arguments: --batch 3"),
+        (["--batch-size=x"], "--batch_size: expected int, got x"),
+        (["--flops", "much"], "--flops: expected float or null, got much"),
+        (["--model"], "--model: expected one argument"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_wrong_flags(capsys, argv, message):
+    assert message in error(capsys, *argv)
+
+
+# --- config files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_config_file_sets_what_flags_can(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "# comment\nmodel: 170\nbatch-size: 8\nflops: 1e-2\noverwrite: true\n"
+        "logger: [csv, wandb]\ndata_weights: {a: 1}\n"
+    )
+    expected = Flags(8, 0.01, "170", True, ["csv", "wandb"], {"a": 1.0})
+    assert read("--config", str(path)) == expected
+    assert read(f"--config={path}", "--batch_size=16").batch_size == 16
+    assert read("--batch_size=16", f"--config={path}").batch_size == 16, "a typed flag wins, wherever it stands"
+
+
+def test_scalars_are_read_as_they_are_spelled(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: on\n")
+    assert read("--config", str(path)).model == "on"
+
+
+def test_a_json_file_is_a_config_file(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"batch_size": 8, "flops": None, "logger": ["csv"]}))
+    assert read("--config", str(path)) == Flags(batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_sizes: 8\n", "unknown flag batch_sizes"),
+        ("model: [6\n", "neither YAML nor JSON"),
+        ("just words\n", "expected lines such as 'model: 170'"),
+        ("batch_size: many\n", "--batch_size: expected int, got many"),
+    ],
+)
+def test_wrong_config_files(capsys, tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert message in error(capsys, "--config", str(path))
+
+
+def test_a_missing_config_file(capsys, tmp_path):
+    assert f"{tmp_path / 'none.yaml'}: No such file" in error(capsys, "--config", str(tmp_path / "none.yaml"))
+
+
+# --- ends of a script -------------------------------------------------------------------------------------------------
+
+
+def script(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script whose main has this body."""
+    code = f"import logging, sys\nfrom lit_gpt import cli\ndef main():\n    {body}\ncli.run(main)\n"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("pass", 0, ""),
+        ("raise ValueError('--model 7:\\n  unknown')", 2, "error: --model 7: unknown\n"),
+        ("raise FileNotFoundError('no data in x')", 2, "error: no data in x\n"),
+        ("open('/nowhere/at/all')", 2, "error: /nowhere/at/all: No such file or directory\n"),
+        ("raise cli.Interrupted('saved at step 7', 15)", 143, "saved at step 7\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("sys.exit(3)", 3, ""),
+        ("cli.warn('slow')", 0, "warning: slow\n"),
+        ("logging.getLogger('lit_gpt').warning('slow')", 0, "warning: slow\n"),
+        ("cli.fail('no')", 2, "error: no\n"),
+    ],
+)
+def test_how_a_script_ends(body, code, line):
+    done = script(body)
+    assert (done.returncode, done.stderr) == (code, line)
+
+
+def test_our_own_mistakes_show_their_traceback():
+    done = script("assert False, 'ours'")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert "Traceback" in script("raise ValueError('theirs')", SMDM_TRACEBACK="1").stderr
+
+
+def test_a_closed_pipe_is_no_error():
+    code = "from lit_gpt import cli\ncli.run(lambda: [print('line') for _ in range(100000)])"
+    done = subprocess.run(
+        f'"{sys.executable}" -c "{code}" | head -n 1', shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("line\n", "")
+
+
+def test_only_the_first_process_speaks():
+    """The second one's error is the same line; it is silent if the first one's end ends it too (its parent goes)."""
+    body = "raise ValueError('no data')"
+    assert script(body, RANK="0").stderr == "error: no data\n"
+    assert script(body, RANK="1").stderr == "error: no data\n", "alone with its error, it must say it"
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train_ar", "train_mdm", "train_mdm_rl"])
+def test_help_explains_every_flag_and_shows_the_commands(name):
+    path = ROOT / "pretrain" / f"{name}.py"
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == ""
+    # Seconds of torch and lightning would show; the margin is for a busy machine.
+    assert time.monotonic() - begin < 15
+    assert f"\n    python pretrain/{name}.py --model 6" in done.stdout, "commands keep their lines"
+    for flag in ("--model", "--flops", "--nodes_num", "--batch_size", "--data_dir", "--resume", "--config"):
+        assert f"  {flag} " in done.stdout
+    assert "Compute budget in units of 1e18 FLOPs" in " ".join(done.stdout.split())
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, runpy; sys.argv = ['pretrain/train_mdm.py', '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(*sys.modules, sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {line.strip() for line in done.stdout.splitlines()}
+    assert not loaded & {"torch", "numpy", "lightning", "transformers", "sentencepiece", "matplotlib"}
