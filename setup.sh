@@ -43,7 +43,9 @@ make_environment() {
     "$python" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
         fail "$python has no venv module; on Debian and Ubuntu: sudo apt install $("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
     echo "setting up $venv with $("$python" --version)"
-    "$python" -m venv "$venv" >/dev/null || fail "could not make $venv: is the folder writable, and is there space on the disk?"
+    local said
+    said=$("$python" -m venv "$venv" 2>&1) ||
+        fail "could not make $venv (is the folder writable, is there space on the disk?): $(tail -n 1 <<<"$said")"
 }
 
 explain_failure() {
@@ -52,7 +54,7 @@ explain_failure() {
     elif grep -qE "NewConnectionError|NameResolutionError|Failed to (resolve|establish)|ConnectTimeout|ReadTimeout|ConnectionError|ProxyError|Network is unreachable|Max retries" "$log"; then
         fail "the Python package index cannot be reached; check the network (or PIP_INDEX_URL) and run ./setup.sh again; details in $log"
     fi
-    fail "installation failed: $(grep -E '^ *(ERROR|error)' "$log" | tail -n 1 | sed 's/^ *ERROR: *//' || true) (details in $log)"
+    fail "installation failed: $(grep -E '^ *ERROR:' "$log" | tail -n 1 | sed 's/^ *ERROR: *//' || true) (details in $log)"
 }
 
 install() {
@@ -70,7 +72,7 @@ install() {
 
 [ ! -d "$venv" ] || [ -w "$venv" ] || fail "$venv is not writable; choose another folder: SMDM_VENV=/folder ./setup.sh"
 extras=$(IFS=,; echo "$*")
-if [ -x "$venv/bin/python" ]; then
+if [ -e "$venv/bin/python" ] || [ -L "$venv/bin/python" ]; then
     now=$(fingerprint) || fail "$venv is broken (its Python is gone): delete that folder and start again"
     read -r then had <<<"$(cat "$stamp" 2>/dev/null || true)" || true
     # Extras add up: what one command installed another does not take away.

@@ -17,10 +17,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run
+
+if TYPE_CHECKING:
+    from lit_gpt.packed_dataset import PackedMixture
 
 VOCABULARY = 32000
 FAR = 10**9
@@ -61,16 +65,19 @@ def measure(flags: Flags, folder: Path) -> None:
     paths = make_files(flags, folder)
     weights = {"train_slim": 0.7, "train_star": 0.3}
 
-    def open_data() -> object:
+    def open_data() -> PackedMixture:
         return open_mixture(folder, weights, flags.block_length, VOCABULARY, seed=0)
 
     open_s = seconds(open_data)
-    data = open_mixture(folder, weights, flags.block_length, VOCABULARY, seed=0)
+    data = open_data()
     forget(paths)
     cold_s = seconds(lambda: [data[k] for k in range(flags.samples)])
     warm_s = seconds(lambda: [data[k] for k in range(flags.samples)])
+    rows = min(256, flags.samples)
+    steps = -(-flags.samples // rows)
+    batches_s = seconds(lambda: read_steps(data, rows, steps)) * flags.samples / (rows * steps)
     order_s = seconds(lambda: [data.length(k) for k in range(flags.samples)])
-    fresh = open_mixture(folder, weights, flags.block_length, VOCABULARY, seed=0)
+    fresh = open_data()
     seek_s = seconds(lambda: fresh[FAR])
     far_s = seconds(lambda: [data[FAR + k] for k in range(flags.samples)])
 
@@ -81,6 +88,7 @@ def measure(flags: Flags, folder: Path) -> None:
         "cold": cold_s,
         "warm": warm_s,
         "warm, from sample 10^9 on": far_s,
+        "warm, as the trainer's batches (prefetched_steps)": batches_s,
         "order alone (no tokens read)": order_s,
     }
     for name, elapsed_s in rates.items():
@@ -96,6 +104,16 @@ def measure(flags: Flags, folder: Path) -> None:
         console.print(
             f"cold reading is {times:,.0f} times as fast as training at {flags.train_tokens_per_s:,.0f} tokens/s"
         )
+
+
+def read_steps(data: PackedMixture, rows: int, steps: int) -> None:
+    """Read steps of so many rows the way the trainer does, in micro batches of 8."""
+    from lit_gpt.batching import Group, StepLayout, prefetched_steps
+
+    layout = StepLayout(rows, group_size=1, micro_batch_size=8, first_row=0, device_rows=rows)
+    block = Group(data.block_length - 1, 1.0)
+    for _ in prefetched_steps(data, lambda step, group, lengths: block, layout, range(steps)):
+        pass
 
 
 def make_files(flags: Flags, folder: Path) -> list[Path]:

@@ -19,13 +19,13 @@ from torch import nn
 
 from lit_gpt import runtime
 from lit_gpt.checkpoint_files import (
-    FORMAT_VERSION,
     PUBLISHED_KEYS,
     CheckpointInfo,
     clean_names,
     differences,
     list_checkpoints,
     marker_path,
+    new_marker,
     newest_complete,
     open_checkpoint,
     open_torch_file,
@@ -123,19 +123,18 @@ def _gather(fabric: Fabric, state: dict[str, Any]) -> dict[str, Any]:
 
 def _write(path: Path, content: dict[str, Any], step: int, iter_num: int, record: dict[str, Any]) -> None:
     """The file, then its marker; between the two a marker of an earlier file of that name knows both."""
-    marker = {"format": FORMAT_VERSION, "step": step, "iter_num": iter_num, "record": record}
     json.dumps(record)  # fails here, before anything is written, if a value is no JSON
 
     def announce(stamp: FileStamp) -> None:
         if path.exists() and marker_path(path).exists():
             with contextlib.suppress(ValueError, OSError):
                 earlier = read_json_object(marker_path(path))
-                write_json(marker_path(path), {**earlier, "successor": {**marker, **vars(stamp)}})
+                write_json(marker_path(path), {**earlier, "successor": new_marker(step, iter_num, record, stamp)})
 
     try:
         # HashingFile has what torch.save needs of a file: write and flush.
         stamp = write_file(path, lambda file: torch.save(content, cast(IO[bytes], file)), announce)
-        write_json(marker_path(path), {**marker, **vars(stamp)})
+        write_json(marker_path(path), new_marker(step, iter_num, record, stamp))
     except SaveError as error:
         raise SaveError(f"{error}; {_last_good(path)}") from error
 

@@ -8,6 +8,7 @@ torch files are read with weights_only, so nothing in them can run. May import f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pickle
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lit_gpt.files import TEMPORARY_SUFFIX, file_sha256, read_json_object, write_json
+from lit_gpt.files import TEMPORARY_SUFFIX, FileStamp, file_sha256, read_json_object, write_json
 
 FORMAT_VERSION = 1
 RUN_RECORD_NAME = "run.json"
@@ -227,12 +228,28 @@ def remove_checkpoints(run_dir: Path, after_iter_num: int = -1) -> None:
 
 
 def remove_temporary(run_dir: Path) -> None:
-    """Delete what a kill left behind: unfinished files, markers without a checkpoint. Needs the folder's lock."""
+    """Put in order what a kill left behind; needs the folder's lock.
+
+    Unfinished files and markers without a checkpoint are deleted. A checkpoint of ours that only lacks its marker is
+    whole (it was on the disk before it got its name) and gets one; else it would never be counted, nor deleted.
+    """
     for path in Path(run_dir).glob(f"*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
     for path in Path(run_dir).glob("iter-*-ckpt.json"):
         if not path.with_suffix(".pth").exists():
             path.unlink(missing_ok=True)
+    for path in list_checkpoints(run_dir):
+        if not marker_path(path).exists():
+            with contextlib.suppress(_BrokenError, OSError):
+                found = _examine_unmarked(path, path.stat().st_size)
+                if found.record:
+                    stamp = FileStamp(found.size, file_sha256(path))
+                    write_json(marker_path(path), new_marker(found.step, found.iter_num, found.record, stamp))
+
+
+def new_marker(step: int, iter_num: int, record: dict[str, Any], stamp: FileStamp) -> dict[str, Any]:
+    """What a marker says of a complete checkpoint."""
+    return {"format": FORMAT_VERSION, "step": step, "iter_num": iter_num, "record": record, **vars(stamp)}
 
 
 def open_torch_file(path: Path) -> Any:

@@ -6,8 +6,11 @@ underscores in flag names are the same. Imports of the package stay out of here,
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -44,19 +47,37 @@ def parse(
     Raises:
         SystemExit: after `--help` (code 0) or a wrong flag or value (code 2, one line).
     """
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the description's lines: it shows commands to copy."""
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            fail(f"{_one_line(message)} (--help lists the flags)")
+            fail(f"{_explain(message)} (--help lists the flags)")
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(description=description, allow_abbrev=False, default_env=False, prog=os.path.basename(sys.argv[0]))
-    parser.add_argument("--config", action="config", help="Read flags from this YAML or JSON file; flags win over it.")
+    program = os.path.basename(sys.argv[0])
+    parser = Parser(
+        prog=program,
+        usage=f"{program} [--flag VALUE ...]",
+        description=description,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="Read flags from this YAML or JSON file; flags win over it.")
     parser.add_class_arguments(flags, as_group=False)
     if defaults:
         parser.set_defaults(defaults)
-    values = parser.parse_args(_underscores(sys.argv[1:] if argv is None else argv)).as_dict()
+    words = _as_typed(flags, _underscores(sys.argv[1:] if argv is None else argv))
+    try:
+        words = _with_config(flags, words)
+    except (ValueError, OSError) as error:
+        fail(_one_line(_describe(error)))
+    values = parser.parse_args(words).as_dict()
     values.pop("config", None)
     return flags(**values)
 
@@ -149,6 +170,79 @@ def _underscores(argv: Sequence[str]) -> list[str]:
             name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
         )
     return result
+
+
+def _as_typed(flags: type, argv: Sequence[str]) -> list[str]:
+    """Flags as users type them: `--overwrite` alone is true, `--logger csv,wandb` or `--logger csv wandb` a list."""
+    types = {field.name: str(field.type) for field in dataclasses.fields(flags)}
+    result, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        kind = types.get(name, "") if word.startswith("--") else ""
+        if kind in ("bool", "<class 'bool'>") and not equals and (not rest or rest[0].lower() not in ("true", "false")):
+            word = f"--{name}=true"
+        elif kind.startswith("list["):
+            values = [value] if equals else []
+            while not equals and rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            if len(values) == 1 and re.fullmatch(r"\w+(,\w+)+", values[0]):
+                values = values[0].split(",")
+            if values and not values[0].startswith("["):
+                word = f"--{name}={json.dumps(values)}"
+            elif values:
+                word = f"--{name}={' '.join(values)}"
+        result.append(word)
+    return result
+
+
+def _with_config(flags: type, argv: list[str]) -> list[str]:
+    """Replace `--config FILE` by the flags that the file sets, put first, so that typed flags win.
+
+    A scalar counts as it is spelled (`model: 170`, `compile: on`), as on the command line.
+
+    Raises:
+        ValueError: the file is no mapping of flags.
+        OSError: the file cannot be read.
+    """
+    path, rest = None, []
+    words = iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            if path is not None:
+                raise ValueError("--config is given twice")
+            path = word.partition("=")[2] or next(words, "")
+        else:
+            rest.append(word)
+    if path is None:
+        return rest
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        spelled, typed = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: neither YAML nor JSON: {error}") from error
+    if not isinstance(typed, dict):
+        raise ValueError(f"--config {path}: expected lines such as 'model: 170'")
+    known = {field.name for field in dataclasses.fields(flags)}
+    result = []
+    for key, value in zip(spelled, typed.values(), strict=True):
+        name = key.replace("-", "_")
+        if name not in known:
+            raise ValueError(f"--config {path}: unknown flag {key} (--help lists the flags)")
+        result.append(f"--{name}={json.dumps(value) if isinstance(value, dict | list) else spelled[key]}")
+    return [*result, *rest]
+
+
+def _explain(message: str) -> str:
+    """The parser's message with the flag spelled as it is typed and the type as a word."""
+    line = re.sub(r"<class '(\w+)'>", r"\1", _one_line(message)).replace("NoneType", "null")
+    line = re.sub(r"Parser key \"([\w.]+)\": ", r"--\1: ", line)
+    if union := re.search(r"^(--[\w.]+): .*Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$", line):
+        return f"{union[1]}: expected {union[2].replace(', ', ' or ')}, got {union[3]}"
+    return line.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
 
 
 def _describe(error: Exception) -> str:

@@ -163,7 +163,7 @@ class Config:
         shape.update({key: value for key, value in overrides.items() if key in shape})
         rest = {key: value for key, value in overrides.items() if key not in shape}
         full_name = f"{NAME_PREFIX}{label}M"
-        if shape != published and "name" not in rest:
+        if shape != published:
             custom = cls(name="custom", **shape, **rest)  # type: ignore[arg-type]
             full_name = f"{NAME_PREFIX}{custom.size_in_millions:.3g}M"
         return cls(**{"name": full_name, **shape, **rest})  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """What somebody watches in a terminal: text that emerges from masks, and a training script's progress.
 
 Decisions: what is watched is a `Denoising`, the finished tokens of one row and the step in which each was revealed;
-every picture of any step follows from that, here and in `plots`. Rich is imported when it is used. May import canvas
-and tokenizer only.
+every picture of any step follows from that, here and in `plots`. Rich is imported when it is used; torch never is. May
+import canvas and tokenizer only, for their types.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lit_gpt.canvas import State
-from lit_gpt.tokenizer import Tokenizer
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
     from rich.text import Text
+
+    from lit_gpt.canvas import State
+    from lit_gpt.tokenizer import Tokenizer
 
 PLAIN_MASK = " __"
 """A masked token in plain text."""
@@ -57,7 +57,10 @@ class Denoising:
             for position, token in enumerate(state.input_ids[row][keep].tolist()):
                 if token != mask_id:
                     revealed[position] = state.step
-        return cls(token_texts(tokenizer, ids, mask_id), revealed, steps)
+        texts = token_texts(tokenizer, ids, mask_id)
+        if texts[0].startswith(" ") and not tokenizer.decode(ids[:1]).startswith(" "):
+            texts[0] = texts[0][1:]  # the dummy space that the tokenizer put before the text
+        return cls(texts, revealed, steps)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -85,6 +88,8 @@ class Denoising:
         order = sorted(at for at in self.revealed if 0 < at <= self.steps)
         if not order:
             return [0]
+        if len(set(order)) < count:
+            return [0, *sorted(set(order))]
         picked = [order[round(part * (len(order) - 1) / (count - 1))] for part in range(1, count - 1)]
         return sorted({0, *picked, order[-1]})
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lit_gpt.display import Denoising
 
@@ -61,7 +61,7 @@ def plot_losses(curves: Sequence[LossCurve], title: str, path: Path) -> None:
                 label=f"{curve.label}, validation: {losses[-1]:.2f}",
             )  # fmt: skip
     axes.set(xlabel="tokens seen in training", ylabel="loss, nats per token", title=title)
-    axes.xaxis.set_major_formatter(_count)
+    axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
     axes.margins(x=0.02)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -90,12 +90,16 @@ def draw_denoising(denoising: Denoising, title: str, path: Path, panels: int = 6
 
 def animate_denoising(denoising: Denoising, path: Path, width: int = 720) -> None:
     """`draw_denoising` as an animated GIF, one panel, a frame for each step that revealed something (at most 60)."""
+    from PIL import Image
     from PIL.Image import Dither
 
     painter = _Painter(denoising, width)
     frames = [painter.panel(step) for step in denoising.snapshots(_MAX_FRAMES)]
-    # One palette for all frames, from the one with the most colours, or the colours would flicker.
-    palette = frames[-1].quantize(255)
+    # One palette for all frames, or the colours would flicker: the first frame has the masks, the last every step.
+    both = Image.new("RGB", (width, 2 * painter.height))
+    both.paste(frames[0], (0, 0))
+    both.paste(frames[-1], (0, painter.height))
+    palette = both.quantize(255)
     indexed = [frame.quantize(palette=palette, dither=Dither.NONE) for frame in frames]
     durations = [_FRAME_MS] * (len(frames) - 1) + [_LAST_FRAME_MS]
     indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False)
@@ -109,7 +113,7 @@ class _Painter:
         self.font, self.small = _font(_FONT), _font(_SMALL_FONT)
         self.cells: list[tuple[int, int, int, str]] = []
         x, y = 0, _LINE
-        for text in denoising.texts:
+        for text, following in zip(denoising.texts, [*denoising.texts[1:], ""], strict=True):
             visible = text.replace("\n", "↵").strip() or " "
             gap = 5 if text.startswith(" ") else 0
             cell = math.ceil(self.font.getlength(visible)) + 2 * _PAD
@@ -117,7 +121,8 @@ class _Painter:
                 x, y, gap = 0, y + _LINE, 0
             self.cells.append((x + gap, y, cell, visible))
             x += gap + cell + 1
-            if text.endswith("\n"):
+            # Blank lines would take much room and say little: their line ends stay on one line.
+            if text.endswith("\n") and following != "\n":
                 x, y = 0, y + _LINE
         self.height = y + _LINE + 6
 
@@ -193,6 +198,6 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     return means
 
 
-def _count(value: float, _: Any = None) -> str:
-    """`250k`, `1.5M`."""
-    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value else "0"
+def short_count(value: float) -> str:
+    """`250k`, `1.23M`: three digits."""
+    return f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value / 1e3:.3g}k" if value >= 1e3 else f"{value:.3g}"

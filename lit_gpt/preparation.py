@@ -196,10 +196,10 @@ def _finish(plan: Plan, all_series: list[_Series]) -> dict[str, dict[str, Any]]:
         raise ValueError(f"the {len(plan.sources)} source file(s), from {plan.sources[0].path} on, hold no documents")
     empty = next((series for series in all_series if not series.documents), None)
     if empty is not None:
+        share = f"--validation_fraction {plan.validation_fraction:g} of {total} document(s)"
         raise ValueError(
-            f"--validation_fraction {plan.validation_fraction:g} of {total} document(s) leaves none for {empty.prefix}: "
-            "make more documents of the text (--document line), or prepare the validation text by itself "
-            "(--prefix validation)"
+            f"{share} leaves none for {empty.prefix}: make more documents of the text (--document line), or prepare "
+            "validation text by itself (--prefix validation)"
         )
     manifests = {series.prefix: series.close() for series in all_series}
     for prefix in reversed(plan.prefixes):

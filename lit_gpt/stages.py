@@ -1,7 +1,7 @@
 """Pipelines of scripts: stages that are done once per setting, and child processes whose output somebody watches.
 
 Decisions: a stage owns a folder and a stamp in it, `stage.json`, with the settings that its result depends on; the
-stamp is written before the work (so that interrupted work is known to be of these settings, and can go on) and completed
+stamp is written before the work (so that interrupted work is known to be of these settings and can go on) and completed
 after it. Children run in a session of their own: a Ctrl-C reaches them once, through us. May import cli and files.
 """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 # Raw bytes of a batch: large enough that handing it to another process costs little, small enough to balance the cores.
 _BATCH_BYTES = 1 << 20
 _PARQUET_ROWS = 256
+# Compressed bytes that are decompressed at once.
+_ZSTD_BYTES = 1 << 17
 # Files up to this many bytes are compared whole when two runs' sources are compared, larger ones by size and both ends.
 _SMALL_FILE_BYTES = 1 << 21
 _END_BYTES = 1 << 14
@@ -193,28 +196,51 @@ def _line_batches(source: Source, index: int, begin: Position) -> Iterator[Batch
 
 
 def _decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
+    """The lines' bytes; a .zst file may hold several frames, each of which must be whole."""
     if source.kind != ".jsonl.zst":
         return raw
-    import io
+    return io.BufferedReader(_ZstdReader(raw), _BATCH_BYTES)
 
-    import zstandard
 
-    class Reader(io.RawIOBase):
-        """Turns the library's own error into one that says what is wrong with the file."""
+class _ZstdReader(io.RawIOBase):
+    """Decompresses, and notices a truncated file, which the library's own reader takes for a complete one."""
 
-        def __init__(self) -> None:
-            self._stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    def __init__(self, raw: IO[bytes]) -> None:
+        import zstandard
 
-        def readable(self) -> bool:
-            return True
+        self._raw, self._error = raw, zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._input = b""
+        self._output = memoryview(b"")
 
-        def readinto(self, buffer: Any) -> int:
-            try:
-                return self._stream.readinto(buffer)
-            except zstandard.ZstdError as error:
-                raise OSError(f"damaged zstd data near byte {raw.tell()}: {error}") from error
+    def readable(self) -> bool:
+        return True
 
-    return io.BufferedReader(Reader(), _BATCH_BYTES)
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._raw.read(_ZSTD_BYTES)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError(f"truncated zstd data: it ends at byte {self._raw.tell()} within a frame")
+                return 0
+            self._output = memoryview(self._decompress())
+        count = min(len(buffer), len(self._output))
+        buffer[:count] = self._output[:count]
+        self._output = self._output[count:]
+        return count
+
+    def _decompress(self) -> bytes:
+        if self._frame is None:
+            self._frame = self._new_frame()
+        try:
+            output = self._frame.decompress(self._input)
+        except self._error as error:
+            raise OSError(f"damaged zstd data before byte {self._raw.tell()}: {error}") from error
+        self._input = self._frame.unused_data if self._frame.eof else b""
+        if self._frame.eof:
+            self._frame = None
+        return output
 
 
 def _skip(stream: IO[bytes], count: int) -> None:

@@ -217,8 +217,8 @@ def infer_kind(path: Path | str, state: dict[str, Tensor]) -> str:
     more = state[_EMBEDDING].size(0) - state[_HEAD].size(0)
     if more not in (0, 1):
         raise ValueError(
-            f"{path}: {_EMBEDDING} has {state[_EMBEDDING].size(0)} rows and {_HEAD} {state[_HEAD].size(0)}; expected as "
-            "many (arm) or one more (mdm)"
+            f"{path}: {_EMBEDDING} has {state[_EMBEDDING].size(0)} rows, {_HEAD} {state[_HEAD].size(0)}; expected as many"
+            " (arm) or one more (mdm)"
         )
     return "mdm" if more else "arm"
 
@@ -247,7 +247,7 @@ def _record_of(path: Path, content: dict[str, Any], warn: Callable[[str], object
 
 
 def infer_config(path: Path | str, state: dict[str, Tensor], model_name: str | int | None = None) -> Config:
-    """The published config of a file without a record: the one that the user names, else the one its shapes show.
+    """The published config of a file without a record: the one that is asked for, or that its shapes show.
 
     Raises:
         ValueError: no published size has these shapes, or another than the user named.

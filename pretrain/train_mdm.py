@@ -11,6 +11,7 @@ workdir/scaling_debug/mdm-<size>M-<flops>, goes on from them when started again,
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,9 +20,9 @@ from lit_gpt.cli import parse, run
 from lit_gpt.train_config import PretrainConfig
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse, describe, fit."""
-    flags = parse(PretrainConfig, None, __doc__)
+    flags = parse(PretrainConfig, argv, __doc__)
 
     from lit_gpt.diffmodel import TransEncoder
     from lit_gpt.objectives import MaskedDiffusion

@@ -11,6 +11,7 @@ models/mdm-<...>-rsl-<ratio>.safetensors.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +34,9 @@ class Flags(PretrainConfig):
         return super().problems() + wrong
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse, describe, fit."""
-    flags = parse(Flags, None, __doc__)
+    flags = parse(Flags, argv, __doc__)
 
     from lit_gpt.diffmodel import TransEncoder
     from lit_gpt.objectives import MaskedDiffusion

@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -81,17 +81,19 @@ def main() -> None:
         chunk_size=flags.chunk_size,
         validation_fraction=flags.validation_fraction,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     display = _Display()
     try:
         outcome = prepare(plan, flags.num_workers or available_cores(), flags.overwrite, display.update, display.say)
-    except KeyboardInterrupt:
-        display.close()
-        line = "interrupted: what is finished is kept; the same command goes on from there"
-        raise Interrupted(line, signal.SIGINT) from None
     finally:
         display.close()
     _summary(plan, outcome)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """Signal handler: leave at once; what is recorded is consistent at any moment."""
+    raise Interrupted("interrupted: what is finished is kept; the same command goes on from there", number)
 
 
 def _check(flags: PrepareFlags) -> None:

@@ -205,29 +205,29 @@ def loss_curve(kind: str, result: dict[str, Any]) -> LossCurve:
 
     with open(result["metrics"], newline="") as file:
         rows = list(csv.DictReader(file))
-    tokens_of = {int(row["step"]): int(float(row["total_tokens"])) for row in rows if row.get("total_tokens")}
+    tokens_per_step = result["total_tokens"] / result["step"]
     train_losses, val_losses = (
-        [
-            (tokens_of[int(row["step"])], float(row[name]))
-            for row in rows
-            if row.get(name) and int(row["step"]) in tokens_of
-        ]
+        [(int(int(row["step"]) * tokens_per_step), float(row[name])) for row in rows if row.get(name)]
         for name in ("metric/train_loss", "metric/val_loss")
     )
-    return LossCurve(
-        f"{kind.upper()} (upper bound)" if result.get("val_is_bound") else kind.upper(), train_losses, val_losses
-    )
+    label = f"{kind.upper()} (upper bound)" if result.get("val_is_bound") else kind.upper()
+    return LossCurve(label, train_losses, val_losses)
 
 
 def draw_losses(results: dict[str, dict[str, Any]], out: Path) -> None:
-    """Both models' curves in one picture."""
-    from lit_gpt.config import Config
-    from lit_gpt.plots import plot_losses
+    """Both models' curves in one picture, if they are newer than it."""
+    path = out / "losses.png"
+    trained = max((out / kind / "stage.json").stat().st_mtime for kind in KINDS)
+    if path.exists() and path.stat().st_mtime > trained:
+        return
 
-    tokens = results["arm"]["total_tokens"]
+    from lit_gpt.config import Config
+    from lit_gpt.plots import plot_losses, short_count
+
+    tokens = short_count(results["arm"]["total_tokens"])
     size = Config.from_dict(results["arm"]["config"]).size_in_millions
-    title = f"An ARM and an MDM of {size:.3g}M parameters (embeddings apart), {tokens / 1e6:.3g}M tokens each"
-    plot_losses([loss_curve(kind, result) for kind, result in results.items()], title, out / "losses.png")
+    title = f"An ARM and an MDM of {size:.3g}M parameters (embeddings apart), {tokens} tokens each"
+    plot_losses([loss_curve(kind, result) for kind, result in results.items()], title, path)
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def _script(script: str, *arguments: object, console: Console | None = None, wat
     from lit_gpt.stages import run_script
 
     def show(line: str) -> None:
-        if console is not None and not line.startswith("error: "):
+        if console is not None and not line.startswith(("error: ", "train with: ")):
             console.print(f"  {line}", markup=False, soft_wrap=True)
 
     run_script([str(ROOT / script), *map(str, arguments)], watch or show)

@@ -90,8 +90,10 @@ def test_two_processes_meet_and_the_failing_one_decides(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_every_process_save(tmp_path, number):
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and would be below them too.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); from lit_gpt.launcher import main; main()"
     process = subprocess.Popen(
-        [*LAUNCHER, "run", "model", "--accelerator=cpu", "--devices=2", script(tmp_path, SAVES)],
+        [sys.executable, "-c", heard, "run", "model", "--accelerator=cpu", "--devices=2", script(tmp_path, SAVES)],
         cwd=tmp_path,
         env=environment(),
         stderr=subprocess.PIPE,

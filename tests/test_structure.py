@@ -25,8 +25,10 @@ LAYERS = [
     # Leaves: they know nothing else of the package.
     {"config", "noise", "schedule", "kernels", "cli", "files", "train_config", "tokenizer"},
     {"packed_format", "text_sources", "canvas"},
-    {"layers", "diffusion", "naming", "checkpoint_files", "packed_dataset", "speed_monitor", "launcher", "display"},
-    {"model", "diffmodel", "runtime", "export", "batching", "preparation"},
+    {"layers", "diffusion", "naming", "checkpoint_files", "packed_dataset", "speed_monitor"},
+    # What scripts besides training use, and nothing of the package above needs.
+    {"launcher", "stages", "display", "preparation_plan"},
+    {"model", "diffmodel", "runtime", "export", "batching", "preparation", "plots"},
     {"sampling", "objectives", "checkpoint"},
     {"weights", "validation"},
     {"run_folder", "describe"},

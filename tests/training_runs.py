@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib.util
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from lit_gpt import cli
 from lit_gpt.noise import hash_int
 from lit_gpt.packed_dataset import PackedDatasetBuilder
 
@@ -61,7 +66,23 @@ def start(script: str, folder: Path, **flags: object) -> subprocess.Popen[str]:
 
 
 def train(script: str, folder: Path, code: int = 0, **flags: object) -> tuple[str, str]:
-    """Run a script to its end; returns what it printed."""
+    """Run a script's main to its end in this process, as `cli.run` does, in `folder`; returns what it printed."""
+    path, *arguments = command(script, folder, **flags)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with pytest.raises(SystemExit) as end:
+            cli.run(lambda: module.main(arguments))
+    assert (end.value.code or 0) == code, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def train_alone(script: str, folder: Path, code: int = 0, **flags: object) -> tuple[str, str]:
+    """Run a script to its end as a user starts it; returns what it printed."""
     process = start(script, folder, **flags)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, out + err

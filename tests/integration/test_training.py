@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-from tests.training_runs import command, environment, final_state, losses, make_data, metrics, start, train
+from tests.training_runs import command, environment, final_state, losses, make_data, metrics, start, train, train_alone
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_kill_and_resume_is_bit_identical(folder, tmp_path_factory):
     settings = {"max_steps": 120, "save_interval": 7, "log_interval": 5}
     whole = tmp_path_factory.mktemp("whole")
     make_data(whole / "data")
-    train("train_mdm_rl.py", whole, **settings, ssl_ratio=0.3)
+    train_alone("train_mdm_rl.py", whole, **settings, ssl_ratio=0.3)
     moments = random.Random(5)
     kills = 0
     for attempt in itertools.count():
@@ -109,7 +109,7 @@ def test_two_processes_have_the_losses_of_one(folder, tmp_path_factory, strategy
     single = tmp_path_factory.mktemp("single")
     make_data(single / "data")
     train("train_mdm_rl.py", single, **settings)
-    train("train_mdm_rl.py", folder, **settings, devices=2, strategy=strategy)
+    train_alone("train_mdm_rl.py", folder, **settings, devices=2, strategy=strategy)
     one, two = losses(single), losses(folder)
     assert len(one) == 50
     assert relative_difference(one, two) < 1e-5
@@ -152,14 +152,12 @@ def test_an_mdm_starts_from_an_arms_weights(folder):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({"model": 7}, "the sizes are 6, 19, 34"),
+        ({"model": 7, "max_steps": 5}, "the sizes are 6, 19, 34"),
         ({"max_steps": 5, "flops": 1.0}, "give either --flops (in 1e18) or --max_steps, not both"),
         ({"data_dir": "nowhere", "max_steps": 5}, "no training data: looked for nowhere/train_slim*.bin"),
         ({"vocab_size": 40, "max_steps": 5}, "the model's vocabulary has 40 tokens"),
         ({"block_size": 500, "max_steps": 5}, "is smaller than a block of 501"),
-        ({"devices": 3, "max_steps": 5}, "the nearest that do are 6 or 9"),
         ({"accelerator": "cuda", "max_steps": 5}, "no CUDA device"),
-        ({"nodes_num": 2, "max_steps": 5}, "nodes_num"),
         ({"init_from": "missing.safetensors", "max_steps": 5}, "missing.safetensors"),
         ({"max_steps": 5, "min_lr": 1.0}, "0 <= min_lr <= learning_rate"),
         (
@@ -172,6 +170,13 @@ def test_a_users_mistake_is_one_line_and_code_2(folder, flags, expected):
     out, err = train("train_mdm.py", folder, code=2, **flags)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and expected in lines[0], err
+    assert "Traceback" not in err
+
+
+def test_a_batch_that_does_not_split_is_one_line_for_all_processes(folder):
+    _, err = train_alone("train_mdm.py", folder, code=2, max_steps=5, devices=3)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "the nearest that do are 6 or 9" in lines[0], err
     assert "Traceback" not in err
 
 

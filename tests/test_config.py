@@ -1,0 +1,88 @@
+"""The model family: the 30 published sizes, shapes of one's own, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lit_gpt.config import SIZES, Config
+
+FAMILY = json.loads((Path(__file__).parent / "golden" / "model_family.json").read_text())
+SHAPE = ("n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
+
+
+@pytest.mark.parametrize("row", FAMILY["sizes"], ids=lambda row: str(row["model"]))
+def test_published_size(row: dict):
+    config = Config.from_name(row["model"])
+    assert {field: getattr(config, field) for field in SHAPE} == {field: row[field] for field in SHAPE}
+    assert config.size_in_millions == pytest.approx(row["non_embedding_params_millions"], abs=5e-7)
+    assert config.name == f"Diff_LLaMA_{row['model']}M"
+    assert config.size_label == str(row["model"])
+
+
+def test_the_family_is_complete_and_shares_the_rest():
+    assert sorted(SIZES) == sorted(row["model"] for row in FAMILY["sizes"])
+    assert len(SIZES) == 30
+    config, common = Config.from_name(170), FAMILY["common"]
+    for field in ("block_size", "vocab_size", "padded_vocab_size", "padding_multiple", "norm_eps"):
+        assert getattr(config, field) == common[field]
+    assert config.rope_theta == 10000
+    assert config.rope_table_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", [170, "170", "170M", "Diff_LLaMA_170M", " 170 "])
+def test_spellings_of_a_name(name):
+    assert Config.from_name(name) == Config.from_name(170)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "padded"), [(32000, 32000), (4096, 4096), (4097, 4160), (50, 64), (50257, 50304)]
+)
+def test_mask_id_is_the_padded_vocabulary(vocab_size: int, padded: int):
+    config = Config.from_name(6, vocab_size=vocab_size)
+    assert (config.padded_vocab_size, config.mask_id) == (padded, padded)
+
+
+def test_overrides_keep_the_published_name_only_for_the_published_shape():
+    assert Config.from_name(6, vocab_size=4096, block_size=256).name == "Diff_LLaMA_6M"
+    custom = Config.from_name(6, n_layer=2)
+    assert custom.n_layer == 2
+    assert custom.name == "Diff_LLaMA_2.1M"
+    assert custom.size_label == "2.1"
+
+
+def test_survives_json():
+    config = Config.from_name(19, vocab_size=4096, rope_table_dtype="float32")
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("change", [{"of_a_later_version": 1}, {"n_layer": None}])
+def test_foreign_config_is_refused(change: dict):
+    values = Config.from_name(6).to_dict() | change
+    values = {key: value for key, value in values.items() if value is not None}
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Config.from_dict(values)
+
+
+def test_unknown_size_lists_the_sizes():
+    with pytest.raises(ValueError, match=r"171.*6, 19, 34.*2121"):
+        Config.from_name(171)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n_layer": 0}, "n_layer"),
+        ({"n_embd": 255}, "n_embd 255"),
+        ({"n_embd": 12}, "even"),
+        ({"n_query_groups": 3}, "n_query_groups 3"),
+        ({"vocab_size": 1.5}, "vocab_size"),
+        ({"rope_table_dtype": "float16"}, "rope_table_dtype"),
+        ({"width": 3}, "width"),
+    ],
+)
+def test_impossible_shapes_are_refused(change: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        Config.from_name(6, **change)
