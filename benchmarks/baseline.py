@@ -130,10 +130,21 @@ def optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
     )
 
 
-def step(model: nn.Module, adamw: torch.optim.AdamW, input_ids: Tensor, targets: Tensor, weights: Tensor) -> float:
-    """One optimizer step, the gradient clipped to 1; returns the loss."""
+def step(model: nn.Module, adamw: torch.optim.AdamW, batch: tuple[Tensor, Tensor, Tensor], bf16: bool) -> float:
+    """One optimizer step, the gradient clipped to 1.
+
+    Args:
+        model: a PlainModel.
+        adamw: its optimizer.
+        batch: input_ids, targets and weights, (B, T) each.
+        bf16: whether matrix products run in bfloat16 (autocast).
+
+    Returns:
+        The loss.
+    """
     adamw.zero_grad(set_to_none=True)
-    total = loss(model, input_ids, targets, weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        total = loss(model, *batch)
     total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
     adamw.step()

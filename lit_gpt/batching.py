@@ -66,7 +66,9 @@ class Group:
 class GroupRule(Protocol):
     """Decides a `Group` from the step, the group's number in it, and its rows' real token counts."""
 
-    def __call__(self, step: int, group: int, lengths: Sequence[int]) -> Group: ...
+    def __call__(self, step: int, group: int, lengths: Sequence[int]) -> Group:
+        """Decide one group."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Decisions: padding is on the left with a key mask, so every row ends in the last column; each row's positions start at
 0 (the rounded rotary tables are not shift-invariant); a row carries its own number, the key of its random stream.
-Infilling needs nothing new here: any position may be given. Imports nothing of the package.
+Infilling needs nothing new here: any position may be given. Imports nothing of the package (config for its type).
 
 B rows, T tokens.
 """
@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lit_gpt.config import Config
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,41 @@ class State:
     def confidences(self) -> list[Tensor]:
         """The confidences of `tokens`, (L_i,) float32 each."""
         return [value[keep] for value, keep in zip(self.confidence, self.key_mask, strict=True)]
+
+
+def context_lengths(
+    prompts: Sequence[Sequence[int] | Tensor], context_length: int | Sequence[int], config: Config
+) -> tuple[int, ...]:
+    """One length of the finished row per prompt, checked.
+
+    Args:
+        prompts: token ids per row.
+        context_length: of all rows, or of each.
+        config: of the model.
+
+    Raises:
+        ValueError: no prompt; a length that the model cannot read, or below its prompt's; ids that are no tokens.
+    """
+    lengths = (context_length,) * len(prompts) if isinstance(context_length, int) else tuple(context_length)
+    if not len(prompts):
+        raise ValueError("sampling: no prompt was given")
+    if len(lengths) != len(prompts):
+        raise ValueError(f"sampling: {len(lengths)} context lengths for {len(prompts)} prompts")
+    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        if not 1 <= length <= config.block_size:
+            raise ValueError(f"context length {length}: this model reads from 1 to {config.block_size} tokens")
+        if len(prompt) > length:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, more than the context length {length} (prompt included): "
+                f"shorten it or raise the context length (this model's limit is {config.block_size})"
+            )
+        ids = torch.as_tensor(prompt, dtype=torch.int64)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+            raise ValueError(
+                f"prompt {index} holds ids from {int(ids.min())} to {int(ids.max())}: this model's tokens are 0 to "
+                f"{config.vocab_size - 1} (the mask is no token of a prompt)"
+            )
+    return lengths
 
 
 def masked_canvas(

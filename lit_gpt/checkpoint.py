@@ -39,7 +39,7 @@ from lit_gpt.files import FileStamp, SaveError, folder_lock, make_folder, read_j
 from lit_gpt.naming import export_name, run_name
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 __all__ = [
     "CheckpointInfo",

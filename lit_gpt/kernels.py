@@ -49,13 +49,17 @@ def choose(attention_kernel: str, device: torch.device, dtype: torch.dtype, comp
     global _attention_choice, _compile_loss
     suits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     if attention_kernel not in ATTENTION_CHOICES:
-        raise ValueError(f"attention kernel {attention_kernel!r} is unknown: choose from {', '.join(ATTENTION_CHOICES)}")
+        raise ValueError(
+            f"attention kernel {attention_kernel!r} is unknown: choose from {', '.join(ATTENTION_CHOICES)}"
+        )
     if attention_kernel == "auto":
         packages = [name for name in ("flash_attn", "xformers") if suits and importlib.util.find_spec(name)]
         attention_kernel = packages[0] if packages else "torch"
     elif attention_kernel != "torch":
         if not importlib.util.find_spec(attention_kernel):
-            raise ValueError(f"attention kernel {attention_kernel} is not installed: pip install 'smdm[fused]', or use torch")
+            raise ValueError(
+                f"attention kernel {attention_kernel} is not installed: pip install 'smdm[fused]', or use torch"
+            )
         if not suits:
             raise ValueError(
                 f"attention kernel {attention_kernel} needs CUDA in bf16 or fp16, not {device.type} in "
@@ -172,7 +176,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The work of `linear_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         rows = hidden.size(0)
         head = weight.to(hidden.dtype)

@@ -258,7 +258,7 @@ def _launch(arguments: list[str]) -> int:
     os.environ["PET_SIGNALS_TO_HANDLE"] = "none"
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
     import click
-    from lightning.fabric.cli import _main as fabric
+    from lightning_fabric.cli import _main as fabric
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:

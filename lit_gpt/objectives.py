@@ -40,12 +40,20 @@ class Scored:
 class Objective(Protocol):
     """One kind of training."""
 
-    estimator: str
-    """What the validation loss is, in words for the console and the records."""
-    is_bound: bool
-    """Whether the validation loss is an upper bound of the negative log-likelihood, not the thing itself."""
-    fixed_draws: int | None
-    """Validation draws per sequence that make sense; None where more draws are more exact."""
+    @property
+    def estimator(self) -> str:
+        """What the validation loss is, in words for the console and the records."""
+        ...
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the validation loss is an upper bound of the negative log-likelihood, not the thing itself."""
+        ...
+
+    @property
+    def fixed_draws(self) -> int | None:
+        """Validation draws per sequence that make sense; None where more draws are more exact."""
+        ...
 
     def group(self, step: int, group: int, lengths: Sequence[int]) -> Group:
         """Cut and denominator of a group; see `batching.GroupRule`."""

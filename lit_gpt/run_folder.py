@@ -21,7 +21,7 @@ from lit_gpt import checkpoint, cli, runtime, speed_monitor, weights
 from lit_gpt.train_config import TrainConfig
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     from lit_gpt.trainer import Experiment
 
@@ -78,7 +78,7 @@ class RunFolder:
         record = checkpoint.read_run_record(path) if start else {}
         if start is not None:
             self._check_settings(start)
-            if record.get("finished") and config.resume == "auto":
+            if record.get("finished") and config.resume == "auto" and start.step == experiment.max_steps:
                 return record, start, record.get("result", {})
         if not record:
             log_folder = runtime.next_version(Path(config.log_dir) / experiment.model.config.name)
@@ -101,7 +101,7 @@ class RunFolder:
     def _choose_start(self) -> checkpoint.CheckpointInfo | None:
         resume = self.config.resume
         if resume not in ("auto", "never"):
-            return checkpoint.open_checkpoint(Path(resume))
+            return self._start_from(checkpoint.open_checkpoint(Path(resume)))
         found = checkpoint.newest_complete(self.path, cli.warn)
         if resume == "auto" or found is None:
             return found
@@ -113,7 +113,19 @@ class RunFolder:
         checkpoint.remove_checkpoints(self.path)
         return None
 
+    def _start_from(self, chosen: checkpoint.CheckpointInfo) -> checkpoint.CheckpointInfo:
+        """Go on from a checkpoint that the user named: later ones of this run would win the next time, so they go."""
+        if chosen.path.resolve().parent == self.path.resolve():
+            checkpoint.remove_checkpoints(self.path, after_iter_num=chosen.iter_num)
+        elif checkpoint.list_checkpoints(self.path):
+            raise ValueError(
+                f"--resume {chosen.path} is of another folder, but {self.path} holds a run of its own: give another --out_dir"
+            )
+        return chosen
+
     def _check_settings(self, start: checkpoint.CheckpointInfo) -> None:
+        if not start.settings:
+            cli.warn(f"{start.path} does not say with which settings it was made: nothing is compared")
         different = checkpoint.differences(start.settings, self.experiment.settings)
         if different:
             raise ValueError(
@@ -151,11 +163,13 @@ class RunFolder:
                 logger.log_metrics(metrics, step)
 
     def save(self, fabric: Fabric, state: dict[str, Any], micro_batch_size: int) -> None:
-        """Write a checkpoint; every process calls it."""
+        """Write a checkpoint; every process calls it. The final one does not count among those that are kept."""
         run = {"micro_batch_size": micro_batch_size, "world_size": fabric.world_size}
         record = {**self.record, "settings": self.experiment.settings, "run": run}
-        keep = self.config.keep_checkpoints or None
-        path = checkpoint.save_checkpoint(fabric, self.path, state, record, keep)
+        keep = self.config.keep_checkpoints
+        if keep and state["step_count"] == self.experiment.max_steps:
+            keep += 1
+        path = checkpoint.save_checkpoint(fabric, self.path, state, record, keep or None)
         fabric.print(f"saved {path}")
 
     def finish(self, fabric: Fabric, result: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import logging
 import math
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "bf16-true", "32-true")
 STRATEGIES = ("auto", "ddp", "fsdp")
@@ -55,8 +57,10 @@ def start_fabric(accelerator: str, devices: str, num_nodes: int, strategy: str, 
     Raises:
         ValueError: CUDA asked for but absent, more devices than there are, or a flag contradicts the launcher.
     """
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
+    # Its "Initializing distributed" lines would stand around our one-line errors.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     launched = os.environ.get("LT_CLI_USED") == "1"
     values = {"accelerator": accelerator, "devices": devices, "precision": precision}
     if launched:
@@ -119,7 +123,7 @@ def _resolve_devices(accelerator: str, devices: str) -> tuple[str, int]:
 
 def _sharded(world_size: int) -> Any:
     """FSDP2: every block and the rest of the model are sharded over all processes."""
-    from lightning.fabric.strategies import ModelParallelStrategy
+    from lightning_fabric.strategies import ModelParallelStrategy
 
     return ModelParallelStrategy(
         parallelize_fn=_shard, data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
@@ -265,6 +269,24 @@ class MetricsCsv:
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerow({"step": step, **metrics})
 
 
+class WandbLogger:
+    """A run in W&B's project `scaling`; a resumed run of the same folder goes on in it."""
+
+    def __init__(self, folder: Path, run_name: str, settings: dict[str, Any]) -> None:
+        import wandb
+
+        run_id = re.sub(r"\W", "-", f"{run_name}-{folder.name}")
+        self._run = wandb.init(project="scaling", name=run_name, id=run_id, dir=folder, config=settings, resume="allow")
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Send the metrics of a step."""
+        self._run.log(metrics, step=step)
+
+    def finalize(self, status: str) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
 def next_version(folder: Path) -> Path:
     """`version_N` for the first N that no earlier run used."""
     used = [int(path.name[8:]) for path in folder.glob("version_*") if path.name[8:].isdigit()]
@@ -290,15 +312,11 @@ def extra_loggers(names: Sequence[str], folder: Path, run_name: str, settings: d
         if name != "csv" and not importlib.util.find_spec(name):
             raise ValueError(f"--logger {name}: the package is not installed; pip install 'smdm[loggers]'")
         if name == "tensorboard":
-            from lightning.fabric.loggers import TensorBoardLogger
+            from lightning_fabric.loggers import TensorBoardLogger
 
             loggers.append(TensorBoardLogger(root_dir=folder, name="tensorboard", version=""))
         elif name == "wandb":
-            from lightning.pytorch.loggers import WandbLogger
-
-            loggers.append(
-                WandbLogger(project="scaling", name=run_name, save_dir=folder, config=settings, resume="allow")
-            )
+            loggers.append(WandbLogger(folder, run_name, settings))
     return loggers
 
 

@@ -24,8 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lit_gpt.canvas import Canvas, State, masked_canvas, prompt_canvas
-from lit_gpt.config import Config
+from lit_gpt.canvas import Canvas, State, context_lengths, masked_canvas, prompt_canvas
 from lit_gpt.layers import Transformer
 from lit_gpt.model import GPT, KVCache
 from lit_gpt.noise import Stream, uniform
@@ -182,11 +181,7 @@ def sample_states(
 ) -> Iterator[State]:
     """`sample`, as the sequence of its states: one before the first step and one after each.
 
-    Args:
-        model: as `sample`.
-        prompts: as `sample`.
-        sampling: as `sample`.
-        rows: as `sample`.
+    Args are those of `sample`.
 
     Returns:
         The states; the last one's `tokens()` is the result. Arguments are checked before this returns.
@@ -196,7 +191,7 @@ def sample_states(
             tokens of the model, guidance for an ARM, or an empty prompt for one.
     """
     config, device = model.config, next(model.parameters()).device
-    lengths = _context_lengths(prompts, sampling, config)
+    lengths = context_lengths(prompts, sampling.context_length, config)
     if isinstance(model, GPT):
         if sampling.cfg_scale:
             raise ValueError(
@@ -398,36 +393,6 @@ def _draw(
     logits: Tensor, canvas: Canvas, where: Tensor, step: int, sampling: Sampling, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """`gumbel_argmax` of logits (N, V) at the N positions of `where`, (N,) tokens and probabilities."""
-    keys = (
-        sampling.seed,
-        int(Stream.SAMPLER),
-        step,
-        canvas.rows[:, None].expand_as(where)[where],
-        canvas.positions[where],
-    )
+    rows = canvas.rows[:, None].expand_as(where)[where]
+    keys = (sampling.seed, int(Stream.SAMPLER), step, rows, canvas.positions[where])
     return gumbel_argmax(logits[:, :vocab_size], sampling.temperature, keys)
-
-
-def _context_lengths(prompts: Sequence[Sequence[int] | Tensor], sampling: Sampling, config: Config) -> tuple[int, ...]:
-    """One context length per row, checked against the prompts and the model."""
-    given = sampling.context_length
-    lengths = (given,) * len(prompts) if isinstance(given, int) else given
-    if not len(prompts):
-        raise ValueError("sampling: no prompt was given")
-    if len(lengths) != len(prompts):
-        raise ValueError(f"sampling: {len(lengths)} context lengths for {len(prompts)} prompts")
-    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        if not 1 <= length <= config.block_size:
-            raise ValueError(f"context length {length}: this model reads from 1 to {config.block_size} tokens")
-        if len(prompt) > length:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens, more than the context length {length} (prompt included): "
-                f"shorten it or raise the context length (this model's limit is {config.block_size})"
-            )
-        ids = torch.as_tensor(prompt, dtype=torch.int64)
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
-            raise ValueError(
-                f"prompt {index} holds ids from {int(ids.min())} to {int(ids.max())}: this model's tokens are 0 to "
-                f"{config.vocab_size - 1} (the mask is no token of a prompt)"
-            )
-    return tuple(lengths)

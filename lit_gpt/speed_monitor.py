@@ -103,7 +103,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """A GPU's published peak in this precision, from Lightning's table; None where it knows none."""
     if device.type != "cuda":
         return None
-    from lightning.fabric.utilities.throughput import get_available_flops
+    from lightning_fabric.utilities.throughput import get_available_flops
 
     dtype = (
         torch.bfloat16

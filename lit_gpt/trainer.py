@@ -26,7 +26,7 @@ from lit_gpt.train_config import TrainConfig
 from lit_gpt.validation import Validation, validate
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 # Shorter runs do not earn back the 10 to 20 s of compilation.
 _COMPILE_FROM_STEPS = 200
@@ -171,7 +171,9 @@ class _Trainer:
             candidates = (
                 [known]
                 if known
-                else runtime.micro_batch_candidates(self.layout.device_rows, self.block_size, per_token, self.fabric.device)
+                else runtime.micro_batch_candidates(
+                    self.layout.device_rows, self.block_size, per_token, self.fabric.device
+                )
             )
         try:
             size = runtime.largest_that_fits(candidates, attempt)
@@ -245,7 +247,9 @@ class _Trainer:
         return value, grad_norm, (signals.received or signal.SIGTERM) if stop else 0
 
     def _weighted_nll(self, scored: Scored) -> torch.Tensor:
-        total: torch.Tensor = self.model.weighted_nll(scored.input_ids, scored.targets, scored.weights, scored.key_mask)[0]
+        total: torch.Tensor = self.model.weighted_nll(
+            scored.input_ids, scored.targets, scored.weights, scored.key_mask
+        )[0]
         return total
 
     # --- what is seen and kept ------------------------------------------------------------------------------------
@@ -304,7 +308,9 @@ class _Trainer:
         if not count:
             return
         started = time.perf_counter()
-        result = validate(self.fabric, self.model, self.experiment, count, config.val_draws, self.layout.micro_batch_size)
+        result = validate(
+            self.fabric, self.model, self.experiment, count, config.val_draws, self.layout.micro_batch_size
+        )
         self.speed.add_validation(time.perf_counter() - started)
         self.validated = result
         self.folder.log(result.metrics(), self.step)

@@ -14,7 +14,7 @@ import torch
 from lit_gpt import batching, runtime
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     from lit_gpt.trainer import Experiment
 

@@ -216,9 +216,9 @@ def infer_kind(path: Path | str, state: dict[str, Tensor]) -> str:
     """
     more = state[_EMBEDDING].size(0) - state[_HEAD].size(0)
     if more not in (0, 1):
+        rows, head_rows = state[_EMBEDDING].size(0), state[_HEAD].size(0)
         raise ValueError(
-            f"{path}: {_EMBEDDING} has {state[_EMBEDDING].size(0)} rows, {_HEAD} {state[_HEAD].size(0)}; expected as many"
-            " (arm) or one more (mdm)"
+            f"{path}: {_EMBEDDING} has {rows} rows, {_HEAD} {head_rows}; expected as many (arm) or one more (mdm)"
         )
     return "mdm" if more else "arm"
 

@@ -1,7 +1,8 @@
-"""Pretrain an autoregressive model (ARM) on packed text.
+r"""Pretrain an autoregressive model (ARM) on packed text.
 
     python pretrain/train_ar.py --model 6 --flops 0.001 --data_dir DIR
-    lightning run model --node-rank=0 --accelerator=cuda --devices=8 --num-nodes=1 pretrain/train_ar.py --model 1028 --flops 100.
+    lightning run model --node-rank=0 --accelerator=cuda --devices=8 --num-nodes=1 \
+        pretrain/train_ar.py --model 1028 --flops 100.
 
 It learns to predict the next token: mean cross-entropy. Prints the loss every 10 steps, keeps checkpoints in
 workdir/scaling_debug/arm-<size>M-<flops>, goes on from them when started again, and exports models/ar-<...>.safetensors.

@@ -1,7 +1,8 @@
-"""Pretrain a masked diffusion model (MDM) on packed text.
+r"""Pretrain a masked diffusion model (MDM) on packed text.
 
     python pretrain/train_mdm.py --model 6 --flops 0.001 --data_dir DIR
-    lightning run model --node-rank=0 --accelerator=cuda --devices=8 --num-nodes=1 pretrain/train_mdm.py --model 170 --flops 10.
+    lightning run model --node-rank=0 --accelerator=cuda --devices=8 --num-nodes=1 \
+        pretrain/train_mdm.py --model 170 --flops 10.
 
 Each sequence gets a time t ~ U(0, 1), each token is masked with probability p = (1 - 0.001) t + 0.001, and the loss is the
 sum over masked tokens of CE / p, divided by batch * length. Prints the loss every 10 steps, keeps checkpoints in

@@ -1,7 +1,8 @@
-"""Pretrain a masked diffusion model (MDM) with stochastic sequence length.
+r"""Pretrain a masked diffusion model (MDM) with stochastic sequence length.
 
     python pretrain/train_mdm_rl.py --model 6 --flops 0.001 --ssl_ratio 0.01 --data_dir DIR
-    lightning run model --node-rank=0 --accelerator=cuda --devices=8 --num-nodes=1 pretrain/train_mdm_rl.py --model 170 --flops 60. --ssl_ratio 0.01
+    lightning run model --node-rank=0 --accelerator=cuda --devices=8 --num-nodes=1 \
+        pretrain/train_mdm_rl.py --model 170 --flops 60. --ssl_ratio 0.01
 
 As `train_mdm.py`, but a share `ssl_ratio` of the groups is cut to a random length, uniform in [1, 2048], so that the model
 also reads short texts. Checkpoints in workdir/scaling_debug/mdm-<size>M-<flops>-ssl-<ratio>, export

@@ -11,16 +11,14 @@ from typing import Any
 # Before anything imports them: the hub's library and OpenMP read these once; processes that tests start inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
+# The models of the tests are tiny: a second thread costs more than it brings, and the workers share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers share the machine's cores.
-    torch.set_num_threads(1)
+torch.set_num_threads(1)
 
 # The same examples in every run; no deadline, since the first call of anything in torch is slow.
 settings.register_profile(

@@ -254,4 +254,4 @@ def test_help_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {line.strip() for line in done.stdout.splitlines()}
-    assert not loaded & {"torch", "numpy", "lightning", "transformers", "sentencepiece", "matplotlib"}
+    assert not loaded & {"torch", "numpy", "lightning_fabric", "transformers", "sentencepiece", "matplotlib"}

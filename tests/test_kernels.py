@@ -175,9 +175,7 @@ def test_linear_cross_entropy_without_gradient_equals_that_with():
 def test_linear_cross_entropy_scales_with_what_comes_from_above():
     hidden, weight, targets, row_weights = loss_inputs(9)
     hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
-    plain = torch.autograd.grad(
-        kernels.linear_cross_entropy(hidden, weight, targets, row_weights)[0], (hidden, weight)
-    )
+    plain = torch.autograd.grad(kernels.linear_cross_entropy(hidden, weight, targets, row_weights)[0], (hidden, weight))
     tripled = torch.autograd.grad(
         3 * kernels.linear_cross_entropy(hidden, weight, targets, row_weights)[0], (hidden, weight)
     )

@@ -28,7 +28,7 @@ sys.exit(int(sys.argv[1]))
 FABRIC = """\
 import sys
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 fabric = Fabric(accelerator="cpu")
 total = fabric.all_reduce(torch.tensor(fabric.global_rank + 1.0), reduce_op="sum")
 open(f"rank{fabric.global_rank}", "w").write(f"{fabric.world_size} {float(total)} {fabric.strategy.__class__.__name__}")

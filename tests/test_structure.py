@@ -39,7 +39,7 @@ LEAVES = LAYERS[0] | LAYERS[1]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 
 # A library that is slow to load, or compiled, is imported inside functions: `--help` and `import lit_gpt` stay quick.
-LATE = {"lightning", "transformers", "sentencepiece", "tokenizers", "flash_attn", "xformers", "huggingface_hub"}
+LATE = {"lightning_fabric", "transformers", "sentencepiece", "tokenizers", "flash_attn", "xformers", "huggingface_hub"}
 LATE |= {"matplotlib", "pyarrow", "zstandard", "tensorboard", "wandb", "jsonargparse", "lm_eval", "litgpt"}
 # A library that one module alone may know.
 HOMES = {"flash_attn": {"kernels"}, "xformers": {"kernels"}, "sentencepiece": {"tokenizer"}, "lm_eval": {"lm_harness"}}

@@ -74,9 +74,12 @@ def train(script: str, folder: Path, code: int = 0, **flags: object) -> tuple[st
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with pytest.raises(SystemExit) as end:
-            cli.run(lambda: module.main(arguments))
+    console = contextlib.ExitStack()
+    console.enter_context(contextlib.chdir(folder))
+    console.enter_context(contextlib.redirect_stdout(out))
+    console.enter_context(contextlib.redirect_stderr(err))
+    with console, pytest.raises(SystemExit) as end:
+        cli.run(lambda: module.main(arguments))
     assert (end.value.code or 0) == code, out.getvalue() + err.getvalue()
     return out.getvalue(), err.getvalue()
 

@@ -1,0 +1,240 @@
+"""The training steps that `training_speed.py` compares, and what they all work on: one batch, one count of useful FLOPs.
+
+Each step is forward, backward, clipping to norm 1 and AdamW on the same batch at the same shape, built as its own project
+builds it: ours as `lit_gpt.trainer` does, litgpt's as its pretrain.py (compiled model, plain AdamW), transformers' as its
+Trainer (eager, fused AdamW).
+
+B batch, T tokens, L layers, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import baseline
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gpt import diffusion, kernels
+from lit_gpt.config import Config
+from lit_gpt.diffmodel import TransEncoder
+from lit_gpt.layers import Transformer
+from lit_gpt.model import GPT
+from lit_gpt.noise import Stream, uniform_grid
+
+Batch = tuple[Tensor, Tensor, Tensor]
+Step = Callable[[Batch], float]
+LEARNING_RATE = 2e-4
+SEED = 3407
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained: a kind of model, its size, and the batch's shape."""
+
+    kind: str
+    """arm or mdm."""
+    size: int
+    """Millions of non-embedding parameters."""
+    batch: int
+    """Sequences."""
+    length: int
+    """Tokens of a sequence."""
+
+    @property
+    def config(self) -> Config:
+        return Config.from_name(self.size, block_size=max(2048, self.length))
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    def make_batch(self, number: int) -> Batch:
+        """Random tokens and the training weights of step `number`: input_ids, targets, weights, (B, T) each."""
+        config = self.config
+        generator = torch.Generator().manual_seed(SEED + number)
+        ids = torch.randint(config.vocab_size, (self.batch, self.length + 1), generator=generator)
+        if self.kind == "arm":
+            return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.full(ids[:, 1:].shape, 1 / self.tokens)
+        rows = torch.arange(self.batch)
+        p_mask = diffusion.masking_probability(diffusion.diffusion_times(SEED, number, rows, self.batch))
+        uniforms = uniform_grid(SEED, Stream.MASK, number, rows, self.length)
+        noisy_input, mask = diffusion.forward_process(ids[:, :-1], p_mask, uniforms, config.mask_id)
+        weights = diffusion.loss_weights(mask, p_mask, torch.full((self.batch,), 1 / self.tokens))
+        return noisy_input, ids[:, :-1].contiguous(), weights
+
+    def products(self, scored: int) -> list[tuple[int, int, int, int]]:
+        """The step's matrix products with weights, forward and backward: (how often, rows, inner, columns)."""
+        config = self.config
+        width, mlp, layers = config.n_embd, config.intermediate_size, config.n_layer
+        qkv = (config.n_head + 2 * config.n_query_groups) * config.head_size
+        linears = [(layers, self.tokens, width, qkv), (layers, self.tokens, width, width)]
+        linears += [(2 * layers, self.tokens, width, mlp), (layers, self.tokens, mlp, width)]
+        linears += [(1, scored, width, config.padded_vocab_size)]
+        shapes = []
+        for often, rows, inner, columns in linears:
+            shapes += [(often, rows, inner, columns), (often, rows, columns, inner), (often, columns, rows, inner)]
+        return shapes
+
+    def useful_flops(self, scored: int) -> float:
+        """FLOPs that the step's mathematics needs: 6 per weight and token (the head: per scored token), and attention's.
+
+        Attention is 12 L T C per token (Chowdhery et al. 2022), half of it under a causal mask. Recomputation and logits
+        that nothing scores do not count.
+        """
+        config = self.config
+        linear = sum(2.0 * often * rows * inner * columns for often, rows, inner, columns in self.products(scored))
+        attention = 12.0 * config.n_layer * self.length * config.n_embd * self.tokens
+        return linear + (attention / 2 if self.kind == "arm" else attention)
+
+
+def build_model(cell: Cell) -> Transformer:
+    """Our model of a cell, with initial weights."""
+    model: Transformer = (GPT if cell.kind == "arm" else TransEncoder)(cell.config)
+    model.init_weights(SEED)
+    return model
+
+
+def ours(cell: Cell, bf16: bool, compiled: bool = True) -> Step:
+    """`lit_gpt`: scored rows only in the head, fused AdamW, compiled blocks."""
+    model = build_model(cell)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    kernels.choose("auto", torch.device("cpu"), dtype, compiled)
+    model.compile_blocks(compiled)
+    adamw = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
+    )
+
+    def loss(batch: Batch) -> Tensor:
+        return model.weighted_nll(*batch)[0]
+
+    return _stepper(model, adamw, loss, bf16)
+
+
+def ours_eager(cell: Cell, bf16: bool) -> Step:
+    """`lit_gpt` without torch.compile, as short runs go."""
+    return ours(cell, bf16, compiled=False)
+
+
+def plain(cell: Cell, bf16: bool) -> Step:
+    """The baseline, from our weights, so that both must show the same loss."""
+    model = baseline.PlainModel(cell.config, cell.kind == "arm")
+    model.load_state_dict(build_model(cell).state_dict())
+    adamw = baseline.optimizer(model, LEARNING_RATE)
+    return lambda batch: baseline.step(model, adamw, batch, bf16)
+
+
+def litgpt(cell: Cell, bf16: bool) -> Step:
+    """litgpt's model and loss as its pretrain.py uses them: torch.compile of the whole model, AdamW at its defaults."""
+    from litgpt.config import Config as LitConfig
+    from litgpt.model import GPT as LitGPT
+    from litgpt.utils import chunked_cross_entropy
+
+    config = cell.config
+    model = LitGPT(
+        LitConfig(
+            name="benchmark",
+            block_size=config.block_size,
+            vocab_size=config.vocab_size,
+            padded_vocab_size=config.padded_vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            n_query_groups=config.n_query_groups,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            norm_eps=config.norm_eps,
+            mlp_class_name="LLaMAMLP",
+            intermediate_size=config.intermediate_size,
+        )
+    )
+    model.max_seq_length = cell.length
+    compiled = torch.compile(model)
+    adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def loss(batch: Batch) -> Tensor:
+        return chunked_cross_entropy(compiled(batch[0]), batch[1], chunk_size=0)  # type: ignore[no-any-return]
+
+    return _stepper(model, adamw, loss, bf16)
+
+
+def transformers(cell: Cell, bf16: bool) -> Step:
+    """transformers' LlamaForCausalLM with its own loss, eager, and the fused AdamW that its Trainer takes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = cell.config
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.padded_vocab_size,
+            hidden_size=config.n_embd,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head,
+            num_key_value_heads=config.n_query_groups,
+            max_position_embeddings=config.block_size,
+            rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    ).train()
+    adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def loss(batch: Batch) -> Tensor:
+        # It shifts the labels itself, so it scores one token per row fewer than the others.
+        return model(input_ids=batch[0], labels=batch[0]).loss  # type: ignore[no-any-return]
+
+    return _stepper(model, adamw, loss, bf16)
+
+
+def _stepper(model: nn.Module, adamw: torch.optim.AdamW, loss: Callable[[Batch], Tensor], bf16: bool) -> Step:
+    """Forward, backward, clip, AdamW."""
+
+    def step(batch: Batch) -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            total = loss(batch)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        return total.item()
+
+    return step
+
+
+class MatmulRate:
+    """The matrix products of a cell alone, in one precision: what the machine reaches on these shapes."""
+
+    def __init__(self, cell: Cell, scored: int, bf16: bool) -> None:
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self._work: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.flops = 0.0
+        for often, rows, inner, columns in cell.products(scored):
+            left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+            self._work.append((often, left, right, torch.empty(rows, columns, dtype=dtype)))
+            self.flops += 2.0 * often * rows * inner * columns
+
+    def step(self, batch: Any = None) -> float:
+        """Run every product as often as a training step does, into memory that is there already."""
+        for often, left, right, out in self._work:
+            for _ in range(often):
+                torch.mm(left, right.T, out=out)
+        return 0.0
+
+
+def bf16_is_native(seconds: Callable[[Callable[[], Any]], float]) -> tuple[bool, float, float]:
+    """Whether bfloat16 products are no slower than half of float32's, and both rates in FLOP/s."""
+    rates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.randn(256, 512).to(dtype), torch.randn(512, 512).to(dtype)
+        F.linear(left, right)
+        rates.append(2.0 * 256 * 512 * 512 / min(seconds(lambda: F.linear(left, right)) for _ in range(3)))  # noqa: B023
+    return rates[1] > rates[0] / 2, rates[1], rates[0]
