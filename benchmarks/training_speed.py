@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
 
 from lit_gpt.cli import parse, run, warn
 
 if TYPE_CHECKING:
-    from training_steps import Cell
+    from benchmarks.training_steps import Cell
 
 # What issue and documents promise: kind, size, precision, against the baseline of which precision, at least.
 TARGETS = (
@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     if flags.clock not in ("wall", "cpu") or flags.rounds < 1:
         raise ValueError("--clock must be wall or cpu, --rounds at least 1")
     import torch
-    from training_steps import Cell
+
+    from benchmarks.training_steps import Cell
 
     if flags.threads:
         torch.set_num_threads(flags.threads)
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def choose_precisions(flags: Flags) -> tuple[list[str], list[str]]:
     """The precisions to measure, and what to say about those left out."""
-    from training_steps import bf16_is_native
+    from benchmarks.training_steps import bf16_is_native
 
     if flags.precisions != "auto":
         return flags.precisions.split(","), []
@@ -167,8 +168,8 @@ def timed(work: Callable[[], Any], clock: Callable[[], float]) -> float:
 
 def measure_cell(cell: Cell, precisions: list[str], flags: Flags) -> list[Row]:
     """All steps of one cell, in turn, round after round."""
-    import training_steps
-    from training_steps import MatmulRate
+    from benchmarks import training_steps
+    from benchmarks.training_steps import MatmulRate
 
     builders = {"baseline": training_steps.plain, "ours, eager": training_steps.ours_eager, "ours": training_steps.ours}
     if cell.kind == "arm":
@@ -238,8 +239,8 @@ def measure_memory(flags: Flags) -> dict[str, int]:
     peaks = {}
     for kind in flags.kinds.split(","):
         for step in ("plain", "ours_eager", "ours"):
-            code = f"import training_speed as t; t.report_peak({step!r}, {kind!r}, {int(batch)}, {int(length)})"
-            done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+            code = f"from benchmarks import training_speed as t; t.report_peak({step!r}, {kind!r}, {int(batch)}, {int(length)})"
+            done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True)
             if done.returncode:
                 warn(f"memory of {step} ({kind}) could not be measured: {(done.stderr.strip() or 'killed')[-200:]}")
                 continue
@@ -250,10 +251,10 @@ def measure_memory(flags: Flags) -> dict[str, int]:
 
 def report_peak(step: str, kind: str, batch: int, length: int) -> None:
     """In a fresh process: two steps, then print how far memory rose above what the imports took."""
-    import torch._inductor.compile_fx  # what compiling loads is no part of the step's memory
-    import training_steps
+    import torch._inductor.compile_fx  # noqa: F401 (what compiling loads is no part of the step's memory)
 
-    del torch
+    from benchmarks import training_steps
+
     cell = training_steps.Cell(kind, 6, batch, length)
     before = resident("VmRSS")
     run_step = getattr(training_steps, step)(cell, False)
@@ -360,8 +361,9 @@ def print_table(heads: list[str], body: list[list[str]]) -> None:
 
 def print_profile(cell: Cell, precision: str) -> None:
     """Where our step's time goes: torch's profiler over three steps, operations by their own time."""
-    import training_steps
     from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks import training_steps
 
     step, batch = training_steps.ours(cell, precision == "bfloat16"), cell.make_batch(0)
     for _ in range(_WARM_UP):

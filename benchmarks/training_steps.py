@@ -9,19 +9,15 @@ B batch, T tokens, L layers, C width, V vocabulary.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import baseline
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import baseline
 from lit_gpt import diffusion, kernels
 from lit_gpt.config import Config
 from lit_gpt.diffmodel import TransEncoder

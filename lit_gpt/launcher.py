@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,9 +43,12 @@ options (before SCRIPT; as --name=VALUE or --name VALUE, with - or _):
 Plain `python SCRIPT ARGS` and `fabric run OPTIONS SCRIPT ARGS` start the same scripts."""
 
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu")
+LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29400
 # Seconds that a signalled process gets to write its checkpoint: 12 GB (the 1028M model with its optimizer) at 20 MB/s.
 SHUTDOWN_S = 600
+# Seconds in which a main thread that runs Python has surely taken notice of a signal.
+UNHEARD_S = 2
 # The exit code of `timeout`, shells and schedulers for a process that a signal ended is 128 plus the signal.
 SIGNAL_BASE = 128
 
@@ -61,7 +65,7 @@ class Options:
     """Machines."""
     node_rank: str = "0"
     """This machine's number."""
-    main_address: str = "127.0.0.1"
+    main_address: str = LOOPBACK
     """Host of machine 0."""
     main_port: str = ""
     """Port of machine 0; empty means chosen here."""
@@ -90,6 +94,11 @@ class _Signals:
     def __init__(self) -> None:
         self.interrupts = 0
         self.stopping = False
+        # While torch waits for other machines, in C++, no handler of Python's runs: a thread hears the signals too.
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._stop_if_unheard, args=(reading,), daemon=True).start()
         for number in self.NUMBERS:
             # A signal that `nohup` or the like had ignored stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -105,6 +114,15 @@ class _Signals:
         if number == signal.SIGINT:
             for child in _children():
                 _signal_group(child.pid, signal.SIGINT if self.interrupts == 2 else signal.SIGKILL)
+
+    def _stop_if_unheard(self, reading: int) -> None:
+        """End this process where the main thread does not answer to a signal; it has no processes to wait for then."""
+        while number := os.read(reading, 1):
+            if number[0] not in self.NUMBERS or self.stopping:
+                continue
+            time.sleep(UNHEARD_S)
+            if not self.stopping:
+                os._exit(_after_signal(number[0]))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -207,7 +225,8 @@ def resolve(options: Options) -> tuple[list[str], dict[str, str]]:
     else:
         port = _free_port() if nodes == 1 else DEFAULT_PORT
     words = [f"--devices={devices}", f"--num-nodes={nodes}", f"--node-rank={rank}"]
-    words += [f"--main-address={options.main_address}", f"--main-port={port}"]
+    # Alone, a machine need not be reachable under the name that others would know it by.
+    words += [f"--main-address={options.main_address if nodes > 1 else LOOPBACK}", f"--main-port={port}"]
     if accelerator != "auto":
         words.append(f"--accelerator={accelerator}")
     words += [f"--{name}={value}" for name in ("strategy", "precision") if (value := getattr(options, name))]
@@ -361,7 +380,7 @@ def _cores() -> int:
 def _free_port() -> int:
     """A port that nothing on this machine listens on, so that several runs can start side by side."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 

@@ -16,6 +16,8 @@ import os
 import re
 import resource
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -86,10 +88,21 @@ def start_fabric(accelerator: str, devices: str, num_nodes: int, strategy: str, 
         precision=values["precision"],  # type: ignore[arg-type]
     )
     if not launched:
+        if "LOCAL_RANK" in os.environ:
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         fabric.launch()
+        # Everyone is connected before anyone may fail: who waits for a process that is gone waits for half an hour.
+        fabric.barrier()
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")
     return fabric
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when the one that started it is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 def _launcher_value(name: str, flag: str) -> str:

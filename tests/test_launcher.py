@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt.launcher import Options, _code_of, parse, resolve
+from lit_gpt.launcher import Options, _code_of, _free_port, parse, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = [sys.executable, "-m", "lit_gpt.launcher"]
@@ -115,6 +115,24 @@ def test_a_signal_lets_every_process_save(tmp_path, number):
     assert err == expected
 
 
+def test_waiting_for_another_machine_can_be_stopped(tmp_path):
+    # The second of two machines, on the same one; the first never starts.
+    options = ["--accelerator=cpu", "--num-nodes=2", "--node-rank=1", f"--main-port={_free_port()}"]
+    process = subprocess.Popen(
+        [*LAUNCHER, "run", "model", *options, script(tmp_path, PLAIN)],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    # torch says so itself when it has failed to connect.
+    assert "connect" in process.stderr.readline()
+    process.terminate()
+    err = process.communicate(timeout=TIMEOUT_S)[1]
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+
+
 def test_mistakes_are_one_line_and_code_2(tmp_path):
     done = launch(tmp_path, "run", "model", "--accelerator=cpu", "--strategy=magic", script(tmp_path, PLAIN))
     assert (done.returncode, done.stdout) == (2, "")
@@ -214,7 +232,8 @@ def test_options_for_fabric(monkeypatch):
         "--accelerator=cpu", "--strategy=ddp", "--precision=32-true",
     ]  # fmt: skip
     assert int(environment_["OMP_NUM_THREADS"]) >= 1
-    # Two runs on one machine must not meet at one port.
+    # A machine alone does not look for itself elsewhere, and two runs on it must not meet at one port.
+    assert "--main-address=127.0.0.1" in resolve(Options("cpu", main_address="node0"))[0]
     assert resolve(Options("cpu"))[0][4] != resolve(Options("cpu"))[0][4] != "--main-port=29400"
 
 
