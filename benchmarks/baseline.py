@@ -9,6 +9,8 @@ B batch, T tokens, H heads, D head size, C width, V vocabulary.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,6 +93,9 @@ class PlainBlock(nn.Module):
 class PlainModel(nn.Module):
     """Embedding, blocks, final norm, head."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: Config, causal: bool) -> None:
         super().__init__()
         rows = config.padded_vocab_size + (not causal)
@@ -111,7 +116,8 @@ class PlainModel(nn.Module):
         """Logits (B, T, V) of input_ids (B, T)."""
         length = input_ids.size(1)
         x = self.transformer["wte"](input_ids)
-        for block in self.transformer["h"]:
+        blocks = cast(nn.ModuleList, self.transformer["h"])
+        for block in blocks:
             x = block(x, self.cos[:length], self.sin[:length])
         return self.lm_head(self.transformer["ln_f"](x))
 

@@ -27,15 +27,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run, warn
 
 if TYPE_CHECKING:
     from benchmarks.training_steps import Cell
 
-# What issue and documents promise: kind, size, precision, against the baseline of which precision, at least.
+ROOT = Path(__file__).resolve().parents[1]
+# What is promised: kind, size, precision, against the baseline of which precision, at least.
 TARGETS = (
     ("mdm", 6, "float32", "float32", 1.5),
     ("mdm", 19, "float32", "float32", 1.35),
@@ -240,7 +240,7 @@ def measure_memory(flags: Flags) -> dict[str, int]:
     for kind in flags.kinds.split(","):
         for step in ("plain", "ours_eager", "ours"):
             code = f"from benchmarks import training_speed as t; t.report_peak({step!r}, {kind!r}, {int(batch)}, {int(length)})"
-            done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 warn(f"memory of {step} ({kind}) could not be measured: {(done.stderr.strip() or 'killed')[-200:]}")
                 continue

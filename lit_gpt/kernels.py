@@ -185,7 +185,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll = torch.empty(rows, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight and rows == 0 else None
-        step = max(1, chunk_elements(hidden.device) // weight.size(0))
+        # Chunks of equal size: a small last one would cost a pass over the head's gradient like any other.
+        chunks = max(1, round(rows * weight.size(0) / chunk_elements(hidden.device)))
+        step = max(1, -(-rows // chunks))
         softmax = _compiled_softmax_gradient() if _compile_loss else _softmax_gradient
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, rows, step):
@@ -218,7 +220,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Logits of the loss that exist at one time, in elements: what bounds its memory (see the constants)."""
+    """Logits of the loss that exist at one time, in elements, give or take half: what bounds its memory."""
     return _CPU_CHUNK_ELEMENTS if device.type == "cpu" else _GPU_CHUNK_ELEMENTS
 
 

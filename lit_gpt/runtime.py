@@ -189,6 +189,11 @@ class StopSignals:
         self.received: int | None = None
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
 
+    @property
+    def came(self) -> bool:
+        """Whether a signal came to this process."""
+        return self.received is not None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -114,7 +114,7 @@ class _Trainer:
         self.speed = speed_monitor.SpeedMonitor(
             fabric.world_size,
             speed_monitor.flops_per_token(experiment.model.config, 1.0 if experiment.model.causal else 0.5),
-            speed_monitor.peak_flops(fabric.device, config.precision),
+            speed_monitor.peak_flops(fabric.device, folder.precision),
         )
         self.validated: Validation | None = None
 
@@ -127,7 +127,7 @@ class _Trainer:
         compiled = self._wants_compile()
         autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
         dtype = autocast.get(self.folder.precision, torch.float32)
-        line = kernels.choose(config.attention_kernel, fabric.device, dtype, compiled)
+        kernels.choose(config.attention_kernel, fabric.device, dtype, compiled)
         model = fabric.setup_module(module)
         model.mark_forward_method("weighted_nll")
         module.compile_blocks(compiled)
@@ -141,7 +141,7 @@ class _Trainer:
         )
         optimizer = fabric.setup_optimizers(adamw)
         compiled = self._warm_up(model, module, optimizer, compiled)
-        fabric.print(line if compiled or "torch.compile" not in line else kernels.choose("torch", fabric.device, dtype))
+        fabric.print(kernels.choose(config.attention_kernel, fabric.device, dtype, compiled))
         return model, optimizer, compiled
 
     def _wants_compile(self) -> bool:
@@ -182,7 +182,6 @@ class _Trainer:
                 raise
             self.fabric.print(f"torch.compile does not work here ({type(error).__name__}): going on without it")
             module.compile_blocks(False)
-            kernels.choose(self.config.attention_kernel, self.fabric.device, torch.float32)
             return self._warm_up(model, module, optimizer, False)
         self.layout = batching.with_micro_batch(self.layout, size)
         # Odd shapes (a cut group, validation) run eagerly from here on: what is compiled must not depend on history.
@@ -205,12 +204,15 @@ class _Trainer:
                 last = self.step == self.experiment.max_steps
                 if self.step % self.config.log_interval == 0 or last or self.step == 1:
                     self._log(loss, grad_norm, time.perf_counter() - started)
-                if not last and self.config.val_interval and self.step % self.config.val_interval == 0:
-                    self._validate()
+                due = not last and self.config.val_interval and self.step % self.config.val_interval == 0
+                if due and not stop:
+                    stop = self._validate(signals)
                 if last or stop or self.step % self.config.save_interval == 0:
                     self._save()
-                if stop and not last:
+                if stop:
                     self.folder.interrupted(self.fabric, stop, self.step)
+            if stop := self._validate(signals):
+                self.folder.interrupted(self.fabric, stop, self.step)
             return self._finish()
         finally:
             signals.restore()
@@ -232,7 +234,7 @@ class _Trainer:
                 fabric.backward(total * fabric.world_size if fabric.world_size > 1 else total)
                 loss += total.detach()
             self.tokens += scored.input_ids.numel() * fabric.world_size
-        value, stop = runtime.all_reduce_sum(fabric, [float(loss), float(signals.received is not None)])
+        value, stop = runtime.all_reduce_sum(fabric, [float(loss), float(signals.came)])
         limit = config.grad_clip or math.inf
         norm = fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
         grad_norm = float(norm)  # type: ignore[arg-type]
@@ -301,20 +303,26 @@ class _Trainer:
         """Published count of micro steps: groups of the global batch, whatever the devices and the memory."""
         return self.step * (self.layout.global_batch_size // self.layout.group_size)
 
-    def _validate(self) -> None:
-        """Validate, log and print; without validation data nothing happens."""
+    def _validate(self, signals: runtime.StopSignals) -> int:
+        """Validate, log and print; without validation data nothing happens.
+
+        Returns:
+            The signal that came meanwhile and cut it short, or 0.
+        """
         data, config = self.experiment.val_data, self.config
         count = min(config.val_samples, len(data)) if data is not None else 0
         if not count:
-            return
+            return 0
         started = time.perf_counter()
-        result = validate(
-            self.fabric, self.model, self.experiment, count, config.val_draws, self.layout.micro_batch_size
-        )
+        size = self.layout.micro_batch_size
+        result = validate(self.fabric, self.model, self.experiment, count, config.val_draws, size, signals)
         self.speed.add_validation(time.perf_counter() - started)
+        if result is None:
+            return signals.received or signal.SIGTERM
         self.validated = result
         self.folder.log(result.metrics(), self.step)
         self.fabric.print(f"step {self.step}: {result.line()}")
+        return 0
 
     def _save(self) -> None:
         state = {
@@ -328,8 +336,7 @@ class _Trainer:
         self.folder.save(self.fabric, state, self.layout.micro_batch_size)
 
     def _finish(self) -> dict[str, Any]:
-        """Validate the final weights, export them, and write down the result."""
-        self._validate()
+        """Export the final weights, and write down the result."""
         result: dict[str, Any] = {"step": self.step, "total_tokens": self.tokens}
         if self.validated is not None:
             result.update(self.validated.record())

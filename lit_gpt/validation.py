@@ -6,6 +6,7 @@ May import objectives, batching and runtime.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from lit_gpt.trainer import Experiment
+
+
+# Seconds between two lines of progress.
+_PROGRESS_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,15 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    fabric: Fabric, model: Any, experiment: Experiment, count: int, draws: int, micro_batch_size: int
-) -> Validation:
-    """Mean loss over the first `count` validation sequences.
+    fabric: Fabric,
+    model: Any,
+    experiment: Experiment,
+    count: int,
+    draws: int,
+    micro_batch_size: int,
+    signals: runtime.StopSignals,
+) -> Validation | None:
+    """Mean loss over the first `count` validation sequences; says now and then how far it is.
 
     Args:
         fabric: launched.
@@ -77,16 +88,21 @@ def validate(
         count: sequences, over all devices.
         draws: noise draws per sequence, where the objective has noise.
         micro_batch_size: rows of a forward pass.
+        signals: looked at between batches.
+
+    Returns:
+        The result, or None when a signal cut it short.
     """
-    objective = experiment.objective
+    objective, data = experiment.objective, experiment.val_data
+    assert data is not None
     draws = objective.fixed_draws or draws
-    assert experiment.val_data is not None
     lengths = None if experiment.token_bytes is None else torch.as_tensor(experiment.token_bytes, device=fabric.device)
     nats = tokens = text_bytes = 0.0
+    started = shown = time.perf_counter()
+    rounds = -(-count // (micro_batch_size * fabric.world_size))
+    batches = batching.validation_batches(data, count, micro_batch_size, fabric.global_rank, fabric.world_size)
     model.eval()
-    for batch in batching.validation_batches(
-        experiment.val_data, count, micro_batch_size, fabric.global_rank, fabric.world_size
-    ):
+    for number, batch in enumerate(batches):
         batch = batch.to(fabric.device)
         for draw in range(draws):
             scored = objective.validation(batch, draw, draws)
@@ -96,6 +112,11 @@ def validate(
         tokens += float(counted.sum())
         if lengths is not None:
             text_bytes += float(lengths[scored.targets[counted]].sum())
+        if runtime.all_reduce_sum(fabric, [float(signals.came)])[0]:
+            return None
+        if (now := time.perf_counter()) - shown > _PROGRESS_S:
+            shown, done = now, (number + 1) / rounds
+            fabric.print(f"validation: {done:.0%}, {(now - started) * (1 / done - 1):.0f} s left")
     model.train()
     nats, tokens, text_bytes = runtime.all_reduce_sum(fabric, [nats, tokens, text_bytes])
     bits = nats / (math.log(2) * text_bytes) if text_bytes else None

@@ -212,6 +212,12 @@ def test_the_log_goes_on_in_the_same_file(folder):
     assert steps == list(range(1, 61))
 
 
+def test_tensorboard_gets_the_metrics_when_asked(folder):
+    train("train_ar.py", folder, max_steps=10, logger="csv,tensorboard", precision="bf16-mixed")
+    assert losses(folder)[10] > 0
+    assert list(folder.glob("out/*/version_0/tensorboard/**/events.out.tfevents.*"))
+
+
 def test_training_without_validation_data_says_so(folder):
     for path in (folder / "data").glob("validation*"):
         path.unlink()
