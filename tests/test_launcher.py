@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt.launcher import Options, _code_of, _free_port, parse, resolve
+from lit_gpt.launcher import Options, _code_of, parse, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = [sys.executable, "-m", "lit_gpt.launcher"]
@@ -116,21 +117,24 @@ def test_a_signal_lets_every_process_save(tmp_path, number):
 
 
 def test_waiting_for_another_machine_can_be_stopped(tmp_path):
-    # The second of two machines, on the same one; the first never starts.
-    options = ["--accelerator=cpu", "--num-nodes=2", "--node-rank=1", f"--main-port={_free_port()}"]
-    process = subprocess.Popen(
-        [*LAUNCHER, "run", "model", *options, script(tmp_path, PLAIN)],
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    # torch says so itself when it has failed to connect.
-    assert "connect" in process.stderr.readline()
-    process.terminate()
-    err = process.communicate(timeout=TIMEOUT_S)[1]
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+    # The first of two machines takes the second's call and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+        options = ["--accelerator=cpu", "--num-nodes=2", "--node-rank=1", f"--main-port={port}"]
+        process = subprocess.Popen(
+            [*LAUNCHER, "run", "model", *options, script(tmp_path, PLAIN)],
+            cwd=tmp_path,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        first.settimeout(TIMEOUT_S)
+        call, _ = first.accept()
+        with call:
+            process.terminate()
+            err = process.communicate(timeout=TIMEOUT_S)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in err
 
 
 def test_mistakes_are_one_line_and_code_2(tmp_path):
