@@ -72,8 +72,10 @@ def start_fabric(accelerator: str, devices: str, num_nodes: int, strategy: str, 
             raise ValueError(
                 f"--nodes_num {num_nodes} but the launcher started {launched_nodes} node(s): make them equal"
             )
-        if strategy == "auto" and os.environ.get("LT_STRATEGY"):
-            strategy = os.environ["LT_STRATEGY"]
+        # Fabric refuses a strategy object beside the launcher's word for it, so the word is taken away.
+        launched_strategy = os.environ.pop("LT_STRATEGY", None)
+        if strategy == "auto" and launched_strategy:
+            strategy = launched_strategy
     kind, count = _resolve_devices(values["accelerator"], values["devices"])
     if values["precision"] == "auto":
         values["precision"] = default_precision(kind)
@@ -125,6 +127,8 @@ def _resolve_devices(accelerator: str, devices: str) -> tuple[str, int]:
             f"--accelerator {accelerator}: no CUDA device is visible to torch {torch.__version__}; use cpu or auto"
         )
     kind = "cuda" if gpus and accelerator != "cpu" else "cpu"
+    if re.fullmatch(r"\d+(,\d+)+", devices):
+        devices = str(len(devices.split(",")))  # a launcher's list of device numbers
     if devices in ("auto", "-1"):
         return kind, max(1, gpus) if kind == "cuda" else 1
     if not devices.isdigit() or int(devices) < 1:

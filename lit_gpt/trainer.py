@@ -23,7 +23,7 @@ from lit_gpt.layers import Transformer
 from lit_gpt.objectives import Objective, Scored
 from lit_gpt.run_folder import RunFolder
 from lit_gpt.train_config import TrainConfig
-from lit_gpt.validation import Validation, validate
+from lit_gpt.validation import Effort, Validation, validate
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -314,8 +314,8 @@ class _Trainer:
         if not count:
             return 0
         started = time.perf_counter()
-        size = self.layout.micro_batch_size
-        result = validate(self.fabric, self.model, self.experiment, count, config.val_draws, size, signals)
+        effort = Effort(count, config.val_draws, self.layout.micro_batch_size)
+        result = validate(self.fabric, self.model, self.experiment, effort, signals)
         self.speed.add_validation(time.perf_counter() - started)
         if result is None:
             return signals.received or signal.SIGTERM

@@ -69,25 +69,29 @@ class Validation:
         )
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much is validated."""
+
+    samples: int
+    """Sequences, over all devices."""
+    draws: int
+    """Noise draws per sequence, where the objective has noise."""
+    micro_batch_size: int
+    """Rows of a forward pass; changes the speed only."""
+
+
 @torch.no_grad()
 def validate(
-    fabric: Fabric,
-    model: Any,
-    experiment: Experiment,
-    count: int,
-    draws: int,
-    micro_batch_size: int,
-    signals: runtime.StopSignals,
+    fabric: Fabric, model: Any, experiment: Experiment, effort: Effort, signals: runtime.StopSignals
 ) -> Validation | None:
-    """Mean loss over the first `count` validation sequences; says now and then how far it is.
+    """Mean loss over the first validation sequences; says now and then how far it is.
 
     Args:
         fabric: launched.
         model: the set-up model.
         experiment: for the objective, the validation data and the tokens' bytes.
-        count: sequences, over all devices.
-        draws: noise draws per sequence, where the objective has noise.
-        micro_batch_size: rows of a forward pass.
+        effort: how much is validated.
         signals: looked at between batches.
 
     Returns:
@@ -95,7 +99,8 @@ def validate(
     """
     objective, data = experiment.objective, experiment.val_data
     assert data is not None
-    draws = objective.fixed_draws or draws
+    count, micro_batch_size = effort.samples, effort.micro_batch_size
+    draws = objective.fixed_draws or effort.draws
     lengths = None if experiment.token_bytes is None else torch.as_tensor(experiment.token_bytes, device=fabric.device)
     nats = tokens = text_bytes = 0.0
     started = shown = time.perf_counter()
