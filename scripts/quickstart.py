@@ -1,7 +1,7 @@
 """The main job on one page: tokenizer, packed data, an ARM and an MDM at equal compute, their losses and their text.
 
-    python scripts/quickstart.py                          about 7 minutes on two CPU cores, 1 GB
-    python scripts/quickstart.py --steps 60 --out quick   a look at everything in 2 minutes
+    python scripts/quickstart.py                          the whole job on two CPU cores
+    python scripts/quickstart.py --steps 60 --out quick   a short look at everything
     python scripts/quickstart.py --text my.txt --out mine your own text (a few hundred kB or more)
 
 Trains through the scripts that a cluster user runs. Everything lands in --out: losses.png, denoising.png and .gif,
