@@ -258,7 +258,6 @@ def _pack_in_order(plan: Plan, start: Position, workers: int) -> Iterator[tuple[
         for batch in batches:
             yield batch, pack_batch(batch, plan.tokenizer, plan.rules, plan.validation_fraction)
         return
-    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -282,9 +281,9 @@ def _pack_in_order(plan: Plan, start: Position, workers: int) -> Iterator[tuple[
             "from what is finished"
         ) from error
     finally:
-        # After an error or Ctrl-C, nobody waits for batches that nobody wants.
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
+        # After an error or Ctrl-C, batches that nobody began are dropped. The workers end by themselves after the one
+        # that they are at: one that is stopped while it hands over its result leaves the pool waiting for the rest of it
+        # for ever.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
