@@ -4,14 +4,13 @@ Decisions: the data position of a run is one number k, and sample k is a pure fu
 a mixture k falls on data set d, index j, by a deterministic rule that keeps every set's count within two samples of its
 share; set d's epoch is j // n_d, and each epoch is a pseudo-random permutation computed on the fly, so nothing grows
 with the corpus and seeking costs nothing. What pads the end of a series is never a real token: a manifest says where it
-begins, and without one it is the trailing run of one repeated token. May import noise and packed_format.
+begins, and without one it is the trailing run of one repeated token. May import files, noise and packed_format.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from lit_gpt.files import read_json_object
 from lit_gpt.noise import Stream, permute_index
 from lit_gpt.packed_format import HEADER_BYTES, PackedDatasetBuilder, read_header
 
@@ -313,7 +313,7 @@ def recorded_tokenizer(folder: Path, prefixes: Sequence[str]) -> dict[str, Any]:
     for prefix in prefixes:
         path = folder / f"{prefix}.manifest.json"
         if path.is_file():
-            found = dict(json.loads(path.read_text()).get("tokenizer", {}))
+            found = dict(read_json_object(path).get("tokenizer", {}))
             if (folder / str(found.get("source"))).exists():
                 found["source"] = str(folder / found["source"])
             return found
@@ -345,5 +345,5 @@ _manifests: dict[tuple[Path, int], dict[str, Any]] = {}
 def _read_manifest(path: Path, stamp: int) -> dict[str, Any]:
     """Parse a manifest once, not once per file of its series."""
     if (path, stamp) not in _manifests:
-        _manifests[path, stamp] = json.loads(path.read_text())
+        _manifests[path, stamp] = read_json_object(path)
     return _manifests[path, stamp]

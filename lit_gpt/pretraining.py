@@ -23,33 +23,13 @@ from lit_gpt.train_config import PretrainConfig
 _SHAPE_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
 # Flags that change no number, or whose effect other settings hold already (a budget its steps, a folder its fingerprint).
 _NOT_SETTINGS = {
-    *(
-        "micro_batch_size",
-        "accelerator",
-        "devices",
-        "nodes_num",
-        "strategy",
-        "compile",
-        "attention_kernel",
-        "model",
-        "flops",
-    ),
-    *("activation_checkpointing", "log_interval", "save_interval", "keep_checkpoints", "val_interval", "val_samples"),
-    *(
-        "val_draws",
-        "logger",
-        "log_dir",
-        "models_dir",
-        "resume",
-        "overwrite",
-        "data_dir",
-        "out_dir",
-        "tokenizer",
-        "vocab_size",
-    ),
-    *("precision", "max_steps", "warmup_steps", "data_weights", "init_from", *_SHAPE_FLAGS),
-}
-
+    *_SHAPE_FLAGS,
+    "model", "vocab_size", "tokenizer", "data_dir", "data_weights", "out_dir", "init_from",
+    "flops", "max_steps", "warmup_steps",
+    "accelerator", "devices", "nodes_num", "strategy", "precision", "compile", "attention_kernel",
+    "micro_batch_size", "activation_checkpointing", "log_interval", "save_interval", "keep_checkpoints",
+    "val_interval", "val_samples", "val_draws", "logger", "log_dir", "models_dir", "resume", "overwrite",
+}  # fmt: skip
 
 MDM_GROUP_SIZES = ((20, 32), (50, 16), (1000, 8), (math.inf, 4))
 """Published micro batches by size in millions; they fix which rows are averaged together, not memory."""
@@ -95,8 +75,11 @@ def pretrain(recipe: Recipe, flags: PretrainConfig) -> dict[str, Any]:
         fabric.print(f"no validation* files in {flags.data_dir}: training without validation")
     kind = recipe.model_class.kind
     model = recipe.model_class(config)
-    model.init_weights(flags.seed)
-    start_hash = weights.load_into(model, flags.init_from) if flags.init_from else None
+    start_hash = None
+    if flags.init_from:
+        start_hash = weights.load_into(model, flags.init_from)
+    else:
+        model.init_weights(flags.seed)
     warmup = schedule.default_warmup(steps) if flags.warmup_steps is None else flags.warmup_steps
     group_size = next(rows for limit, rows in recipe.group_sizes if config.size_in_millions <= limit)
     settings = {name: value for name, value in dataclasses.asdict(flags).items() if name not in _NOT_SETTINGS}

@@ -181,9 +181,7 @@ class RunFolder:
         return dict(record["result"])
 
     def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
-        final = checkpoint.newest_complete(self.path, cli.warn)
-        assert final is not None
-        state, _ = weights.load_weights(final.path)
+        state, _ = weights.load_weights(self.path, cli.warn)
         described = {key: value for key, value in self.record.items() if key not in ("finished", "log_path")}
         target = weights.export_weights(
             Path(self.config.models_dir),

@@ -3,18 +3,18 @@
 Decisions: whatever devices there are, not eight; one device needs no strategy, several GPUs shard with FSDP2, several CPU
 processes use DDP (or FSDP2 by flag); under the launcher its environment decides and flags may not contradict it. Metrics
 always go to a CSV that a resumed run continues; TensorBoard and W&B only when asked for. Lightning is imported late, so
-that `--help` is quick. May import layers (to shard blocks) and nothing above.
+that `--help` is quick. May import files and nothing above.
 """
 
 from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import logging
 import math
 import os
 import re
-import resource
 import signal
 import threading
 import time
@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_gpt.files import write_file
+
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "bf16-true", "32-true")
-STRATEGIES = ("auto", "ddp", "fsdp")
 LOGGERS = ("csv", "tensorboard", "wandb")
 # Memory that a micro batch may fill on a CPU, of what the machine has; the rest is for weights, files and other programs.
 _CPU_MEMORY_SHARE = 0.4
@@ -53,8 +53,8 @@ def start_fabric(accelerator: str, devices: str, num_nodes: int, strategy: str, 
         accelerator: `auto`, `cpu`, `cuda` (or `gpu`).
         devices: `auto` (all GPUs, or one CPU process) or a count.
         num_nodes: machines.
-        strategy: one of STRATEGIES.
-        precision: one of PRECISIONS.
+        strategy: one of `train_config.STRATEGIES`.
+        precision: one of `train_config.PRECISIONS`.
 
     Raises:
         ValueError: CUDA asked for but absent, more devices than there are, or a flag contradicts the launcher.
@@ -182,7 +182,7 @@ def on_rank_zero(fabric: Fabric, work: Callable[[], Any]) -> Any:
 
 
 def precision_name(fabric: Fabric) -> str:
-    """One of PRECISIONS without auto: what Fabric computes in."""
+    """One of `train_config.PRECISIONS` without auto: what Fabric computes in."""
     return str(fabric.strategy.precision.precision)
 
 
@@ -256,13 +256,6 @@ def micro_batch_candidates(device_rows: int, tokens: int, bytes_per_token: float
     return [max(size for size in divisors if size <= limit)]
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: allocated by torch on a GPU, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 class MetricsCsv:
     """One row per logged step in a CSV; reopening it at a step drops the rows behind that step and goes on."""
 
@@ -278,12 +271,11 @@ class MetricsCsv:
                     if None not in row.values() and (row["step"] or "x").isdigit() and int(row["step"]) <= resume_step
                 ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".csv.tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(path, lambda file: file.write(text.getvalue().encode()))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Append a row; columns without a value stay empty."""

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+STRATEGIES = ("auto", "ddp", "fsdp")
+PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "bf16-true", "32-true")
+
 
 @dataclass
 class TrainConfig:
@@ -95,8 +98,8 @@ class TrainConfig:
             )
         choices = {
             "compile": ("auto", "on", "off"),
-            "strategy": ("auto", "ddp", "fsdp"),
-            "precision": ("auto", "bf16-mixed", "16-mixed", "bf16-true", "32-true"),
+            "strategy": STRATEGIES,
+            "precision": PRECISIONS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

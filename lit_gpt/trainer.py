@@ -108,7 +108,7 @@ class _Trainer:
     ) -> None:
         self.fabric, self.experiment, self.config, self.layout, self.folder = fabric, experiment, config, layout, folder
         self.block_size = experiment.train_data.block_length - 1
-        self.model, self.optimizer, self.compiled = self._setup()
+        self.model, self.optimizer = self._setup()
         self.step = folder.restore(fabric, self.model, self.optimizer)
         self.tokens = folder.total_tokens
         self.speed = speed_monitor.SpeedMonitor(
@@ -120,7 +120,7 @@ class _Trainer:
 
     # --- set-up ---------------------------------------------------------------------------------------------------
 
-    def _setup(self) -> tuple[Any, Any, bool]:
+    def _setup(self) -> tuple[Any, Any]:
         """Place the model, choose kernels, compile, find the micro batch."""
         fabric, config, module = self.fabric, self.config, self.experiment.model
         module.checkpoint_blocks = config.activation_checkpointing
@@ -142,7 +142,7 @@ class _Trainer:
         optimizer = fabric.setup_optimizers(adamw)
         compiled = self._warm_up(model, module, optimizer, compiled)
         fabric.print(kernels.choose(config.attention_kernel, fabric.device, dtype, compiled))
-        return model, optimizer, compiled
+        return model, optimizer
 
     def _wants_compile(self) -> bool:
         choice = self.config.compile

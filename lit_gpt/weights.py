@@ -70,14 +70,16 @@ def load_weights(
         ValueError: it is damaged, or holds something else.
     """
     path = Path(path)
-    if path.is_dir():
+    from_folder = path.is_dir()
+    if from_folder:
         path = _in_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}: no such file{_neighbours(path)}")
     if path.suffix == SUFFIX:
         record = read_record(path)
         return of_family(path, clean_names(load_file(path))), record
-    if marker_path(path).exists() and path.name.startswith("iter-"):
+    # What a folder gave has been checked against its marker already: hashing a large file twice takes a while.
+    if not from_folder and marker_path(path).exists() and path.name.startswith("iter-"):
         open_checkpoint(path)
     state, record = weights_of(path, open_torch_file(path), warn)
     # Copies: a mapped tensor would die with a file that is replaced in place.

@@ -107,8 +107,8 @@ def split_text(flags: Flags, out: Path, settings: dict[str, Any], console: Conso
         raise FileNotFoundError(f"--text {path}: no such file; give a text file")
     text = path.read_bytes().decode("utf-8", errors="replace")
     settings["text"] = hashlib.sha256(text.encode()).hexdigest()
-    stage = _stage(out, "text", settings, console, "1/6 split the text")
-    if stage is None:
+    stage, done = _stage(out, "text", settings, console, "1/6 split the text")
+    if done is not None:
         return
     tenth = len(text) * 9 // 10
     paragraph = text.find("\n\n", tenth)
@@ -124,8 +124,8 @@ def split_text(flags: Flags, out: Path, settings: dict[str, Any], console: Conso
 def make_tokenizer(flags: Flags, out: Path, settings: dict[str, Any], console: Console) -> None:
     """Learn pieces from the training text only."""
     settings["vocab_size"] = flags.vocab_size
-    stage = _stage(out, "tokenizer", settings, console, "2/6 train a tokenizer")
-    if stage is not None:
+    stage, done = _stage(out, "tokenizer", settings, console, "2/6 train a tokenizer")
+    if done is None:
         arguments = ("--source_path", out / "text" / "train.txt", "--destination_path", stage.folder)
         _script("scripts/train_tokenizer.py", *arguments, "--vocab_size", flags.vocab_size, console=console)
         stage.finish({})
@@ -134,8 +134,8 @@ def make_tokenizer(flags: Flags, out: Path, settings: dict[str, Any], console: C
 def pack(flags: Flags, out: Path, settings: dict[str, Any], console: Console) -> None:
     """Write both texts as token files."""
     settings["block_size"] = flags.block_size
-    stage = _stage(out, "packed", settings, console, "3/6 pack the tokens")
-    if stage is None:
+    stage, done = _stage(out, "packed", settings, console, "3/6 pack the tokens")
+    if done is not None:
         return
     for name, prefix in (("train", "train_slim"), ("validation", "validation")):
         _script(
@@ -162,9 +162,9 @@ def train(kind: str, flags: Flags, out: Path, settings: dict[str, Any], console:
     numbers |= {"min_lr": flags.learning_rate / 10, "n_query_groups": flags.n_head, **shape}
     settings |= {"kind": kind, **numbers}
     number = 4 + list(KINDS).index(kind)
-    stage = _stage(out, kind, settings, console, f"{number}/6 train the {NAMES[kind]}")
-    if stage is None:
-        return _finished(out / kind)
+    stage, done = _stage(out, kind, settings, console, f"{number}/6 train the {NAMES[kind]}")
+    if done is not None:
+        return done
     from lit_gpt.display import TrainingProgress
 
     folder = stage.folder
@@ -236,9 +236,9 @@ def draw_losses(results: dict[str, dict[str, Any]], out: Path) -> None:
 def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) -> dict[str, Any]:
     """Text from both models; the MDM's is shown as it emerges, and drawn."""
     settings |= {name: getattr(flags, name) for name in ("prompt", "sampling_steps", "temperature", "seed")}
-    stage = _stage(out, "samples", settings, console, "6/6 sample")
-    if stage is None:
-        return _finished(out / "samples")
+    stage, done = _stage(out, "samples", settings, console, "6/6 sample")
+    if done is not None:
+        return done
 
     from lit_gpt import plots, sampling
     from lit_gpt.display import Denoising
@@ -342,22 +342,16 @@ def summarise(
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def _stage(out: Path, name: str, settings: dict[str, Any], console: Console, title: str) -> Stage | None:
-    """Announce a stage; None if its result exists."""
+def _stage(
+    out: Path, name: str, settings: dict[str, Any], console: Console, title: str
+) -> tuple[Stage, dict[str, Any] | None]:
+    """Announce a stage; also its result if an earlier run has finished it."""
     from lit_gpt.stages import Stage
 
     stage = Stage(out / name, dict(settings))
-    if stage.begin() is not None:
-        console.print(f"{title}: done before", style="bold")
-        return None
-    console.print(title, style="bold")
-    return stage
-
-
-def _finished(folder: Path) -> dict[str, Any]:
-    """A finished stage's result."""
-    result: dict[str, Any] = json.loads((folder / "stage.json").read_text())["result"]
-    return result
+    done = stage.begin()
+    console.print(title if done is None else f"{title}: done before", style="bold")
+    return stage, done
 
 
 def _script(script: str, *arguments: object, console: Console | None = None, watch: Any = None) -> None:
