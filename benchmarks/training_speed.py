@@ -1,6 +1,6 @@
 """How fast a training step is and how much memory it takes, against a plain baseline and against litgpt and transformers.
 
-    python benchmarks/training_speed.py                           an hour on 2 cores
+    python benchmarks/training_speed.py                           about 16 minutes on 2 idle cores, float32
     python benchmarks/training_speed.py --quick                   size 6 in float32, 3 rounds
     python benchmarks/training_speed.py --profile                 also the operations that take longest
     python benchmarks/training_speed.py --json speed.json > docs/results/training_speed.md
