@@ -2,7 +2,7 @@
 # Set up everything in a folder of its own (.venv), once; a later call finds it done and returns at once.
 #
 #   ./setup.sh                  what training, sampling and evaluation need
-#   ./setup.sh test [bench ...] and these extras of pyproject.toml
+#   ./setup.sh test [loggers ...] and these extras of pyproject.toml
 #
 # PYTHON=/path/to/python chooses the Python, SMDM_VENV=/folder another place (a conda environment will do: CONDA.md).
 # Options for pip, such as a package index of your own, go into pip's environment variables (PIP_INDEX_URL ...).

@@ -5,16 +5,18 @@
     python benchmarks/training_speed.py --profile                 also the operations that take longest
     python benchmarks/training_speed.py --json speed.json > docs/results/training_speed.md
 
-Prints Markdown. All steps run in turn in one process (round after round, so that a busy machine slows all of them alike),
-and a ratio is the median over the rounds of (baseline's time / this one's time) within a round. "Of matmul rate" is useful
-FLOPs per second over what the step's own matrix products reach alone in the same rounds. bfloat16 is left out where the
-processor has no arithmetic for it (no AVX-512 bf16, no AMX). Memory is the peak of a fresh process above what it held after
-its imports. litgpt and transformers take part where they are installed; litgpt pins older versions of what this project
-uses, so install it without them: `pip install --no-deps litgpt`.
+Prints Markdown. All steps run in turn (round after round, so that a busy machine slows all of them alike), each in a
+process of its own that waits between its turns, and a ratio is the median over the rounds of (baseline's time / this one's
+time) within a round. "Of matmul rate" is useful FLOPs per second over what the step's own matrix products reach alone in
+the same rounds. bfloat16 is left out where the processor has no arithmetic for it (no AVX-512 bf16, no AMX). Memory is the
+peak of a fresh process above what it held after its imports. litgpt and transformers take part where they are installed;
+litgpt pins older versions of what this project uses, so install it without them:
+`pip install lightning && pip install --no-deps litgpt`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 import statistics
@@ -23,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +160,16 @@ def choose_precisions(flags: Flags) -> tuple[list[str], list[str]]:
     return ["float32"], [note]
 
 
+def installed(name: str) -> bool:
+    """Whether a library can be imported; if not, says that it is left out."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        warn(f"{name} is left out of the table: {error}")
+        return False
+    return True
+
+
 def timed(work: Callable[[], Any], clock: Callable[[], float]) -> float:
     """Seconds of one call."""
     start = clock()
@@ -168,51 +179,47 @@ def timed(work: Callable[[], Any], clock: Callable[[], float]) -> float:
 
 def measure_cell(cell: Cell, precisions: list[str], flags: Flags) -> list[Row]:
     """All steps of one cell, in turn, round after round."""
-    from benchmarks import training_steps
-    from benchmarks.training_steps import MatmulRate
+    from benchmarks.training_steps import MatmulRate, StepProcess
 
-    builders = {"baseline": training_steps.plain, "ours, eager": training_steps.ours_eager, "ours": training_steps.ours}
+    names = ["baseline", "ours, eager", "ours"]
     if cell.kind == "arm":
         # Theirs are causal models.
-        others = {"litgpt": training_steps.litgpt, "transformers": training_steps.transformers}
-        builders |= {name: builder for name, builder in others.items() if find_spec(name)}
-        for name in others.keys() - builders.keys():
-            warn(f"{name} is not installed: left out of the table")
-    steps = {(name, p): build(cell, p == "bfloat16") for name, build in builders.items() for p in precisions}
-    # One batch throughout: another would have another number of scored rows, and rounds could not be compared.
-    batch = cell.make_batch(0)
-    scored = int((batch[2] != 0).sum())
-    rates = {p: MatmulRate(cell, scored, p == "bfloat16") for p in precisions}
-    first_losses = {key: step(batch) for key, step in steps.items()}
-    check_losses(cell, first_losses)
+        names += [name for name in ("litgpt", "transformers") if installed(name)]
+    steps = {
+        (name, p): StepProcess(name, cell, p == "bfloat16", flags.threads, flags.clock)
+        for name in [*names, "matmul"]
+        for p in precisions
+    }
+    check_losses(cell, {key: step.run()[1] for key, step in steps.items()})
     for _ in range(_WARM_UP - 1):
         for step in steps.values():
-            step(batch)
-    work = {**steps, **{("matmul", p): rate.step for p, rate in rates.items()}}
-    clock = time.perf_counter if flags.clock == "wall" else time.process_time
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in work}
+            step.run()
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for number in range(flags.rounds):
-        for key, step in work.items():
-            times[key].append(timed(lambda: step(batch), clock))  # noqa: B023
+        for key, step in steps.items():
+            times[key].append(step.run()[0])
         print(f"{cell.kind} {cell.size}M: round {number + 1} of {flags.rounds}", file=sys.stderr, flush=True)
-    flops = cell.useful_flops(scored)
+    for step in steps.values():
+        step.close()
+    flops, matmul_flops = cell.useful_flops(cell.scored), MatmulRate(cell, cell.scored, False).flops
     rows = []
-    for name, precision in steps:
-        own = times[name, precision]
-        median_s = statistics.median(own)
-        rows.append(
-            Row(
-                cell.kind,
-                cell.size,
-                name,
-                precision,
-                median_s * 1000,
-                cell.tokens / median_s,
-                {p: ratio(times["baseline", p], own) for p in precisions},
-                flops / median_s / 1e9,
-                rates[precision].flops / statistics.median(times["matmul", precision]) / 1e9,
+    for name in names:
+        for precision in precisions:
+            own = times[name, precision]
+            median_s = statistics.median(own)
+            rows.append(
+                Row(
+                    cell.kind,
+                    cell.size,
+                    name,
+                    precision,
+                    median_s * 1000,
+                    cell.tokens / median_s,
+                    {p: ratio(times["baseline", p], own) for p in precisions},
+                    flops / median_s / 1e9,
+                    matmul_flops / statistics.median(times["matmul", precision]) / 1e9,
+                )
             )
-        )
     return rows
 
 

@@ -9,6 +9,8 @@ B batch, T tokens, L layers, C width, V vocabulary.
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ from lit_gpt.diffmodel import TransEncoder
 from lit_gpt.layers import Transformer
 from lit_gpt.model import GPT
 from lit_gpt.noise import Stream, uniform_grid
+from lit_gpt.runtime import keep_freed_memory
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Step = Callable[[Batch], float]
@@ -66,6 +69,11 @@ class Cell:
         weights = diffusion.loss_weights(mask, p_mask, torch.full((self.batch,), 1 / self.tokens))
         return noisy_input, ids[:, :-1].contiguous(), weights
 
+    @property
+    def scored(self) -> int:
+        """Rows of the first batch that the loss needs."""
+        return int((self.make_batch(0)[2] != 0).sum())
+
     def products(self, scored: int) -> list[tuple[int, int, int, int]]:
         """The step's matrix products with weights, forward and backward: (how often, rows, inner, columns)."""
         config = self.config
@@ -100,6 +108,7 @@ def build_model(cell: Cell) -> Transformer:
 
 def ours(cell: Cell, bf16: bool, compiled: bool = True) -> Step:
     """`lit_gpt`: scored rows only in the head, fused AdamW, compiled blocks."""
+    keep_freed_memory()
     model = build_model(cell)
     dtype = torch.bfloat16 if bf16 else torch.float32
     kernels.choose("auto", torch.device("cpu"), dtype, compiled)
@@ -224,6 +233,55 @@ class MatmulRate:
             for _ in range(often):
                 torch.mm(left, right.T, out=out)
         return 0.0
+
+
+def matmul(cell: Cell, bf16: bool) -> Step:
+    """`MatmulRate` on the cell's own batch, as a step."""
+    return MatmulRate(cell, cell.scored, bf16).step
+
+
+STEPS: dict[str, Callable[[Cell, bool], Step]] = {
+    "baseline": plain,
+    "ours, eager": ours_eager,
+    "ours": ours,
+    "litgpt": litgpt,
+    "transformers": transformers,
+    "matmul": matmul,
+}
+
+
+class StepProcess:
+    """A step in a process of its own, which works when it is told to: no step inherits another's memory or settings."""
+
+    def __init__(self, name: str, cell: Cell, bf16: bool, threads: int, clock: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        arguments = (other, name, cell, bf16, threads, clock)
+        self._process = context.Process(target=_serve_step, args=arguments, daemon=True)
+        self._process.start()
+
+    def run(self) -> tuple[float, float]:
+        """One step: its seconds and its loss."""
+        self._connection.send(True)
+        return self._connection.recv()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.send(False)
+        self._process.join()
+
+
+def _serve_step(connection: Any, name: str, cell: Cell, bf16: bool, threads: int, clock: str) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    now = time.perf_counter if clock == "wall" else time.process_time
+    step = STEPS[name](cell, bf16)
+    # One batch throughout: another would have another number of scored rows, and rounds could not be compared.
+    batch = cell.make_batch(0)
+    while connection.recv():
+        start = now()
+        loss = step(batch)
+        connection.send((now() - start, loss))
 
 
 def bf16_is_native(seconds: Callable[[Callable[[], Any]], float]) -> tuple[bool, float, float]:

@@ -8,7 +8,9 @@ that `--help` is quick. May import files and nothing above.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import ctypes
 import importlib.util
 import io
 import logging
@@ -97,7 +99,23 @@ def start_fabric(accelerator: str, devices: str, num_nodes: int, strategy: str, 
         fabric.barrier()
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
     return fabric
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep blocks that are freed, for the next step to use; does nothing where it is not glibc.
+
+    By default it gives large blocks back to the system and gets them again empty: 96,000 page faults in each step of size
+    19 on 4x256 tokens, 452 ms instead of 348 in bf16. The peak of memory stays what it is.
+    """
+    # From malloc.h: the size from which a block gets pages of its own, and the free space at the top that is given back.
+    mmap_threshold, trim_threshold = -3, -1
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _end_with_parent(parent: int) -> None:
