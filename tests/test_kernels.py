@@ -116,7 +116,7 @@ def test_attention_in_bf16_is_near_float32(causal: bool, groups: int, length: in
     inputs = [rand(2, heads, length, 8, seed=seed).float() for seed, heads in enumerate((4, groups, groups))]
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        own = [value.to(dtype).requires_grad_() for value in inputs]
+        own = [value.to(dtype, copy=True).requires_grad_() for value in inputs]
         y = kernels.attention(*own, causal)
         y.float().square().sum().backward()
         results.append([y.detach().float(), *(value.grad.float() for value in own)])
