@@ -35,6 +35,7 @@ class Stream(IntEnum):
     SAMPLER = 7
     PROMPT_DROP = 8
     VALIDATION = 9
+    LIKELIHOOD = 10
 
 
 def hash_int(*keys: int) -> int:

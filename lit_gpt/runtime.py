@@ -104,6 +104,37 @@ def start_fabric(accelerator: str, devices: str, num_nodes: int, strategy: str, 
     return fabric
 
 
+def join_processes() -> tuple[int, int]:
+    """This process's number and how many there are, as a launcher (torchrun, `lightning run model`) says, connected."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return int(os.environ.get("RANK", "0")), world_size
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for by `--device` (cpu, cuda, cuda:N), or with `auto` or None a GPU if there is one.
+
+    Raises:
+        ValueError: CUDA was asked for and torch sees none, or the name is no device.
+    """
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(str(name))
+    except RuntimeError:
+        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    return device
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep blocks that are freed, for the next step to use; does nothing where it is not glibc.
 

@@ -25,6 +25,7 @@ from lit_gpt.diffmodel import TransEncoder
 from lit_gpt.export import SUFFIX, WeightsRecord, claim_export, export_weights, read_record
 from lit_gpt.layers import Transformer, rope_tables
 from lit_gpt.model import GPT
+from lit_gpt.tokenizer import DEFAULT_SOURCE
 
 __all__ = [
     "WeightsRecord",
@@ -39,6 +40,7 @@ __all__ = [
     "load_weights",
     "read_record",
     "state_hash",
+    "tokenizer_source",
 ]
 
 MODEL_CLASSES: dict[str, type[Transformer]] = {"arm": GPT, "mdm": TransEncoder}
@@ -141,6 +143,11 @@ def load_model(
     # The only tensors that are not in the file.
     model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(config))
     return model.eval(), record
+
+
+def tokenizer_source(record: WeightsRecord | None, given: str | None = None) -> str:
+    """Where a checkpoint's tokenizer is: as given, else by the checkpoint's own record, else TinyLlama's on the hub."""
+    return given or (record.tokenizer.get("source") if record else None) or DEFAULT_SOURCE
 
 
 def load_into(model: Transformer, path: Path | str, warn: Callable[[str], object] = _log.warning) -> str:

@@ -34,9 +34,12 @@ fabric = Fabric(accelerator="cpu")
 total = fabric.all_reduce(torch.tensor(fabric.global_rank + 1.0), reduce_op="sum")
 open(f"rank{fabric.global_rank}", "w").write(f"{fabric.world_size} {float(total)} {fabric.strategy.__class__.__name__}")
 fabric.barrier()
+# As every script of ours ends: torch may abort a process that exits beside a live process group.
+from lit_gpt.cli import leave
 if fabric.global_rank == 1:
     print("error: a line of the script's own", file=sys.stderr)
-    sys.exit(int(sys.argv[1]))
+    leave(int(sys.argv[1]))
+leave(0)
 """
 # Saves for a second after a signal, as a training run does.
 SAVES = """\

@@ -23,26 +23,55 @@ SOURCES = [*PACKAGE.values(), ROOT / "lit_gpt" / "__init__.py", *SCRIPTS]
 # From the bottom up. A module imports only from rows above its own in this table, never from its own row or below.
 LAYERS = [
     # Leaves: they know nothing else of the package.
-    {"config", "noise", "schedule", "kernels", "cli", "files", "train_config", "tokenizer"},
+    {
+        "config",
+        "noise",
+        "schedule",
+        "kernels",
+        "cli",
+        "files",
+        "train_config",
+        "tokenizer",
+        "eval_args",
+        "provenance",
+        "token_list",
+    },
     {"packed_format", "text_sources", "canvas"},
     {"layers", "diffusion", "naming", "checkpoint_files", "packed_dataset", "speed_monitor"},
     # What scripts besides training use, and nothing of the package above needs.
-    {"launcher", "stages", "display", "preparation_plan"},
-    {"model", "diffmodel", "runtime", "export", "batching", "preparation", "plots"},
+    {"launcher", "stages", "display", "preparation_plan", "eval_cache"},
+    {"model", "diffmodel", "runtime", "export", "batching", "preparation", "plots", "scoring"},
     {"sampling", "objectives", "checkpoint"},
+    {"likelihood"},
     {"weights", "validation"},
     {"run_folder", "describe"},
-    {"trainer"},
-    {"pretraining"},
+    {"trainer", "lm_adapter"},
+    {"pretraining", "lm_harness"},
 ]
 LEAVES = LAYERS[0] | LAYERS[1]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 
 # A library that is slow to load, or compiled, is imported inside functions: `--help` and `import lit_gpt` stay quick.
 LATE = {"lightning_fabric", "transformers", "sentencepiece", "tokenizers", "flash_attn", "xformers", "huggingface_hub"}
-LATE |= {"matplotlib", "pyarrow", "zstandard", "tensorboard", "wandb", "jsonargparse", "lm_eval", "litgpt"}
+LATE |= {
+    "datasets",
+    "datatrove",
+    "matplotlib",
+    "pyarrow",
+    "zstandard",
+    "tensorboard",
+    "wandb",
+    "jsonargparse",
+    "lm_eval",
+    "litgpt",
+}
 # A library that one module alone may know.
-HOMES = {"flash_attn": {"kernels"}, "xformers": {"kernels"}, "sentencepiece": {"tokenizer"}, "lm_eval": {"lm_harness"}}
+HOMES = {
+    "flash_attn": {"kernels"},
+    "xformers": {"kernels"},
+    "sentencepiece": {"tokenizer"},
+    "lm_eval": {"lm_harness", "lm_adapter"},
+}
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 MOST_ARGUMENTS = 6

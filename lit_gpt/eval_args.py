@@ -1,0 +1,106 @@
+"""What `--model_args` may say when a checkpoint is evaluated: names, defaults and which kind of model they are for.
+
+Historic spellings end here (`greddy`). Imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class ModelArgs:
+    """Settings of an evaluated checkpoint."""
+
+    ckpt_path: str = ""
+    """The checkpoint: an export, a run folder or checkpoint, or a published file."""
+    model_name: str | int | None = None
+    """The size, such as 170, for files that do not say."""
+    tokenizer: str | None = None
+    """Folder or hub name; by default the checkpoint's own record counts, then TinyLlama's on the hub."""
+    max_length: int | None = None
+    """Longest input in tokens; by default the model's block size."""
+    batch_size: int | str = 32
+    """Rows of max_length that make a batch, or auto. Changes speed and memory, never a result."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; by default a GPU if there is one."""
+    dtype: str = "auto"
+    """float32 or bfloat16 (autocast); auto is float32 on CPUs and bfloat16 on GPUs that have it."""
+    seed: int = 1234
+    """Of masks and samples."""
+    temperature: float = 0.0
+    """Of generate_until, where the task does not say."""
+    nll_type: str = "mc"
+    """MDM: mc, chain_rule or exact."""
+    mc_num: int = 1024
+    """MDM: draws of mc."""
+    budget: int = 128
+    """MDM: forward passes that exact may spend on a target."""
+    cfg: float = 0.0
+    """MDM: guidance scale."""
+    greedy: bool = False
+    """MDM: run the greedy check (also spelt greddy)."""
+    padding: bool = False
+    """MDM: fill inputs with [MASK] up to max_length."""
+    mask_id: int | None = None
+    """MDM: must be the model's own, 32000 for published ones."""
+    steps: int | None = None
+    """MDM: denoising steps of generate_until; by default one per new token."""
+    alg: str = "greedy"
+    """MDM: sampling algorithm of generate_until."""
+
+
+_MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "steps", "alg"}
+_HISTORIC = {"greddy": "greedy"}
+_DTYPES = ("auto", "float32", "bfloat16")
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("seed", "mc_num", "budget", "max_length", "mask_id", "steps"), (int,)),
+    **dict.fromkeys(("cfg", "temperature"), (int, float)),
+    **dict.fromkeys(("greedy", "padding"), (bool,)),
+}
+
+
+def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
+    """The settings of a kind of model, checked.
+
+    Args:
+        kind: `arm` or `mdm`.
+        values: by name, with the types that lm-evaluation-harness gives them.
+
+    Raises:
+        ValueError: an unknown name (the known ones are listed), an MDM's setting for an ARM, a value of another type,
+            no checkpoint.
+    """
+    known = {field.name for field in dataclasses.fields(ModelArgs)} - (_MDM_ONLY if kind == "arm" else set())
+    values = {_HISTORIC.get(name, name): value for name, value in values.items()}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"--model_args: {', '.join(unknown)} is unknown; known are {', '.join(sorted(known))}"
+            + (" and greddy for greedy" if kind == "mdm" else "")
+        )
+    for name, types in _TYPES.items():
+        value = values.get(name)
+        if value is not None and (not isinstance(value, types) or isinstance(value, bool) != (bool in types)):
+            raise ValueError(f"--model_args: {name}={value}: expected {' or '.join(kind.__name__ for kind in types)}")
+    arguments = ModelArgs(**values)
+    if not arguments.ckpt_path:
+        raise ValueError(
+            "--model_args: ckpt_path is missing: name the checkpoint, as in ckpt_path=models/mdm.safetensors"
+        )
+    if arguments.dtype not in _DTYPES:
+        raise ValueError(f"--model_args: dtype={arguments.dtype}: choose from {', '.join(_DTYPES)}")
+    size = str(arguments.batch_size)
+    if not (size.split(":")[0] == "auto" or (size.isdigit() and int(size) > 0)):
+        raise ValueError(f"--batch_size {size}: expected a number from 1 up, or auto")
+    return arguments
+
+
+def usage() -> str:
+    """The settings as lines of help; the docstrings after the fields are read from the source by nobody else."""
+    fields = ", ".join(
+        f"{field.name}={field.default}" for field in dataclasses.fields(ModelArgs) if field.name != "ckpt_path"
+    )
+    return f"--model_args of ar and mdlm: ckpt_path=FILE and, with their defaults, {fields}"

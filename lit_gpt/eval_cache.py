@@ -1,0 +1,72 @@
+"""Finished results of an evaluation, so that a killed one goes on where it stood.
+
+One file of JSON lines per (checkpoint, settings), whose name is their hash and whose first line spells them out: another
+checkpoint, estimator or seed has another file, so nothing stale can be served. Each process appends to a file of its own
+and reads those of all. A line that a kill left half-written is passed over. May import files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.files import make_folder
+
+
+class EvalCache:
+    """Results by key, for one checkpoint and one set of settings.
+
+    Args:
+        folder: where the files lie; made if it is missing.
+        settings: everything that changes a result, as JSON values.
+        rank: this process's number.
+
+    Raises:
+        SaveError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
+        make_folder(folder)
+        header = json.dumps(settings, sort_keys=True)
+        name = hashlib.sha256(header.encode()).hexdigest()[:16]
+        self.path = folder / f"{name}.{rank}.jsonl"
+        self._values: dict[str, Any] = {}
+        for path in sorted(folder.glob(f"{name}.*.jsonl")):
+            self._read(path)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the evaluation runs)
+        # A torn last line must not swallow the next one.
+        self._file.write(f"\n{header}\n" if self._file.tell() else f"{header}\n")
+
+    def get(self, key: str) -> Any:
+        """What was stored under a key; None if nothing was."""
+        return self._values.get(key)
+
+    def add(self, results: Sequence[tuple[str, Any]]) -> None:
+        """Store results and put them on the disk."""
+        for key, value in results:
+            self._values[key] = value
+            self._file.write(json.dumps([key, value]) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, list) and len(entry) == 2:
+                self._values[entry[0]] = entry[1]
+
+
+def request_key(kind: str, *parts: Any) -> str:
+    """The key of a request: a hash of what was asked (JSON values)."""
+    return hashlib.sha256(json.dumps([kind, *parts]).encode()).hexdigest()[:32]

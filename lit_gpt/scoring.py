@@ -1,0 +1,193 @@
+"""Cross-entropies of chosen tokens in many rows at once: the forward passes behind every likelihood.
+
+Decisions: rows of different requests share a batch, sorted by length and padded on the right under a key mask, so a
+result depends on no batch-mate; the head runs only on the positions that are scored, in chunks; equal inputs are read
+once, whoever asks (the answers of a multiple-choice question often differ in what they score, not in what is read). The
+model is seen as a function from a batch to logits, so a toy distribution tests everything above it exactly.
+
+May import kernels, layers and the model classes' base only.
+
+R rows of a query, B rows of a batch, T tokens, N scored positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_gpt import kernels
+from lit_gpt.layers import Transformer
+
+
+@dataclass(frozen=True)
+class Query:
+    """Rows of one request, all of one length."""
+
+    input_ids: Tensor
+    """(R, T) int64: what the model reads."""
+    scored: Tensor
+    """(R, T) bool: the positions whose prediction is wanted."""
+    targets: Tensor
+    """(T,) int64: what each position should predict; anything where no row is scored."""
+    prompt_length: int = 0
+    """Leading tokens that guidance hides in its second pass."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A query's results, all (R, T) and 0 where nothing is scored."""
+
+    nll: Tensor
+    """float32: -log p(target), nats."""
+    best_ids: Tensor
+    """int64: the likeliest token."""
+    best_probability: Tensor
+    """float32: its probability."""
+
+
+@dataclass(frozen=True)
+class ReadBatch:
+    """What the model reads at once."""
+
+    input_ids: Tensor
+    """(B, T) int64, padded on the right with 0."""
+    key_mask: Tensor | None
+    """(B, T) bool, False at padding; None where nothing is padded."""
+    prompt_mask: Tensor
+    """(B, T) bool, True at what guidance hides."""
+    where: Tensor
+    """(N,) int64: scored positions in the flattened (B * T)."""
+
+
+LogitsFn = Callable[[ReadBatch], Iterator[Tensor]]
+"""A batch to the logits (n, V) float32 at `where`, in order, in chunks."""
+
+
+def model_logits(model: Transformer) -> LogitsFn:
+    """A model as this module calls it: whole rows through the blocks, scored positions alone through the head."""
+    rows = max(1, kernels.chunk_elements(model.lm_head.weight.device) // model.lm_head.weight.size(0))
+
+    def logits(batch: ReadBatch) -> Iterator[Tensor]:
+        hidden = model.hidden_states(batch.input_ids, key_mask=batch.key_mask)
+        for part in hidden.flatten(0, 1)[batch.where].split(rows):
+            yield model.lm_head(part).float()
+
+    return logits
+
+
+def guided(logits_fn: LogitsFn, cfg_scale: float, mask_id: int) -> LogitsFn:
+    """Classifier-free guidance: un + (cfg_scale + 1) (cond - un), where `un` reads the prompt as [MASK].
+
+    Args:
+        logits_fn: the model.
+        cfg_scale: w; 0 returns `logits_fn` itself.
+        mask_id: id of [MASK].
+
+    Source: Ho & Salimans 2022 (arXiv 2207.12598); unsupervised form: SMDM (arXiv 2410.18514), section 4.
+    """
+    if not cfg_scale:
+        return logits_fn
+
+    def with_guidance(batch: ReadBatch) -> Iterator[Tensor]:
+        hidden_prompt = batch.input_ids.masked_fill(batch.prompt_mask, mask_id)
+        unconditional = ReadBatch(hidden_prompt, batch.key_mask, batch.prompt_mask, batch.where)
+        for cond, uncond in zip(logits_fn(batch), logits_fn(unconditional), strict=True):
+            yield uncond + (cfg_scale + 1) * (cond - uncond)
+
+    return with_guidance
+
+
+@torch.no_grad()
+def score(
+    logits_fn: LogitsFn, queries: Sequence[Query], vocab_size: int, max_tokens: int, device: torch.device | str = "cpu"
+) -> list[Scores]:
+    """Score every row of every query.
+
+    Args:
+        logits_fn: the model, see `model_logits` and `guided`.
+        queries: in any order.
+        vocab_size: K; ids from here on are padding of the vocabulary and are never the likeliest.
+        max_tokens: tokens of a batch, padding included; a longer row is a batch of its own.
+        device: where the model reads.
+
+    Returns:
+        One `Scores` per query, on the CPU.
+    """
+    results = [
+        Scores(torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
+        for shape in (query.input_ids.shape for query in queries)
+    ]
+    rows = _distinct_rows(queries)
+    for group in _batches(rows, max_tokens, [queries[users[0][0]].input_ids.size(1) for users in rows]):
+        batch, targets = _read_batch(queries, group, device)
+        nll, best_ids, best_probability = _evaluate(logits_fn(batch), targets, vocab_size)
+        start = 0
+        for users in group:
+            for query, row in users:
+                scored = queries[query].scored[row]
+                part = slice(start, start := start + int(scored.sum()))
+                results[query].nll[row, scored] = nll[part]
+                results[query].best_ids[row, scored] = best_ids[part]
+                results[query].best_probability[row, scored] = best_probability[part]
+    return results
+
+
+_User = tuple[int, int]
+"""(number of the query, number of its row)."""
+
+
+def _distinct_rows(queries: Sequence[Query]) -> list[list[_User]]:
+    """Rows that read the same, together; longest first, so that memory runs out at once or not at all."""
+    users: dict[tuple[int, bytes], list[_User]] = {}
+    for number, query in enumerate(queries):
+        wide = query.input_ids.numpy()
+        for row in range(len(wide)):
+            users.setdefault((query.prompt_length, wide[row].tobytes()), []).append((number, row))
+    return sorted(users.values(), key=lambda group: -queries[group[0][0]].input_ids.size(1))
+
+
+def _batches(rows: Sequence[list[_User]], max_tokens: int, lengths: Sequence[int]) -> Iterator[list[list[_User]]]:
+    """Consecutive rows whose padded batch stays within `max_tokens`; lengths are those of the rows, falling."""
+    start = 0
+    while start < len(rows):
+        end = min(len(rows), start + max(1, max_tokens // lengths[start]))
+        yield list(rows[start:end])
+        start = end
+
+
+def _read_batch(
+    queries: Sequence[Query], group: list[list[_User]], device: torch.device | str
+) -> tuple[ReadBatch, Tensor]:
+    """The padded batch of some distinct rows, and the targets (N,) of its scored positions."""
+    width = max(queries[users[0][0]].input_ids.size(1) for users in group)
+    input_ids = torch.zeros(len(group), width, dtype=torch.int64)
+    key_mask, prompt_mask = (torch.zeros(len(group), width, dtype=torch.bool) for _ in range(2))
+    where, targets = [], []
+    for place, users in enumerate(group):
+        query, row = queries[users[0][0]], users[0][1]
+        length = query.input_ids.size(1)
+        input_ids[place, :length] = query.input_ids[row]
+        key_mask[place, :length] = True
+        prompt_mask[place, : query.prompt_length] = True
+        for number, own_row in users:
+            positions = queries[number].scored[own_row].nonzero().squeeze(1)
+            where.append(positions + place * width)
+            targets.append(queries[number].targets[positions])
+    padded = None if bool(key_mask.all()) else key_mask.to(device)
+    batch = ReadBatch(input_ids.to(device), padded, prompt_mask.to(device), torch.cat(where).to(device))
+    return batch, torch.cat(targets).to(device)
+
+
+def _evaluate(logits: Iterator[Tensor], targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, likeliest token and its probability at every scored position, (N,) each, on the CPU."""
+    parts, start = [], 0
+    for chunk in logits:
+        own = targets[start : (start := start + len(chunk))]
+        total = chunk.logsumexp(1)
+        best, best_ids = chunk[:, :vocab_size].max(1)
+        parts.append((total - chunk.gather(1, own[:, None]).squeeze(1), best_ids, (best - total).exp()))
+    nll, best_ids, best_probability = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return nll, best_ids, best_probability
