@@ -5,8 +5,8 @@
     python scripts/prepare_fineweb.py --source 'downloads/{crawl}' --crawl CC-MAIN-2024-10
 
 Without flags it reads the first parquet files of CC-MAIN-2024-10 and CC-MAIN-2024-18 from the hub, of each as many
-documents as make 100 x 1024 rows of 2048 tokens (a few hundred MB of text over the network; one core; a line with speed
-and time left every few seconds). A local folder or file of .parquet, .jsonl, .jsonl.gz or .jsonl.zst is read the same
+documents as make 100 x 1024 rows of 2048 tokens (about 1 GB of text each, on one core; a line with speed and time left
+every few seconds). A local folder or file of .parquet, .jsonl, .jsonl.gz or .jsonl.zst is read the same
 way. Tokens as published: the begin token before each document, no end token, all in order. Started again after an
 interruption it goes on where it was, with the same bytes in the end. data/fineweb/{crawl}/ then holds
 validation_0000000000.bin ... and validation.manifest.json. Needs: pip install 'smdm[eval]'

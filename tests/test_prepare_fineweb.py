@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -23,13 +24,11 @@ from tests.small_tokenizers import train_small, training_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "prepare_fineweb.py"
-DOCUMENTS = ["First line.\nSecond  line.", "", "déjà vu \u2028 日本", "x" * 50, "<s> is text", "last\r\n"] * 40
+DOCUMENTS = ["First line.\nSecond  line.", "", "déjà vu \u2028 日本", "x" * 50, "<s> is text", "last\r\n"] * 60
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 needs_datatrove = pytest.mark.skipif(
-    subprocess.run([sys.executable, "-c", "import datatrove.pipeline.readers, orjson"], capture_output=True).returncode
-    > 0,
-    reason="needs pip install 'smdm[eval]'",
+    not all(importlib.util.find_spec(name) for name in ("datatrove", "orjson")), reason="needs pip install 'smdm[eval]'"
 )
 
 
