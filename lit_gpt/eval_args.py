@@ -54,7 +54,7 @@ class ModelArgs:
 
 _MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "steps", "alg"}
 _HISTORIC = {"greddy": "greedy"}
-_DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16")
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seed", "mc_num", "budget", "max_length", "mask_id", "steps"), (int,)),
     **dict.fromkeys(("cfg", "temperature"), (int, float)),
@@ -90,8 +90,8 @@ def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
         raise ValueError(
             "--model_args: ckpt_path is missing: name the checkpoint, as in ckpt_path=models/mdm.safetensors"
         )
-    if arguments.dtype not in _DTYPES:
-        raise ValueError(f"--model_args: dtype={arguments.dtype}: choose from {', '.join(_DTYPES)}")
+    if arguments.dtype not in DTYPES:
+        raise ValueError(f"--model_args: dtype={arguments.dtype}: choose from {', '.join(DTYPES)}")
     size = str(arguments.batch_size)
     if not (size.split(":")[0] == "auto" or (size.isdigit() and int(size) > 0)):
         raise ValueError(f"--batch_size {size}: expected a number from 1 up, or auto")

@@ -1,14 +1,9 @@
-"""Log-likelihoods of targets given prefixes: exact for an ARM; bounds and a left-to-right product for an MDM.
+"""Log-likelihoods of targets given prefixes, for many requests at once: exact for an ARM, estimated for an MDM.
 
-The bound on an MDM's negative log-likelihood of a target of L tokens, in nats (SMDM, arXiv 2410.18514, section 3; in its
-form over numbers of masked tokens: Ou et al. 2024, arXiv 2406.03736):
-
-    integral over t in (0, 1) of E[sum over masked i of CE_i / t]  =  sum_{k=1..L} (1/k) E_{|M| = k}[sum_{i in M} CE_i(M)]
-
-Decisions: an estimator is a plan, a function of (length, effort, keys) to masks and to what becomes of their
-cross-entropies; it sees no model. Random masks are a function of (seed, prefix, draw, position in the target), so that
-the answers of one question share them and their differences are less noisy, and no result depends on the batch. A
-result's standard error is that of the estimator, 0 where nothing was drawn. May import noise and scoring.
+Decisions: the masks are a function of (seed, prefix, draw, position in the target), so that the answers of one question
+share them and their differences are less noisy, and no result depends on the batch; requests are worked off in rounds,
+longest first, whose results can be kept before the next begins. The estimators and their formulas are in `estimators`.
+May import estimators, noise and scoring.
 
 R rows (masks), L tokens of the target, T tokens of a row.
 """
@@ -22,14 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_gpt.noise import Stream, hash_int, uniform
+from lit_gpt.estimators import Plan, chain_rule_plan, exact_plan, mc_plan
+from lit_gpt.noise import hash_int
 from lit_gpt.scoring import LogitsFn, Query, Scores, score
 
 ESTIMATORS = ("mc", "chain_rule", "exact")
-# What a token's cross-entropy is expected to be when k of L tokens are masked, as a share of what it is when all are:
-# the control variate of `exact_plan`. Any numbers leave the estimate unbiased; these made it the least noisy on a trained
-# model of 1M parameters, and the choice is flat (docs/results/likelihood.md).
-_SHARE_AT_NONE, _SHARE_AT_ALL = 0.6, 1.0
 # Rows of a round of work, in batches: results and progress come after each.
 _BATCHES_PER_ROUND = 32
 
@@ -42,6 +34,8 @@ class Request:
     """Token ids; never masked. An MDM's may be empty."""
     target: tuple[int, ...]
     """Token ids, at least one."""
+    stream: int = 0
+    """Chooses the random numbers together with the prefix: texts without one want different numbers."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,8 @@ class Method:
     """Draws of `mc`."""
     budget: int = 128
     """Forward passes that `exact` may spend on a target."""
+    eps: float = 0.0
+    """Smallest masking probability of `mc`: p = (1 - eps) t + eps; training has 1e-3."""
     cfg_scale: float = 0.0
     """Classifier-free guidance; 0 is none."""
     greedy: bool = False
@@ -87,18 +83,6 @@ class Likelihood:
     """Of the estimator, nats."""
     is_greedy: bool
     """Greedy decoding gives the target; False where it was not asked for."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which tokens are masked in which pass, and what the cross-entropies come to."""
-
-    masks: Tensor
-    """(R, L) bool: True is read as [MASK]."""
-    scored: Tensor
-    """(R, L) bool, within `masks`."""
-    reduce: Callable[[Tensor], tuple[float, float]]
-    """Cross-entropies (R, L) float64, 0 where not scored, to (nll, standard error)."""
 
 
 @dataclass(frozen=True)
@@ -191,166 +175,12 @@ def greedy_matches(reader: Reader, requests: Sequence[Request], pad_to: int = 0)
     return verdicts
 
 
-# --- plans ------------------------------------------------------------------------------------------------------------
-
-
 def make_plan(method: Method, request: Request) -> Plan:
     """The plan of a request's estimator."""
-    length, keys = len(request.target), (method.seed, hash_int(*request.prefix))
+    length, keys = len(request.target), (method.seed, request.stream, hash_int(*request.prefix))
     if method.estimator == "mc":
-        return mc_plan(length, method.mc_num, *keys)
+        return mc_plan(length, method.mc_num, method.eps, *keys)
     return chain_rule_plan(length) if method.estimator == "chain_rule" else exact_plan(length, method.budget, *keys)
-
-
-def chain_rule_plan(length: int) -> Plan:
-    """The left-to-right product: in pass j the tokens from j on are masked, and token j is scored.
-
-    Not the bound, but the likelihood of one order of unmasking. Source: SMDM's `nll_type=chain_rule`.
-    """
-    return Plan(
-        torch.ones(length, length, dtype=torch.bool).triu(),
-        torch.eye(length, dtype=torch.bool),
-        lambda nll: (float(nll.sum()), 0.0),
-    )
-
-
-def mc_plan(length: int, draws: int, *keys: int) -> Plan:
-    """The integral by low-discrepancy times: mean over i of sum_masked CE / t_i with t_i = (u + i / n) mod 1.
-
-    Source: SMDM's `nll_type=mc` (published: n is the forward batch; here all draws). The standard error compares
-    neighbours in t (collapsed strata: Cochran 1977, section 5A.12), so it counts what the strata do not.
-
-    Args:
-        length: L.
-        draws: n.
-        *keys: what the random numbers are a function of.
-    """
-    position = torch.arange(length)
-    shift = float(uniform(*keys, int(Stream.LIKELIHOOD), torch.tensor(-1)))
-    times = ((torch.arange(draws, dtype=torch.float64) + shift) / draws) % 1.0
-    masks = uniform(*keys, int(Stream.LIKELIHOOD), torch.arange(draws)[:, None], position) < times[:, None]
-
-    def reduce(nll: Tensor) -> tuple[float, float]:
-        values = nll.sum(1) / times.clamp(min=torch.finfo(torch.float64).tiny)
-        pairs = values[: draws // 2 * 2].view(-1, 2)
-        spread = (pairs[:, 0] - pairs[:, 1]).square().sum() * (draws / max(1, 2 * len(pairs)))
-        return float(values.mean()), float(spread.sqrt() / draws) if len(pairs) else math.nan
-
-    return Plan(masks, masks, reduce)
-
-
-def exact_plan(length: int, budget: int, *keys: int) -> Plan:
-    """The bound as a sum over numbers of masked tokens, without a draw where the budget allows.
-
-    With 2^L - 1 <= budget every mask is read. Otherwise one pass masks everything, which gives the term k = L and a
-    first guess a_i of every token's cross-entropy; the other n passes take k from 1 to L - 1 systematically with density
-    q_k ~ sqrt((1/k) (1 - k/L)), the spread of a mean of k tokens, and
-
-        nll = sum_k g_k mean(a) + (1/n) sum_j (1/q_{k_j}) mean_{i in M_j} (CE_i(M_j) - g_{k_j} a_i),    g_L = 1.
-
-    The masks, in the order of k, are cut from a chain of random permutations: neighbouring passes, whose k are alike,
-    partition the target, so that every token is scored about as often at every level, and by symmetry each mask is
-    uniform among those of its size. The estimate is unbiased for any g. Its standard error compares successive scorings
-    of the same token.
-
-    Args:
-        length: L.
-        budget: passes, at least 2.
-        *keys: what the random numbers are a function of.
-    """
-    if length < 63 and 2**length - 1 <= budget:
-        return _all_masks(length)
-    shift = float(uniform(*keys, int(Stream.LIKELIHOOD), torch.tensor(-2)))
-    sizes, weights = systematic_sizes(length, budget - 1, shift)
-    drawn = permutation_masks(length, sizes, *keys)
-    masks = torch.cat((torch.ones(1, length, dtype=torch.bool), drawn))
-    share = _SHARE_AT_NONE + (_SHARE_AT_ALL - _SHARE_AT_NONE) * torch.arange(1, length + 1).double() / length
-    coefficients = weights / sizes
-
-    def reduce(nll: Tensor) -> tuple[float, float]:
-        first = nll[0]
-        residual = (nll[1:] - share[sizes - 1, None] * first) * drawn
-        value = share.sum() * first.mean() + (coefficients * residual.sum(1)).sum()
-        return float(value), _chain_error(residual, drawn, coefficients)
-
-    return Plan(masks, masks, reduce)
-
-
-def systematic_sizes(length: int, count: int, shift: float) -> tuple[Tensor, Tensor]:
-    """Numbers of masked tokens by systematic sampling, in rising order, and their weights.
-
-    Args:
-        length: L, at least 2.
-        count: n.
-        shift: in [0, 1), the one random number.
-
-    Returns:
-        (n,) int64 in [1, L - 1], k_j at the quantile (j + shift) / n; and (n,) float64 1 / (n q_{k_j}), whose sum over
-        f(k_j) estimates the sum of f(k).
-    """
-    sizes = torch.arange(1, length, dtype=torch.float64)
-    density = ((1 / sizes) * (1 - sizes / length)).sqrt()
-    density /= density.sum()
-    points = (torch.arange(count, dtype=torch.float64) + shift) / count
-    index = torch.searchsorted(density.cumsum(0), points, right=True).clamp(max=length - 2)
-    return index + 1, 1 / (count * density[index])
-
-
-def permutation_masks(length: int, sizes: Tensor, *keys: int) -> Tensor:
-    """Masks of given sizes, cut one after the other from a chain of random permutations of the target.
-
-    A mask that a permutation's end leaves unfinished takes the rest from the next one, passing over what it has.
-
-    Args:
-        length: L.
-        sizes: (R,) int64 in [1, L].
-        *keys: what the permutations are a function of; a longer target orders its first tokens alike.
-
-    Returns:
-        (R, L) bool.
-    """
-    masks = torch.zeros(len(sizes), length, dtype=torch.bool)
-    waiting: list[int] = []
-    for row, size in enumerate(sizes.tolist()):
-        chosen, waiting = waiting[:size], waiting[size:]
-        if len(chosen) < size:
-            order = uniform(*keys, int(Stream.LIKELIHOOD), -3, row, torch.arange(length)).argsort().tolist()
-            taken = set(chosen)
-            fresh = [token for token in order if token not in taken]
-            missing = size - len(chosen)
-            chosen, waiting = chosen + fresh[:missing], fresh[missing:] + [token for token in order if token in taken]
-        masks[row, chosen] = True
-    return masks
-
-
-def _all_masks(length: int) -> Plan:
-    """Every mask but the empty one, weighted so that the sum is the bound: 1 / (L C(L-1, k-1)) for one of k tokens."""
-    numbers = torch.arange(1, 2**length)
-    masks = (numbers[:, None] >> torch.arange(length)) & 1 == 1
-    by_size = torch.tensor([0.0] + [1 / (length * math.comb(length - 1, k - 1)) for k in range(1, length + 1)]).double()
-    weights = by_size[masks.sum(1)]
-    return Plan(masks, masks, lambda nll: (float((weights * nll.sum(1)).sum()), 0.0))
-
-
-def _chain_error(residual: Tensor, masks: Tensor, coefficients: Tensor) -> float:
-    """Standard error of sum_j c_j sum_{i in M_j} residual_ij, from differences between a token's successive scorings.
-
-    Args:
-        residual: (n, L) float64, 0 where not scored.
-        masks: (n, L) bool.
-        coefficients: (n,) float64.
-    """
-    last = torch.full((masks.size(1),), math.nan, dtype=torch.float64)
-    squares, pairs = 0.0, 0
-    for row, mask in zip(residual, masks, strict=True):
-        again = mask & ~last.isnan()
-        squares += float((row - last)[again].square().sum() / 2)
-        pairs += int(again.sum())
-        last = torch.where(mask, row, last)
-    if not pairs:
-        return math.nan
-    total = float((coefficients.square() * masks.sum(1)).sum())
-    return math.sqrt(squares / pairs * total)
 
 
 # --- from requests to rows --------------------------------------------------------------------------------------------

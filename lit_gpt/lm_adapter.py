@@ -17,7 +17,7 @@ import torch
 
 from lit_gpt import provenance
 from lit_gpt.cli import warn
-from lit_gpt.eval_args import ModelArgs
+from lit_gpt.eval_args import DTYPES, ModelArgs
 from lit_gpt.eval_cache import EvalCache, request_key
 from lit_gpt.likelihood import Likelihood, Method, Reader, Request, arm_likelihoods, mdm_likelihoods
 from lit_gpt.noise import hash_int
@@ -30,10 +30,24 @@ from lit_gpt.weights import load_model, state_hash, tokenizer_source
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
+DEFAULT_CACHE = Path("~/.cache/smdm/evaluation")
 # Tokens of a batch with --batch_size auto: beyond, a CPU's caches are exceeded; on GPUs a batch that does not fit is halved.
 _AUTO_TOKENS = {"cpu": 8192, "cuda": 131072}
 _DEFAULT_NEW_TOKENS = 256  # the harness's own default for max_gen_toks
 _REPORTED_VERSIONS = ("smdm", "torch", "lm_eval", "numpy", "sentencepiece", "tokenizers")
+
+
+def evaluation_dtype(name: str, device: torch.device) -> str:
+    """`float32` or `bfloat16` (autocast): as asked for, or with `auto` bfloat16 on GPUs that have it.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name}: choose from {', '.join(DTYPES)}")
+    if name != "auto":
+        return name
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
 class Adapter:
@@ -55,17 +69,15 @@ class Adapter:
         self.tokenizer = Tokenizer(tokenizer_source(record, arguments.tokenizer))
         self.max_length = arguments.max_length or config.block_size
         self._check()
-        self.dtype = arguments.dtype
-        if self.dtype == "auto":
-            self.dtype = "bfloat16" if self._device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        self.dtype = evaluation_dtype(arguments.dtype, self._device)
         self.method = Method(
-            arguments.nll_type,
-            arguments.mc_num,
-            arguments.budget,
-            float(arguments.cfg),
-            arguments.greedy,
-            self.max_length if arguments.padding else 0,
-            arguments.seed,
+            estimator=arguments.nll_type,
+            mc_num=arguments.mc_num,
+            budget=arguments.budget,
+            cfg_scale=float(arguments.cfg),
+            greedy=arguments.greedy,
+            pad_to=self.max_length if arguments.padding else 0,
+            seed=arguments.seed,
         )
         logits_fn = guided(model_logits(self.model), self.method.cfg_scale, config.mask_id)
         self.reader = Reader(logits_fn, config.mask_id, config.vocab_size, self._batch_tokens(), self._device)

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.eval_args import ModelArgs, read_model_args, usage
-from lit_gpt.lm_adapter import Adapter
+from lit_gpt.lm_adapter import DEFAULT_CACHE, Adapter
 
-DEFAULT_CACHE = Path("~/.cache/smdm/evaluation")
 KINDS = {"ar": "arm", "mdlm": "mdm"}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_gpt import likelihood
+from lit_gpt import estimators, likelihood
 from lit_gpt.config import Config
 from lit_gpt.diffmodel import TransEncoder
 from lit_gpt.likelihood import Likelihood, Method, Reader, Request, arm_likelihoods, mdm_likelihoods
@@ -164,9 +164,9 @@ def test_the_standard_error_is_honest(method: Method):
 @pytest.mark.parametrize("length", [2, 3, 7, 40])
 def test_masks_have_their_sizes_and_cover_the_target(length: int):
     for count in (1, 4, 3 * length):
-        sizes, weights = likelihood.systematic_sizes(length, count, 0.37)
+        sizes, weights = estimators.systematic_sizes(length, count, 0.37)
         assert sizes.min() >= 1 and sizes.max() <= length - 1
-        masks = likelihood.permutation_masks(length, sizes, 1, 2)
+        masks = estimators.permutation_masks(length, sizes, 1, 2)
         assert masks.sum(1).equal(sizes)
         # A chain of permutations: no token is ever two scorings ahead of another, give or take a wrapped mask.
         counts = masks.sum(0)
@@ -179,7 +179,7 @@ def test_weights_of_sizes_sum_a_function():
     wanted = sum(math.sqrt(k) for k in range(1, 10))
     sums = []
     for number in range(1000):
-        sizes, weights = likelihood.systematic_sizes(10, 4, (number + 0.5) / 1000)
+        sizes, weights = estimators.systematic_sizes(10, 4, (number + 0.5) / 1000)
         sums.append(float((weights * sizes.double().sqrt()).sum()))
     assert np.mean(sums) == pytest.approx(wanted, rel=2e-3)
 
@@ -190,7 +190,7 @@ def test_every_mask_of_a_size_is_equally_likely():
     found: dict[tuple[int, ...], int] = {}
     draws = 3000
     for seed in range(draws):
-        mask = likelihood.permutation_masks(5, sizes, seed)[2]
+        mask = estimators.permutation_masks(5, sizes, seed)[2]
         key = tuple(mask.nonzero().flatten().tolist())
         found[key] = found.get(key, 0) + 1
     expected = draws / math.comb(5, 2)

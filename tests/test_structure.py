@@ -40,7 +40,7 @@ LAYERS = [
     {"layers", "diffusion", "naming", "checkpoint_files", "packed_dataset", "speed_monitor"},
     # What scripts besides training use, and nothing of the package above needs.
     {"launcher", "stages", "display", "preparation_plan", "eval_cache"},
-    {"model", "diffmodel", "runtime", "export", "batching", "preparation", "plots", "scoring"},
+    {"model", "diffmodel", "runtime", "export", "batching", "preparation", "plots", "scoring", "estimators"},
     {"sampling", "objectives", "checkpoint"},
     {"likelihood"},
     {"weights", "validation"},

@@ -1,0 +1,207 @@
+"""Perplexity on text newer than the training data: crawls of FineWeb, or any packed tokens.
+
+    python evaluate_fineweb.py --type mdm --ckpt-path quickstart/mdm/model/mdm-1.05M-1.55e13-bs-16.safetensors \
+        --data-dir quickstart --fineweb packed --mc-samples 16                              a look, on a CPU: seconds
+    python evaluate_fineweb.py --type arm --model 170 --ckpt-path models/ar-170M-100e18.safetensors --fineweb CC-MAIN-2024-10
+    python evaluate_fineweb.py --type mdm --model 170 --ckpt-path models/mdm-170M-100e18.safetensors \
+        --fineweb CC-MAIN-2024-18 --mc-samples 128
+
+Reads data/fineweb/{crawl}/validation*.bin (scripts/prepare_fineweb.py makes them) or an old data/fineweb/{crawl}.pkl, in
+rows of 2048 tokens. An ARM's loss is exact over 2047 of them. An MDM's is the bound over all 2048: `--estimator mc` draws
+noise as in pretraining, with t stratified over the draws; `exact` spends --mc-samples passes on a less noisy one. Rows
+that are done are not done again. The last line is `{ckpt}, {crawl}, ppl={x}`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_gpt.cli import parse, run, warn
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lit_gpt.likelihood import Likelihood, Request
+
+
+@dataclass
+class Flags:
+    """Flags of the temporal evaluation."""
+
+    type: str = "mdm"
+    """arm or mdm."""
+    model: str | None = None
+    """Size in millions, for checkpoints that do not say."""
+    ckpt_path: str = ""
+    """The checkpoint: an export, a run folder or checkpoint, or a published file."""
+    fineweb: str = "CC-MAIN-2024-10"
+    """The crawl: a folder of packed tokens or a .pkl in --data_dir."""
+    data_dir: str = "data/fineweb"
+    """Where the crawls lie."""
+    batch_size: int = 128
+    """Rows that are read at once; changes speed and memory, never the result."""
+    mc_samples: int = 1024
+    """MDM: noise draws of a row (mc), or forward passes (exact)."""
+    estimator: str = "mc"
+    """MDM: mc, the published law, or exact, the same bound with less noise."""
+    seed: int = 1234
+    """Of the noise."""
+    rows: int | None = None
+    """Read only the first so many rows."""
+    length: int = 2048
+    """Tokens of a row; never more than the model reads."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
+    cache: str | None = None
+    """Folder of finished rows (~/.cache/smdm/evaluation), or off."""
+
+
+def main() -> None:
+    """Load, score every row, print."""
+    flags = parse(Flags, None, __doc__)
+    problems = []
+    if flags.type not in ("arm", "mdm"):
+        problems.append(f"--type {flags.type}: choose arm or mdm")
+    if not flags.ckpt_path:
+        problems.append("--ckpt_path is missing: name the checkpoint")
+    if flags.estimator not in ("mc", "exact"):
+        problems.append(f"--estimator {flags.estimator}: choose mc or exact")
+    for name in ("batch_size", "mc_samples", "length", "rows"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name} {value}: expected at least 1")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+    import torch
+
+    from lit_gpt.eval_cache import EvalCache, request_key
+    from lit_gpt.lm_adapter import DEFAULT_CACHE, evaluation_dtype
+    from lit_gpt.runtime import choose_device, join_processes
+    from lit_gpt.weights import load_model, state_hash
+
+    rank, processes = join_processes()
+    device = choose_device(flags.device)
+    model, _ = load_model(flags.ckpt_path, flags.model, flags.type, device)
+    length = min(flags.length, model.config.block_size)
+    rows = read_rows(Path(flags.data_dir), flags.fineweb, length, model.config.vocab_size)[: flags.rows]
+    own = range(rank, len(rows), processes)
+    requests = [row_request(flags.type, rows[number], number) for number in own]
+    dtype = evaluation_dtype(flags.dtype, device)
+    settings = {
+        "checkpoint": state_hash(model.state_dict()),
+        "config": model.config.to_dict(),
+        "dtype": dtype,
+        "length": length,
+        **(
+            {}
+            if flags.type == "arm"
+            else {"estimator": flags.estimator, "samples": flags.mc_samples, "seed": flags.seed}
+        ),
+    }
+    folder = None if flags.cache == "off" else Path(flags.cache) if flags.cache else DEFAULT_CACHE.expanduser()
+    cache = EvalCache(folder, settings, rank) if folder else None
+    keys = [request_key("row", request.stream, request.prefix, request.target) for request in requests]
+    found = {n: known for n, key in enumerate(keys) if cache and (known := cache.get(key)) is not None}
+    todo = [number for number in range(len(requests)) if number not in found]
+    if found and not rank:
+        print(f"{len(found)} of {len(requests)} rows were there already: {cache.path if cache else ''}", flush=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        for number, result in progress(score_rows(model, [requests[n] for n in todo], flags), len(todo), rank):
+            found[todo[number]] = [result.nll, result.standard_error]
+            if cache:
+                cache.add([(keys[todo[number]], found[todo[number]])])
+    report(flags, found, length - (flags.type == "arm"), rank, processes)
+
+
+def read_rows(folder: Path, crawl: str, length: int, vocab_size: int) -> Sequence[np.ndarray]:
+    """The whole rows of a crawl's tokens.
+
+    Raises:
+        FileNotFoundError: neither packed tokens nor an old token list are there.
+        ValueError: they are damaged, too short, or hold ids that the model does not know.
+    """
+    from lit_gpt.packed_dataset import open_validation
+    from lit_gpt.token_list import read_token_list
+
+    packed, old = folder / crawl, folder / f"{crawl}.pkl"
+    if packed.is_dir():
+        series = open_validation(packed, length, vocab_size)
+        if series is None:
+            raise FileNotFoundError(f"no validation*.bin in {packed}: make them with scripts/prepare_fineweb.py")
+        whole = [number for number in range(len(series)) if series.length(number) == length]
+        rows: Sequence[np.ndarray] = [series[number].tokens for number in whole]
+    elif old.is_file():
+        ids = read_token_list(old)
+        if len(ids) and int(ids.max()) >= vocab_size:
+            raise ValueError(f"{old} holds the id {int(ids.max())}: this model's tokens are 0 to {vocab_size - 1}")
+        rows = ids[: len(ids) // length * length].reshape(-1, length)
+    else:
+        raise FileNotFoundError(
+            f"neither {packed}/validation*.bin nor {old}: make the first with scripts/prepare_fineweb.py"
+        )
+    if not len(rows):
+        raise ValueError(f"{packed if packed.is_dir() else old} holds no whole row of {length} tokens; lower --length")
+    return rows
+
+
+def row_request(kind: str, row: np.ndarray, number: int) -> Request:
+    """An ARM needs a first token to start from; an MDM scores all. Each row has noise of its own."""
+    from lit_gpt.likelihood import Request
+
+    ids = tuple(row.tolist())
+    return Request(ids[:1], ids[1:], number) if kind == "arm" else Request((), ids, number)
+
+
+def score_rows(model: Any, requests: Sequence[Request], flags: Flags) -> Iterator[tuple[int, Likelihood]]:
+    """Results as they come."""
+    from lit_gpt.diffusion import EPS
+    from lit_gpt.likelihood import Method, Reader, arm_likelihoods, mdm_likelihoods
+    from lit_gpt.scoring import model_logits
+
+    config, device = model.config, next(model.parameters()).device
+    max_tokens = flags.batch_size * min(flags.length, config.block_size)
+    reader = Reader(model_logits(model), config.mask_id, config.vocab_size, max_tokens, device)
+    if flags.type == "arm":
+        return arm_likelihoods(reader, requests)
+    method = Method(flags.estimator, mc_num=flags.mc_samples, budget=flags.mc_samples, eps=EPS, seed=flags.seed)
+    return mdm_likelihoods(reader, requests, method)
+
+
+def progress(work: Any, total: int, rank: int) -> Any:
+    """A bar with the time left."""
+    from tqdm import tqdm
+
+    return tqdm(work, total=total, desc="rows", disable=rank > 0 or not total)
+
+
+def report(flags: Flags, found: dict[int, list[float]], scored: int, rank: int, processes: int) -> None:
+    """Sum over rows and processes, and the last line."""
+    import torch
+
+    sums = torch.tensor(
+        [[nll, error**2, 1.0] for nll, error in found.values()] or [[0.0, 0.0, 0.0]], dtype=torch.float64
+    ).sum(0)
+    if processes > 1:
+        torch.distributed.all_reduce(sums)
+    if rank:
+        return
+    nll, variance, count = sums.tolist()
+    loss, error = nll / (count * scored), math.sqrt(variance) / (count * scored)
+    how = {"arm": "exact", "mdm": f"bound, {flags.estimator} with {flags.mc_samples} samples, seed {flags.seed}"}[
+        flags.type
+    ]
+    print(f"{how}: loss {loss:.5f} nats per token, the estimator's standard error {error:.5f}, {count:.0f} rows")
+    if count < 100 * 1024:
+        warn(f"{count:.0f} rows were read; the published evaluation has {100 * 1024}")
+    print(f"{flags.ckpt_path}, {flags.fineweb}, ppl={math.exp(loss)}")
+
+
+if __name__ == "__main__":
+    run(main)
