@@ -110,28 +110,34 @@ def score(
         logits_fn: the model, see `model_logits` and `guided`.
         queries: in any order.
         vocab_size: K; ids from here on are padding of the vocabulary and are never the likeliest.
-        max_tokens: tokens of a batch, padding included; a longer row is a batch of its own.
+        max_tokens: tokens of a batch, padding included; a longer row is a batch of its own. Halved when memory runs out.
         device: where the model reads.
 
     Returns:
         One `Scores` per query, on the CPU.
+
+    Raises:
+        ValueError: a single row does not fit into memory.
     """
     results = [
         Scores(torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
         for shape in (query.input_ids.shape for query in queries)
     ]
     rows = _distinct_rows(queries)
-    for group in _batches(rows, max_tokens, [queries[users[0][0]].input_ids.size(1) for users in rows]):
-        batch, targets = _read_batch(queries, group, device)
-        nll, best_ids, best_probability = _evaluate(logits_fn(batch), targets, vocab_size)
-        start = 0
-        for users in group:
-            for query, row in users:
-                scored = queries[query].scored[row]
-                part = slice(start, start := start + int(scored.sum()))
-                results[query].nll[row, scored] = nll[part]
-                results[query].best_ids[row, scored] = best_ids[part]
-                results[query].best_probability[row, scored] = best_probability[part]
+    start = 0
+    while start < len(rows):
+        length = queries[rows[start][0][0]].input_ids.size(1)
+        group = rows[start : start + max(1, max_tokens // length)]
+        try:
+            batch, targets = _read_batch(queries, group, device)
+            found = _evaluate(logits_fn(batch), targets, vocab_size)
+        except torch.OutOfMemoryError:
+            if len(group) == 1:
+                raise ValueError(f"a row of {length} tokens does not fit into the memory of {device}") from None
+            max_tokens = len(group) * length // 2
+            continue
+        start += len(group)
+        _hand_out(queries, group, found, results)
     return results
 
 
@@ -147,15 +153,6 @@ def _distinct_rows(queries: Sequence[Query]) -> list[list[_User]]:
         for row in range(len(wide)):
             users.setdefault((query.prompt_length, wide[row].tobytes()), []).append((number, row))
     return sorted(users.values(), key=lambda group: -queries[group[0][0]].input_ids.size(1))
-
-
-def _batches(rows: Sequence[list[_User]], max_tokens: int, lengths: Sequence[int]) -> Iterator[list[list[_User]]]:
-    """Consecutive rows whose padded batch stays within `max_tokens`; lengths are those of the rows, falling."""
-    start = 0
-    while start < len(rows):
-        end = min(len(rows), start + max(1, max_tokens // lengths[start]))
-        yield list(rows[start:end])
-        start = end
 
 
 def _read_batch(
@@ -179,6 +176,19 @@ def _read_batch(
     padded = None if bool(key_mask.all()) else key_mask.to(device)
     batch = ReadBatch(input_ids.to(device), padded, prompt_mask.to(device), torch.cat(where).to(device))
     return batch, torch.cat(targets).to(device)
+
+
+def _hand_out(
+    queries: Sequence[Query], group: list[list[_User]], found: tuple[Tensor, Tensor, Tensor], results: list[Scores]
+) -> None:
+    """Put what was found at the scored positions of a group of distinct rows where each of their users looks for it."""
+    start = 0
+    for number, row in (user for users in group for user in users):
+        scored = queries[number].scored[row]
+        part = slice(start, start := start + int(scored.sum()))
+        scores = results[number]
+        for value, whole in zip(found, (scores.nll, scores.best_ids, scores.best_probability), strict=True):
+            whole[row, scored] = value[part]
 
 
 def _evaluate(logits: Iterator[Tensor], targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:

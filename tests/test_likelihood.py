@@ -273,6 +273,26 @@ def test_equal_rows_are_read_once():
     assert results[3].nll == results[4].nll
 
 
+def test_a_batch_that_does_not_fit_is_halved():
+    sizes = []
+
+    def small_memory(limit: int) -> LogitsFn:
+        def logits(batch):
+            sizes.append(len(batch.input_ids))
+            if len(batch.input_ids) > limit:
+                raise torch.OutOfMemoryError
+            yield from table_logits()(batch)
+
+        return logits
+
+    request, method = Request((), TARGET), Method("exact", budget=31)
+    ((_, result),) = mdm_likelihoods(Reader(small_memory(4), 3, 3, 4096), [request], method)
+    assert result.nll == toy(method).nll
+    assert max(sizes) == 31 and sizes.count(3) > 3
+    with pytest.raises(ValueError, match="a row of 5 tokens does not fit into the memory of cpu"):
+        list(mdm_likelihoods(Reader(small_memory(0), 3, 3, 4096), [request], method))
+
+
 def test_wrong_settings_are_refused_together():
     with pytest.raises(ValueError, match=r"'montecarlo' is unknown: choose from mc, .*mc_num is 0.*budget is 1"):
         Method("montecarlo", mc_num=0, budget=1)
