@@ -14,6 +14,7 @@ R rows (masks), L tokens of the target.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from lit_gpt.noise import Stream, uniform
 # the control variate of `exact_plan`. Any numbers leave the estimate unbiased; these made it the least noisy on a trained
 # model of 1M parameters, and the choice is flat (docs/results/likelihood.md).
 _SHARE_AT_NONE, _SHARE_AT_ALL = 0.6, 1.0
+# The answers of a question come one after the other and have the same plan where their lengths are the same.
+_KEPT_PLANS = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Plan:
     """Cross-entropies (R, L) float64, 0 where not scored, to (nll, standard error)."""
 
 
+@functools.lru_cache(maxsize=_KEPT_PLANS)
 def chain_rule_plan(length: int) -> Plan:
     """The left-to-right product: in pass j the tokens from j on are masked, and token j is scored.
 
@@ -53,6 +57,7 @@ def chain_rule_plan(length: int) -> Plan:
     )
 
 
+@functools.lru_cache(maxsize=_KEPT_PLANS)
 def mc_plan(length: int, draws: int, eps: float, *keys: int) -> Plan:
     """The integral by low-discrepancy times: mean over i of sum_masked CE / p_i.
 
@@ -82,6 +87,7 @@ def mc_plan(length: int, draws: int, eps: float, *keys: int) -> Plan:
     return Plan(masks, masks, reduce)
 
 
+@functools.lru_cache(maxsize=_KEPT_PLANS)
 def exact_plan(length: int, budget: int, *keys: int) -> Plan:
     """The bound as a sum over numbers of masked tokens, without a draw where the budget allows.
 

@@ -1,0 +1,346 @@
+"""How fast and how sure likelihoods are, against the published procedure.
+
+    python benchmarks/likelihood.py --ckpt quickstart/mdm/model/mdm-1.05M-1.55e13-bs-16.safetensors \
+        --plot docs/results/likelihood.png > docs/results/likelihood.md           about 15 minutes on 2 idle cores
+
+Prints Markdown. Requests are the answers of the bundled next_line task, cut to a length, and LAMBADA's last words. The
+plain side (`likelihood_baseline.py`) takes one request at a time, 16 copies of it as a batch, and all logits. Errors are
+those of a trained model: standard deviations over independent draws. Times alternate between the two sides; a ratio is the
+median over rounds. `size 6` is an untrained model with the published vocabulary, for the times that do not need training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lit_gpt.cli import parse, run
+
+if TYPE_CHECKING:
+    from lit_gpt.layers import Transformer
+    from lit_gpt.likelihood import Likelihood, Method, Request
+
+ROOT = Path(__file__).resolve().parents[1]
+MC_DRAWS = 128
+MAX_TOKENS = 8192
+SHORT, LONG = range(1, 7), (7, 10, 14, 20, 28, 40)
+BUDGETS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 128)
+
+
+@dataclass
+class Flags:
+    """What is measured."""
+
+    ckpt: str = "quickstart/mdm/model/mdm-1.05M-1.55e13-bs-16.safetensors"
+    """A trained MDM, with its tokenizer on record."""
+    plot: str | None = None
+    """Draw standard error against passes into this PNG."""
+    draws: int = 16
+    """Independent estimates from which a standard deviation is taken."""
+    rounds: int = 5
+    """Rounds of each timing."""
+    questions: int = 8
+    """Questions whose four answers are scored in a timing."""
+
+
+def main() -> None:
+    """Measure and print."""
+    flags = parse(Flags, None, __doc__)
+    import torch
+
+    from lit_gpt.diffmodel import TransEncoder
+    from lit_gpt.runtime import keep_freed_memory
+    from lit_gpt.tokenizer import Tokenizer
+    from lit_gpt.weights import load_model, tokenizer_source
+
+    keep_freed_memory()
+    model, record = load_model(flags.ckpt, kind="mdm")
+    tokenizer = Tokenizer(tokenizer_source(record))
+    torch.manual_seed(1)
+    size_6 = TransEncoder.from_name(6).eval()
+    size_6.init_weights(1)
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, {flags.draws} draws per deviation.\n"
+    )
+    questions = next_line_ids(tokenizer, flags.questions)
+    speed_at_equal_error(model, questions, flags)
+    variance_at_equal_passes(model, questions, flags)
+    print("\n## Published procedures, the same values\n")
+    rows = []
+    for name, other in (("trained 1M", model), ("size 6", size_6)):
+        rows.append(chain_rule_speed(name, other, questions, flags))
+        rows.append(lambada_speed(name, other, tokenizer, flags))
+    print_table(["model", "what", "plain, ms per request", "ours, ms", "times as fast", "largest difference"], rows)
+    errors_by_passes(model, questions, flags)
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+def next_line_ids(tokenizer, count: int) -> list[tuple[list[int], list[list[int]]]]:  # type: ignore[no-untyped-def]
+    """Contexts and answers of the bundled task as token ids."""
+    lines = (ROOT / "data" / "next_line" / "test.jsonl").read_text().splitlines()
+    found = []
+    for line in lines:
+        question = json.loads(line)
+        prefix = [tokenizer.bos_id, *tokenizer.encode_ids(question["context"])]
+        # Long answers, so that every length can be cut from them: an answer and the other ones behind it.
+        texts = ["\n".join(question["choices"][n:] + question["choices"][:n]) for n in range(4)]
+        answers = [tokenizer.encode_ids("\n" + text) for text in texts]
+        if 45 <= len(prefix) <= 80 and min(map(len, answers)) >= 41:
+            found.append((prefix, answers))
+    return found[:count]
+
+
+def cut(questions: Sequence[tuple[list[int], list[list[int]]]], length: int, context: int = 128) -> list[Request]:
+    """All answers of all questions: `length` tokens of each behind at most `context` of the question's."""
+    from lit_gpt.likelihood import Request
+
+    return [
+        Request(tuple(prefix[-context:]), tuple(ids[1 : 1 + length]))
+        for prefix, answers in questions
+        for ids in answers
+    ]
+
+
+def estimates(model: Transformer, requests: Sequence[Request], method: Method) -> list[Likelihood]:
+    """Ours, in the order of the requests."""
+    from lit_gpt.likelihood import Reader, mdm_likelihoods
+    from lit_gpt.scoring import model_logits
+
+    reader = Reader(model_logits(model), model.config.mask_id, model.config.vocab_size, MAX_TOKENS)
+    found = dict(mdm_likelihoods(reader, requests, method))
+    return [found[number] for number in range(len(requests))]
+
+
+def deviation(model: Transformer, requests: Sequence[Request], method: Method, draws: int) -> float:
+    """Root mean square over requests of the standard deviation over independent draws, nats."""
+    from dataclasses import replace
+
+    every = [replace(request, stream=draw) for request in requests for draw in range(1, draws + 1)]
+    values = [result.nll for result in estimates(model, every, method)]
+    groups = [values[n : n + draws] for n in range(0, len(values), draws)]
+    return math.sqrt(statistics.mean(statistics.variance(group) for group in groups))
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def speed_at_equal_error(model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags) -> None:
+    """Time to a standard error no larger than that of mc with 128 draws, by length of the target."""
+    import torch
+
+    from benchmarks import likelihood_baseline
+    from lit_gpt.likelihood import Method
+
+    print(f"## Time to the standard error of mc with {MC_DRAWS} samples\n")
+    rows: list[list[str]] = []
+    totals: dict[str, list[tuple[float, float]]] = {}
+    for length in (*SHORT, *LONG):
+        requests = cut(questions, length)
+        sample = requests[::4][:6]
+        plain_error = deviation(model, sample, Method("mc", mc_num=MC_DRAWS), flags.draws)
+        for budget in BUDGETS:
+            error = deviation(model, sample, Method("exact", budget=budget), flags.draws)
+            if error <= plain_error:
+                break
+        method = Method("exact", budget=budget)
+        generator = torch.Generator().manual_seed(length)
+
+        def plain(requests: list[Request] = requests, generator: torch.Generator = generator) -> None:
+            # A request in four: the plain side takes them one at a time, so its time is in proportion.
+            for request in requests[::4]:
+                likelihood_baseline.mc(model, list(request.prefix), list(request.target), MC_DRAWS, generator)
+
+        def ours(requests: list[Request] = requests, method: Method = method) -> None:
+            estimates(model, requests, method)
+
+        plain_s, ours_s, ratio = alternate(plain, ours, flags.rounds)
+        plain_s, ratio = 4 * plain_s, 4 * ratio
+        group = "1 to 6" if length in SHORT else "7 to 40"
+        totals.setdefault(group, []).append((plain_s, ours_s))
+        passes = min(budget, 2**length - 1)
+        cells = [length, f"{plain_error:.3f}", f"{error:.3f}", passes, f"{1000 * plain_s / len(requests):.1f}"]
+        rows.append([str(cell) for cell in cells] + [f"{1000 * ours_s / len(requests):.3f}", f"{ratio:.0f}"])
+    heads = [
+        "tokens",
+        "mc error",
+        "exact error",
+        "exact passes",
+        "plain mc, ms per request",
+        "ours, ms",
+        "times as fast",
+    ]
+    print_table(heads, rows)
+    print()
+    for group, least in (("1 to 6", 100), ("7 to 40", 15)):
+        plain_total, ours_total = (sum(column) for column in zip(*totals[group], strict=True))
+        verdict = "met" if plain_total / ours_total >= least else "**missed**"
+        print(
+            f"All targets of {group} tokens: {plain_total / ours_total:.0f} times as fast (at least {least}: {verdict})."
+        )
+
+
+def variance_at_equal_passes(
+    model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags
+) -> None:
+    """mc's variance over exact's, for every length from 2 to 40, at the passes of one sweep over all levels."""
+    from lit_gpt.likelihood import Method
+
+    print("\n## Variance at equal numbers of passes\n")
+    rows, worst = [], math.inf
+    for length in range(2, 41):
+        passes = sum(-(-length // k) for k in range(1, length + 1))
+        sample = cut(questions, length, 24)[::4][:3]
+        plain = deviation(model, sample, Method("mc", mc_num=passes), flags.draws) ** 2
+        own = deviation(model, sample, Method("exact", budget=passes), flags.draws) ** 2
+        # Below rounding an enumerated bound has no variance.
+        share = plain / own if own > 1e-8 else math.inf
+        worst = min(worst, share)
+        rows.append([str(length), str(passes), f"{plain:.4f}", f"{own:.6f}", f"{share:.0f}"])
+    print_table(["tokens", "passes", "variance of mc", "of exact", "ratio"], rows)
+    print(f"\nThe smallest ratio is {worst:.0f} (at least 20: {'met' if worst >= 20 else '**missed**'}).")
+
+
+def chain_rule_speed(
+    name: str, model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags
+) -> list[str]:
+    """The row of chain_rule on whole answers of 10 tokens."""
+    from benchmarks import likelihood_baseline
+    from lit_gpt.likelihood import Method
+
+    requests = cut(questions, 10)
+    plain_values: list[float] = []
+    own_values: list[float] = []
+
+    def plain() -> None:
+        pairs = [(list(request.prefix), list(request.target)) for request in requests]
+        plain_values[:] = [likelihood_baseline.chain_rule(model, *pair) for pair in pairs]
+
+    def ours() -> None:
+        own_values[:] = [result.nll for result in estimates(model, requests, Method("chain_rule"))]
+
+    plain_s, ours_s, ratio = alternate(plain, ours, flags.rounds)
+    difference = max(abs(a - b) for a, b in zip(plain_values, own_values, strict=True))
+    return comparison(
+        name, "chain_rule", plain_s / len(requests), ours_s / len(requests), ratio, f"{difference:.1e} nats"
+    )
+
+
+def lambada_speed(name: str, model: Transformer, tokenizer, flags: Flags) -> list[str]:  # type: ignore[no-untyped-def]
+    """The row of LAMBADA by chain_rule with the greedy check."""
+    from benchmarks import likelihood_baseline
+    from lit_gpt.likelihood import Method, Request
+
+    requests = []
+    for line in (ROOT / "data" / "lambada" / "test.jsonl").read_text().splitlines()[: 4 * flags.questions]:
+        context, _, word = json.loads(line)["text"].rpartition(" ")
+        prefix, target = tokenizer.encode_ids(context), tokenizer.encode_ids("a " + word)[1:]
+        requests.append(Request(tuple(prefix[-120 + len(target) :]), tuple(target)))
+    plain_values: list[tuple[float, bool]] = []
+    own_values: list[tuple[float, bool]] = []
+
+    def plain() -> None:
+        pairs = [(list(request.prefix), list(request.target)) for request in requests]
+        plain_values[:] = [
+            (likelihood_baseline.chain_rule(model, *pair), likelihood_baseline.greedy(model, *pair)) for pair in pairs
+        ]
+
+    def ours() -> None:
+        results = estimates(model, requests, Method("chain_rule", greedy=True))
+        own_values[:] = [(result.nll, result.is_greedy) for result in results]
+
+    plain_s, ours_s, ratio = alternate(plain, ours, flags.rounds)
+    assert [flag for _, flag in plain_values] == [flag for _, flag in own_values]
+    difference = max(abs(a[0] - b[0]) for a, b in zip(plain_values, own_values, strict=True))
+    what = "LAMBADA, chain_rule and greedy check"
+    return comparison(name, what, plain_s / len(requests), ours_s / len(requests), ratio, f"{difference:.1e} nats")
+
+
+def errors_by_passes(model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags) -> None:
+    """Standard error against passes for some lengths, as a table and a plot."""
+    from lit_gpt.likelihood import Method
+
+    lengths, counts = (2, 4, 8, 16, 40), (2, 4, 8, 16, 32, 64, 128, 256, 512)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    rows = []
+    for count in counts:
+        cells = [str(count)]
+        for length in lengths:
+            sample = cut(questions, length, 24)[::8][:3]
+            for name, method in (("mc", Method("mc", mc_num=count)), ("exact", Method("exact", budget=count))):
+                whole = name == "exact" and 2**length - 1 <= count
+                error = 0.0 if whole else deviation(model, sample, method, max(8, flags.draws // 2))
+                cells.append(f"{error:.3f}")
+                if not whole:
+                    curves.setdefault(f"{name}, {length} tokens", []).append((count, error))
+        rows.append(cells)
+    print("\n## Standard error against forward passes, nats\n")
+    print_table(["passes", *(f"{name}, {length} tokens" for length in lengths for name in ("mc", "exact"))], rows)
+    print("\n0.000 where every mask is read.")
+    if flags.plot:
+        draw(curves, Path(flags.plot))
+
+
+def draw(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """Both estimators' errors, log by log."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    lengths = list(dict.fromkeys(label.split(", ")[1] for label in curves))
+    for label, points in curves.items():
+        name, length = label.split(", ")
+        color = f"C{lengths.index(length)}"
+        axes.plot(
+            *zip(*points, strict=True), "o-" if name == "exact" else "s--", color=color, label=label, markersize=4
+        )
+    axes.set(xscale="log", yscale="log", xlabel="forward passes per target", ylabel="standard error, nats")
+    axes.set_title("An MDM's likelihood: standard error by estimator")
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=2, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def alternate(plain: Callable[[], None], ours: Callable[[], None], rounds: int) -> tuple[float, float, float]:
+    """Median seconds of both, in turn, and the median of their ratio within a round."""
+    plain()
+    ours()
+    times = []
+    for _ in range(rounds):
+        moments = [time.perf_counter()]
+        for work in (plain, ours):
+            work()
+            moments.append(time.perf_counter())
+        times.append((moments[1] - moments[0], moments[2] - moments[1]))
+    plain_s, ours_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return plain_s, ours_s, statistics.median(slow / fast for slow, fast in times)
+
+
+def comparison(name: str, what: str, plain_s: float, ours_s: float, ratio: float, difference: str) -> list[str]:
+    """A row of two times."""
+    return [name, what, f"{1000 * plain_s:.1f}", f"{1000 * ours_s:.2f}", f"{ratio:.1f}", difference]
+
+
+def print_table(heads: list[str], body: list[list[str]]) -> None:
+    """A Markdown table."""
+    for cells in (heads, ["---"] * len(heads), *body):
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

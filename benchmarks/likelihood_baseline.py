@@ -1,0 +1,61 @@
+"""Likelihoods as the published evaluation computes them: one request at a time, copies of it as the batch, all logits.
+
+The plain side of `likelihood.py`'s comparisons: every pass runs the head on every position, a batch is 16 copies of one
+request, and the greedy check decodes each target to its end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_gpt.layers import Transformer
+
+BATCH = 16
+
+
+@torch.no_grad()
+def mc(model: Transformer, prefix: list[int], target: list[int], draws: int, generator: torch.Generator) -> float:
+    """The bound by Monte Carlo, t low-discrepancy within each batch of 16."""
+    rows, labels, length = _copies(prefix, target, BATCH)
+    total = 0.0
+    for _ in range(draws // BATCH):
+        shift = torch.rand((), generator=generator)
+        t = (shift + torch.arange(BATCH) / BATCH) % 1.0
+        mask = torch.rand(BATCH, len(target), generator=generator) < t[:, None]
+        noisy = rows.clone()
+        noisy[:, -length:] = torch.where(mask, model.config.mask_id, labels)
+        logits = model(noisy)[:, -length:]
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(
+            BATCH, -1
+        )
+        total += float(((nll * mask).sum(1) / t).sum())
+    return total / (draws // BATCH * BATCH)
+
+
+@torch.no_grad()
+def chain_rule(model: Transformer, prefix: list[int], target: list[int]) -> float:
+    """The left-to-right product: L inputs in batches of 16, their logits kept until all are there."""
+    rows, labels, length = _copies(prefix, target, len(target))
+    rows[:, -length:] = torch.where(torch.ones(length, length).triu() == 1, model.config.mask_id, labels)
+    logits = torch.cat([model(part) for part in rows.split(BATCH)])[:, -length:]
+    log_p = logits.log_softmax(-1).gather(2, labels[..., None]).squeeze(2)
+    return -float(log_p.diagonal().sum())
+
+
+@torch.no_grad()
+def greedy(model: Transformer, prefix: list[int], target: list[int]) -> bool:
+    """Fix the most confident position, one pass each, until the target is whole; then compare."""
+    rows, labels, length = _copies(prefix, [model.config.mask_id] * len(target), 1)
+    for _ in target:
+        mask = rows[0] == model.config.mask_id
+        probability, best = model(rows)[0, mask].softmax(-1).max(-1)
+        position = mask.nonzero()[probability.argmax(), 0]
+        rows[0, position] = best[probability.argmax()]
+    return rows[0, -length:].tolist() == target
+
+
+def _copies(prefix: list[int], target: list[int], count: int) -> tuple[Tensor, Tensor, int]:
+    """Rows (count, T), their targets (count, L), and L."""
+    rows = torch.tensor([prefix + target]).repeat(count, 1)
+    return rows, rows[:, len(prefix) :].clone(), len(target)
