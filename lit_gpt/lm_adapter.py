@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 DEFAULT_CACHE = Path("~/.cache/smdm/evaluation")
 # Tokens of a batch with --batch_size auto: beyond, a CPU's caches are exceeded; on GPUs a batch that does not fit is halved.
 _AUTO_TOKENS = {"cpu": 8192, "cuda": 131072}
+# Results that are put on the disk together.
+_RESULTS_AT_ONCE = 64
 _DEFAULT_NEW_TOKENS = 256  # the harness's own default for max_gen_toks
 _REPORTED_VERSIONS = ("smdm", "torch", "lm_eval", "numpy", "sentencepiece", "tokenizers")
 
@@ -243,15 +245,18 @@ class Adapter:
         if self._cache and found and not self._rank:
             print(f"{len(found)} of {len(set(keys))} results were there already: {self._cache.path}", flush=True)
         names = list(todo)
-        with self._precision():
-            results = self._estimate(list(todo.values()))
-            fresh: list[tuple[str, Any]] = []
-            for number, result in self._progress(results, len(names), "likelihoods", disable_tqdm):
-                found[names[number]] = result
-                fresh.append((names[number], [result.nll, result.standard_error, result.is_greedy]))
-                if self._cache and len(fresh) >= 64:
-                    self._cache.add(fresh)
-                    fresh = []
+        fresh: list[tuple[str, Any]] = []
+        try:
+            with self._precision():
+                results = self._estimate(list(todo.values()))
+                for number, result in self._progress(results, len(names), "likelihoods", disable_tqdm):
+                    found[names[number]] = result
+                    fresh.append((names[number], [result.nll, result.standard_error, result.is_greedy]))
+                    if self._cache and len(fresh) >= _RESULTS_AT_ONCE:
+                        self._cache.add(fresh)
+                        fresh = []
+        finally:
+            # Ctrl-C, too, keeps what was finished.
             if self._cache and fresh:
                 self._cache.add(fresh)
         self._errors += [found[key].standard_error for key in keys]
