@@ -163,7 +163,7 @@ def score_rows(model: Any, requests: Sequence[Request], flags: Flags) -> Iterato
     """Results as they come."""
     from lit_gpt.diffusion import EPS
     from lit_gpt.likelihood import Method, Reader, arm_likelihoods, mdm_likelihoods
-    from lit_gpt.scoring import model_logits
+    from lit_gpt.reading import model_logits
 
     config, device = model.config, next(model.parameters()).device
     max_tokens = flags.batch_size * min(flags.length, config.block_size)

@@ -4,9 +4,9 @@
         --plot docs/results/likelihood.png > docs/results/likelihood.md           about 15 minutes on 2 idle cores
 
 Prints Markdown. Requests are the answers of the bundled next_line task, cut to a length, and LAMBADA's last words. The
-plain side (`likelihood_baseline.py`) takes one request at a time, 16 copies of it as a batch, and all logits. Errors are
-those of a trained model: standard deviations over independent draws. Times alternate between the two sides; a ratio is the
-median over rounds. `size 6` is an untrained model with the published vocabulary, for the times that do not need training.
+plain side (`likelihood_baseline.py`, in a process of its own) takes one request at a time, 16 copies of it as a batch, and
+all logits. Errors are those of a trained model: standard deviations over independent draws. Times alternate between the two
+sides; a ratio is the median over rounds. `size 6` is an untrained model with the published vocabulary.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run
 
 if TYPE_CHECKING:
+    from benchmarks.likelihood_baseline import PlainSide
     from lit_gpt.layers import Transformer
     from lit_gpt.likelihood import Likelihood, Method, Request
 
@@ -50,6 +51,8 @@ class Flags:
     """Rounds of each timing."""
     questions: int = 8
     """Questions whose four answers are scored in a timing."""
+    speed_only: bool = False
+    """Leave out the tables of variances and errors."""
 
 
 def main() -> None:
@@ -57,7 +60,7 @@ def main() -> None:
     flags = parse(Flags, None, __doc__)
     import torch
 
-    from lit_gpt.diffmodel import TransEncoder
+    from benchmarks.likelihood_baseline import PlainSide, build_model
     from lit_gpt.runtime import keep_freed_memory
     from lit_gpt.tokenizer import Tokenizer
     from lit_gpt.weights import load_model, tokenizer_source
@@ -65,28 +68,30 @@ def main() -> None:
     keep_freed_memory()
     model, record = load_model(flags.ckpt, kind="mdm")
     tokenizer = Tokenizer(tokenizer_source(record))
-    torch.manual_seed(1)
-    size_6 = TransEncoder.from_name(6).eval()
-    size_6.init_weights(1)
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, {flags.draws} draws per deviation.\n"
     )
     questions = next_line_ids(tokenizer, flags.questions)
-    speed_at_equal_error(model, questions, flags)
-    variance_at_equal_passes(model, questions, flags)
+    plain = PlainSide(flags.ckpt)
+    speed_at_equal_error(plain, model, questions, flags)
     print("\n## Published procedures, the same values\n")
+    sets = {f"chain_rule, {length} tokens": cut(questions, length) for length in (2, 4, 10)}
+    sets["LAMBADA, chain_rule and greedy check"] = last_words(tokenizer, 4 * flags.questions)
     rows = []
-    for name, other in (("trained 1M", model), ("size 6", size_6)):
-        rows.append(chain_rule_speed(name, other, questions, flags))
-        rows.append(lambada_speed(name, other, tokenizer, flags))
+    for name, path in (("trained 1M", flags.ckpt), ("size 6", "size 6")):
+        side, own = PlainSide(path), build_model(path)
+        rows += [same_values([name, what], side, own, requests, flags.rounds) for what, requests in sets.items()]
     print_table(["model", "what", "plain, ms per request", "ours, ms", "times as fast", "largest difference"], rows)
+    if flags.speed_only:
+        return
+    variance_at_equal_passes(model, questions, flags)
     errors_by_passes(model, questions, flags)
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def next_line_ids(tokenizer, count: int) -> list[tuple[list[int], list[list[int]]]]:  # type: ignore[no-untyped-def]
+def next_line_ids(tokenizer: Any, count: int) -> list[tuple[list[int], list[list[int]]]]:
     """Contexts and answers of the bundled task as token ids."""
     lines = (ROOT / "data" / "next_line" / "test.jsonl").read_text().splitlines()
     found = []
@@ -115,7 +120,7 @@ def cut(questions: Sequence[tuple[list[int], list[list[int]]]], length: int, con
 def estimates(model: Transformer, requests: Sequence[Request], method: Method) -> list[Likelihood]:
     """Ours, in the order of the requests."""
     from lit_gpt.likelihood import Reader, mdm_likelihoods
-    from lit_gpt.scoring import model_logits
+    from lit_gpt.reading import model_logits
 
     reader = Reader(model_logits(model), model.config.mask_id, model.config.vocab_size, MAX_TOKENS)
     found = dict(mdm_likelihoods(reader, requests, method))
@@ -135,11 +140,10 @@ def deviation(model: Transformer, requests: Sequence[Request], method: Method, d
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
-def speed_at_equal_error(model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags) -> None:
+def speed_at_equal_error(
+    plain: PlainSide, model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags
+) -> None:
     """Time to a standard error no larger than that of mc with 128 draws, by length of the target."""
-    import torch
-
-    from benchmarks import likelihood_baseline
     from lit_gpt.likelihood import Method
 
     print(f"## Time to the standard error of mc with {MC_DRAWS} samples\n")
@@ -153,18 +157,9 @@ def speed_at_equal_error(model: Transformer, questions: list[tuple[list[int], li
             error = deviation(model, sample, Method("exact", budget=budget), flags.draws)
             if error <= plain_error:
                 break
-        method = Method("exact", budget=budget)
-        generator = torch.Generator().manual_seed(length)
-
-        def plain(requests: list[Request] = requests, generator: torch.Generator = generator) -> None:
-            # A request in four: the plain side takes them one at a time, so its time is in proportion.
-            for request in requests[::4]:
-                likelihood_baseline.mc(model, list(request.prefix), list(request.target), MC_DRAWS, generator)
-
-        def ours(requests: list[Request] = requests, method: Method = method) -> None:
-            estimates(model, requests, method)
-
-        plain_s, ours_s, ratio = alternate(plain, ours, flags.rounds)
+        # A request in four: the plain side takes them one at a time, so its time is in proportion.
+        work = (plain, "mc", requests[::4]), (model, requests, Method("exact", budget=budget))
+        plain_s, ours_s, ratio = alternate(*work, flags.rounds)[:3]
         plain_s, ratio = 4 * plain_s, 4 * ratio
         group = "1 to 6" if length in SHORT else "7 to 40"
         totals.setdefault(group, []).append((plain_s, ours_s))
@@ -211,59 +206,35 @@ def variance_at_equal_passes(
     print(f"\nThe smallest ratio is {worst:.0f} (at least 20: {'met' if worst >= 20 else '**missed**'}).")
 
 
-def chain_rule_speed(
-    name: str, model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags
+def same_values(
+    names: list[str], plain: PlainSide, model: Transformer, requests: list[Request], rounds: int
 ) -> list[str]:
-    """The row of chain_rule on whole answers of 10 tokens."""
-    from benchmarks import likelihood_baseline
+    """The row of a published procedure on some requests: times, and that the values agree."""
     from lit_gpt.likelihood import Method
 
-    requests = cut(questions, 10)
-    plain_values: list[float] = []
-    own_values: list[float] = []
-
-    def plain() -> None:
-        pairs = [(list(request.prefix), list(request.target)) for request in requests]
-        plain_values[:] = [likelihood_baseline.chain_rule(model, *pair) for pair in pairs]
-
-    def ours() -> None:
-        own_values[:] = [result.nll for result in estimates(model, requests, Method("chain_rule"))]
-
-    plain_s, ours_s, ratio = alternate(plain, ours, flags.rounds)
-    difference = max(abs(a - b) for a, b in zip(plain_values, own_values, strict=True))
-    return comparison(
-        name, "chain_rule", plain_s / len(requests), ours_s / len(requests), ratio, f"{difference:.1e} nats"
+    greedy = "greedy" in names[1]
+    work = (
+        (plain, "lambada" if greedy else "chain_rule", requests),
+        (model, requests, Method("chain_rule", greedy=greedy)),
     )
+    plain_s, ours_s, ratio, plain_values, results = alternate(*work, rounds)
+    pairs = [value if greedy else (value, False) for value in plain_values]
+    assert [flag for _, flag in pairs] == [result.is_greedy for result in results]
+    difference = max(abs(value - result.nll) for (value, _), result in zip(pairs, results, strict=True))
+    times = [f"{1000 * plain_s / len(requests):.1f}", f"{1000 * ours_s / len(requests):.2f}", f"{ratio:.1f}"]
+    return [*names, *times, f"{difference:.1e} nats"]
 
 
-def lambada_speed(name: str, model: Transformer, tokenizer, flags: Flags) -> list[str]:  # type: ignore[no-untyped-def]
-    """The row of LAMBADA by chain_rule with the greedy check."""
-    from benchmarks import likelihood_baseline
-    from lit_gpt.likelihood import Method, Request
+def last_words(tokenizer: Any, count: int) -> list[Request]:
+    """LAMBADA's passages and their last words, cut to what the quickstart's model reads."""
+    from lit_gpt.likelihood import Request
 
     requests = []
-    for line in (ROOT / "data" / "lambada" / "test.jsonl").read_text().splitlines()[: 4 * flags.questions]:
+    for line in (ROOT / "data" / "lambada" / "test.jsonl").read_text().splitlines()[:count]:
         context, _, word = json.loads(line)["text"].rpartition(" ")
         prefix, target = tokenizer.encode_ids(context), tokenizer.encode_ids("a " + word)[1:]
         requests.append(Request(tuple(prefix[-120 + len(target) :]), tuple(target)))
-    plain_values: list[tuple[float, bool]] = []
-    own_values: list[tuple[float, bool]] = []
-
-    def plain() -> None:
-        pairs = [(list(request.prefix), list(request.target)) for request in requests]
-        plain_values[:] = [
-            (likelihood_baseline.chain_rule(model, *pair), likelihood_baseline.greedy(model, *pair)) for pair in pairs
-        ]
-
-    def ours() -> None:
-        results = estimates(model, requests, Method("chain_rule", greedy=True))
-        own_values[:] = [(result.nll, result.is_greedy) for result in results]
-
-    plain_s, ours_s, ratio = alternate(plain, ours, flags.rounds)
-    assert [flag for _, flag in plain_values] == [flag for _, flag in own_values]
-    difference = max(abs(a[0] - b[0]) for a, b in zip(plain_values, own_values, strict=True))
-    what = "LAMBADA, chain_rule and greedy check"
-    return comparison(name, what, plain_s / len(requests), ours_s / len(requests), ratio, f"{difference:.1e} nats")
+    return requests
 
 
 def errors_by_passes(model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags) -> None:
@@ -316,24 +287,22 @@ def draw(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
-def alternate(plain: Callable[[], None], ours: Callable[[], None], rounds: int) -> tuple[float, float, float]:
-    """Median seconds of both, in turn, and the median of their ratio within a round."""
-    plain()
-    ours()
+def alternate(
+    plain: tuple[PlainSide, str, list[Request]], ours: tuple[Transformer, list[Request], Method], rounds: int
+) -> tuple[float, float, float, list[Any], list[Likelihood]]:
+    """Median seconds of both sides, in turn, the median of their ratio within a round, and what each found."""
+    side, what, requests = plain
+    pairs = [(list(request.prefix), list(request.target)) for request in requests]
+    side.run(what, pairs)
+    estimates(*ours)
     times = []
     for _ in range(rounds):
-        moments = [time.perf_counter()]
-        for work in (plain, ours):
-            work()
-            moments.append(time.perf_counter())
-        times.append((moments[1] - moments[0], moments[2] - moments[1]))
+        plain_s, values = side.run(what, pairs)
+        start = time.perf_counter()
+        results = estimates(*ours)
+        times.append((plain_s, time.perf_counter() - start))
     plain_s, ours_s = (statistics.median(column) for column in zip(*times, strict=True))
-    return plain_s, ours_s, statistics.median(slow / fast for slow, fast in times)
-
-
-def comparison(name: str, what: str, plain_s: float, ours_s: float, ratio: float, difference: str) -> list[str]:
-    """A row of two times."""
-    return [name, what, f"{1000 * plain_s:.1f}", f"{1000 * ours_s:.2f}", f"{ratio:.1f}", difference]
+    return plain_s, ours_s, statistics.median(slow / fast for slow, fast in times), values, results
 
 
 def print_table(heads: list[str], body: list[list[str]]) -> None:

@@ -6,12 +6,60 @@ request, and the greedy check decodes each target to its end.
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import time
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lit_gpt.diffmodel import TransEncoder
 from lit_gpt.layers import Transformer
+from lit_gpt.weights import load_model
 
 BATCH = 16
+Pair = tuple[list[int], list[int]]
+
+
+def build_model(name: str) -> Transformer:
+    """A checkpoint's model; `size 6` is an untrained one with the published vocabulary."""
+    if name != "size 6":
+        return load_model(name, kind="mdm")[0]
+    model = TransEncoder.from_name(6).eval()
+    model.init_weights(1)
+    return model
+
+
+class PlainSide:
+    """The published procedures in a process of their own, which works when it is told to: torch as it comes."""
+
+    def __init__(self, model: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        context.Process(target=_serve, args=(other, model), daemon=True).start()
+
+    def run(self, what: str, pairs: list[Pair]) -> tuple[float, list[Any]]:
+        """Seconds and results of `mc`, `chain_rule` or `lambada` (chain rule and greedy check) on some requests."""
+        self._connection.send((what, pairs))
+        return self._connection.recv()  # type: ignore[no-any-return]
+
+
+def _serve(connection: Any, name: str) -> None:
+    model, generator = build_model(name), torch.Generator().manual_seed(1)
+
+    def work(what: str, prefix: list[int], target: list[int]) -> Any:
+        if what == "mc":
+            return mc(model, prefix, target, 128, generator)
+        value = chain_rule(model, prefix, target)
+        return (value, greedy(model, prefix, target)) if what == "lambada" else value
+
+    with contextlib.suppress(EOFError):
+        while True:
+            what, pairs = connection.recv()
+            start = time.perf_counter()
+            values = [work(what, *pair) for pair in pairs]
+            connection.send((time.perf_counter() - start, values))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 Decisions: the masks are a function of (seed, prefix, draw, position in the target), so that the answers of one question
 share them and their differences are less noisy, and no result depends on the batch; requests are worked off in rounds,
 longest first, whose results can be kept before the next begins. The estimators and their formulas are in `estimators`.
-May import estimators, noise and scoring.
+May import estimators, noise, reading and scoring.
 
 R rows (masks), L tokens of the target, T tokens of a row.
 """
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lit_gpt.estimators import Plan, chain_rule_plan, exact_plan, mc_plan
 from lit_gpt.noise import hash_int
-from lit_gpt.scoring import LogitsFn, Query, Scores, score
+from lit_gpt.reading import LogitsFn
+from lit_gpt.scoring import Query, Scores, score
 
 ESTIMATORS = ("mc", "chain_rule", "exact")
 # Rows of a round of work, in batches: results and progress come after each.
@@ -106,7 +107,7 @@ def mdm_likelihoods(reader: Reader, requests: Sequence[Request], method: Method)
     """The likelihoods of some requests under an MDM.
 
     Args:
-        reader: the model; for guidance its `logits_fn` is wrapped by `scoring.guided`.
+        reader: the model; for guidance its `logits_fn` is wrapped by `reading.guided`.
         requests: in any order; each prefix and target together no longer than the model's block size.
         method: how.
 
@@ -120,10 +121,13 @@ def mdm_likelihoods(reader: Reader, requests: Sequence[Request], method: Method)
             _masked_query(request, plan.masks, plan.scored, reader.mask_id, method.pad_to)
             for request, plan in zip(part, plans, strict=True)
         ]
-        greedy = greedy_matches(reader, part, method.pad_to) if method.greedy else [False] * len(part)
-        for number, request, plan, scores, matches in zip(
-            numbers, part, plans, reader.score(queries), greedy, strict=True
-        ):
+        # The first look of the greedy check masks everything, as a row of most plans does: read together, it is free.
+        first_looks = [_first_look(reader, request, method.pad_to) for request in part] if method.greedy else []
+        found = reader.score(queries + first_looks)
+        greedy = [False] * len(part)
+        if method.greedy:
+            greedy = greedy_matches(reader, part, method.pad_to, found[len(part) :])
+        for number, request, plan, scores, matches in zip(numbers, part, plans, found, greedy, strict=False):
             start = len(request.prefix)
             nll, error = plan.reduce(scores.nll[:, start : start + len(request.target)].double())
             yield number, Likelihood(nll, error, matches)
@@ -151,7 +155,9 @@ def arm_likelihoods(reader: Reader, requests: Sequence[Request]) -> Iterator[tup
             yield number, Likelihood(float(scores.nll.double().sum()), 0.0, matches)
 
 
-def greedy_matches(reader: Reader, requests: Sequence[Request], pad_to: int = 0) -> list[bool]:
+def greedy_matches(
+    reader: Reader, requests: Sequence[Request], pad_to: int = 0, first_scores: Sequence[Scores] | None = None
+) -> list[bool]:
     """Whether greedy decoding of each target gives it.
 
     All target tokens start as [MASK]; one at a time, the position whose likeliest token has the highest probability is
@@ -161,18 +167,27 @@ def greedy_matches(reader: Reader, requests: Sequence[Request], pad_to: int = 0)
         reader: the model.
         requests: prefixes and targets.
         pad_to: as `Method.pad_to`.
+        first_scores: what the model says where everything is masked, if that is known.
     """
     masks = [torch.ones(1, len(request.target), dtype=torch.bool) for request in requests]
     verdicts = [True] * len(requests)
     alive = list(range(len(requests)))
     while alive:
         queries = [_masked_query(requests[n], masks[n], masks[n], reader.mask_id, pad_to) for n in alive]
-        for number, query, scores in zip(alive, queries, reader.score(queries), strict=True):
+        found = first_scores if first_scores is not None else reader.score(queries)
+        first_scores = None
+        for number, query, scores in zip(alive, queries, found, strict=True):
             position = int(torch.where(query.scored[0], scores.best_probability[0], -1.0).argmax())
             verdicts[number] = bool(scores.best_ids[0, position] == query.targets[position])
             masks[number][0, position - len(requests[number].prefix)] = False
         alive = [number for number in alive if verdicts[number] and bool(masks[number].any())]
     return verdicts
+
+
+def _first_look(reader: Reader, request: Request, pad_to: int) -> Query:
+    """The target all masked, every position scored."""
+    everything = torch.ones(1, len(request.target), dtype=torch.bool)
+    return _masked_query(request, everything, everything, reader.mask_id, pad_to)
 
 
 def make_plan(method: Method, request: Request) -> Plan:

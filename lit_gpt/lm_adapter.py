@@ -21,9 +21,9 @@ from lit_gpt.eval_args import DTYPES, ModelArgs
 from lit_gpt.eval_cache import EvalCache, request_key
 from lit_gpt.likelihood import Likelihood, Method, Reader, Request, arm_likelihoods, mdm_likelihoods
 from lit_gpt.noise import hash_int
+from lit_gpt.reading import guided, model_logits
 from lit_gpt.runtime import choose_device, join_processes
 from lit_gpt.sampling import Sampling, sample
-from lit_gpt.scoring import guided, model_logits
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.weights import load_model, state_hash, tokenizer_source
 

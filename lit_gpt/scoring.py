@@ -1,25 +1,22 @@
 """Cross-entropies of chosen tokens in many rows at once: the forward passes behind every likelihood.
 
 Decisions: rows of different requests share a batch, sorted by length and padded on the right under a key mask, so a
-result depends on no batch-mate; the head runs only on the positions that are scored, in chunks; equal inputs are read
-once, whoever asks (the answers of a multiple-choice question often differ in what they score, not in what is read). The
-model is seen as a function from a batch to logits, so a toy distribution tests everything above it exactly.
-
-May import kernels, layers and the model classes' base only.
+result depends on no batch-mate; the head runs only on the positions that are scored (`reading`); equal inputs are read
+once, whoever asks (the answers of a multiple-choice question often differ in what they score, not in what is read).
+May import reading only.
 
 R rows of a query, B rows of a batch, T tokens, N scored positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lit_gpt import kernels
-from lit_gpt.layers import Transformer
+from lit_gpt.reading import LogitsFn, ReadBatch
 
 
 @dataclass(frozen=True)
@@ -48,58 +45,6 @@ class Scores:
     """float32: its probability."""
 
 
-@dataclass(frozen=True)
-class ReadBatch:
-    """What the model reads at once."""
-
-    input_ids: Tensor
-    """(B, T) int64, padded on the right with 0."""
-    key_mask: Tensor | None
-    """(B, T) bool, False at padding; None where nothing is padded."""
-    prompt_mask: Tensor
-    """(B, T) bool, True at what guidance hides."""
-    where: Tensor
-    """(N,) int64: scored positions in the flattened (B * T)."""
-
-
-LogitsFn = Callable[[ReadBatch], Iterator[Tensor]]
-"""A batch to the logits (n, V) float32 at `where`, in order, in chunks."""
-
-
-def model_logits(model: Transformer) -> LogitsFn:
-    """A model as this module calls it: whole rows through the blocks, scored positions alone through the head."""
-    rows = max(1, kernels.chunk_elements(model.lm_head.weight.device) // model.lm_head.weight.size(0))
-
-    def logits(batch: ReadBatch) -> Iterator[Tensor]:
-        hidden = model.hidden_states(batch.input_ids, key_mask=batch.key_mask)
-        for part in hidden.flatten(0, 1)[batch.where].split(rows):
-            yield model.lm_head(part).float()
-
-    return logits
-
-
-def guided(logits_fn: LogitsFn, cfg_scale: float, mask_id: int) -> LogitsFn:
-    """Classifier-free guidance: un + (cfg_scale + 1) (cond - un), where `un` reads the prompt as [MASK].
-
-    Args:
-        logits_fn: the model.
-        cfg_scale: w; 0 returns `logits_fn` itself.
-        mask_id: id of [MASK].
-
-    Source: Ho & Salimans 2022 (arXiv 2207.12598); unsupervised form: SMDM (arXiv 2410.18514), section 4.
-    """
-    if not cfg_scale:
-        return logits_fn
-
-    def with_guidance(batch: ReadBatch) -> Iterator[Tensor]:
-        hidden_prompt = batch.input_ids.masked_fill(batch.prompt_mask, mask_id)
-        unconditional = ReadBatch(hidden_prompt, batch.key_mask, batch.prompt_mask, batch.where)
-        for cond, uncond in zip(logits_fn(batch), logits_fn(unconditional), strict=True):
-            yield uncond + (cfg_scale + 1) * (cond - uncond)
-
-    return with_guidance
-
-
 @torch.no_grad()
 def score(
     logits_fn: LogitsFn, queries: Sequence[Query], vocab_size: int, max_tokens: int, device: torch.device | str = "cpu"
@@ -107,7 +52,7 @@ def score(
     """Score every row of every query.
 
     Args:
-        logits_fn: the model, see `model_logits` and `guided`.
+        logits_fn: the model, see `reading`.
         queries: in any order.
         vocab_size: K; ids from here on are padding of the vocabulary and are never the likeliest.
         max_tokens: tokens of a batch, padding included; a longer row is a batch of its own. Halved when memory runs out.

@@ -15,7 +15,7 @@ from lit_gpt.config import Config
 from lit_gpt.diffmodel import TransEncoder
 from lit_gpt.likelihood import Likelihood, Method, Reader, Request, arm_likelihoods, mdm_likelihoods
 from lit_gpt.model import GPT
-from lit_gpt.scoring import LogitsFn, guided, model_logits
+from lit_gpt.reading import LogitsFn, guided, model_logits
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
 
 GOLDEN = golden_cases()
@@ -112,7 +112,7 @@ def table_logits(seed: int = 1) -> LogitsFn:
 
 def brute_force(logits_fn: LogitsFn, target: tuple[int, ...]) -> float:
     """sum over k of (1/k) E over masks of k tokens of the masked tokens' cross-entropies, term by term."""
-    from lit_gpt.scoring import ReadBatch
+    from lit_gpt.reading import ReadBatch
 
     total = 0.0
     for k in range(1, LENGTH + 1):
