@@ -2,14 +2,15 @@
 
 Decisions:
 
-- Samplers see a model only as `logits_fn(input_ids, positions, key_mask) -> logits`, so a toy distribution tests them
-  exactly, and guidance or a key/value cache is a function around it.
+- Samplers see a model only as a function from a batch to logits at chosen positions (`reading`), so a toy distribution
+  tests them exactly, and guidance or a cache is a function around it.
 - A row's tokens depend on its own number and prompt alone: random numbers are hashes of (seed, step, row, position in
-  the row, token id), and padding is masked (`canvas`).
-- A masked-diffusion algorithm is one function, from the times of a step and the confidences to the positions that are
-  revealed (`ALGORITHMS`); everything else of the loop is shared.
+  the row), and padding is masked (`canvas`).
+- A masked-diffusion algorithm is one function, from the model's certainty to the positions that are revealed
+  (`algorithms`); blocks, caches, remasking, guidance and filters go with all of them.
+- Only what a step may reveal is computed; a step that reveals nothing is not computed at all.
 
-May import canvas, config, layers, model, diffusion and noise only.
+May import algorithms, block_cache, canvas, config, denoising, drawing, layers, model, noise and reading only.
 
 B rows, T tokens, L new tokens, V padded vocabulary, K real vocabulary (ids that may be sampled), N masked positions.
 """
@@ -19,25 +20,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lit_gpt.algorithms import ALGORITHMS, algorithm_name
+from lit_gpt.block_cache import block_cached
 from lit_gpt.canvas import Canvas, State, context_lengths, masked_canvas, prompt_canvas
+from lit_gpt.denoising import TOKEN, denoise
+from lit_gpt.drawing import Drawing, draw
 from lit_gpt.layers import Transformer
 from lit_gpt.model import GPT, KVCache
 from lit_gpt.noise import Stream, uniform
+from lit_gpt.reading import LogitsFn, guided, model_logits
 
-LogitsFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(input_ids (B, T) int64, positions (B, T) int64, key_mask (B, S) bool or None) -> logits (B, T, V)."""
+__all__ = ["ALGORITHMS", "CACHES", "Sampling", "algorithm_name", "denoise", "extend", "sample", "sample_states"]
 
-_LAST_TIME = 1e-5
-"""Where the published time grid ends (SPEC 2)."""
-_CHUNK_ELEMENTS = 2**21
-"""Logits that are in float64 at one time: 16 MB a temporary, near a processor's cache."""
-_REVEAL_COLUMN = -1
-"""Where a token id stands in the other random keys: the number that decides whether a position is revealed."""
+NextLogitsFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(input_ids (B, T) int64, positions (B, T) int64, key_mask (B, S) bool or None) -> logits (B, T or 1, V)."""
+
+CACHES = ("none", "prefix", "dual")
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ class Sampling:
     context_length: int | tuple[int, ...]
     """Tokens of the finished row, prompt included; a tuple gives each row its own."""
     algorithm: str = "origin"
-    """MDM: `origin` or `greedy` (also spelt `greddy`)."""
+    """MDM: origin, greedy (also spelt greddy), threshold or entropy."""
     steps: int = 128
-    """MDM: denoising steps; more steps than masked positions is normal use."""
+    """MDM: denoising steps, for threshold and entropy at most; more steps than masked positions is normal use."""
     temperature: float = 1.0
     """0 takes the likeliest token; 1 samples from the model's distribution."""
     cfg_scale: float = 0.0
@@ -57,9 +59,29 @@ class Sampling:
     seed: int = 1234
     """Together with a row's number it decides all that is random."""
     stop_id: int | None = None
-    """ARM: a row ends with this token (the tokenizer's eos)."""
+    """The end token (the tokenizer's eos): an ARM's row ends with it, an MDM's with early_stop."""
     use_cache: bool = True
     """ARM: keep keys and values instead of reading the whole row again for each token; the tokens are the same."""
+    top_k: int = 0
+    """Draw only from the k likeliest tokens; 0 from all."""
+    top_p: float = 1.0
+    """Draw only from the likeliest tokens that together reach this probability."""
+    min_new_tokens: int = 0
+    """No end token among the first so many new ones."""
+    threshold: float = 0.9
+    """MDM, threshold: reveal every token with at least this confidence."""
+    entropy_bound: float = 0.1
+    """MDM, entropy: nats that the tokens of one step may share; higher is faster and less careful."""
+    block_length: int = 0
+    """MDM: write blocks of so many tokens from left to right, each in its share of the steps; 0 is one block."""
+    cache: str = "none"
+    """MDM, with block_length: keep keys and values of what a block's steps do not change: none, prefix or dual."""
+    refresh: int = 0
+    """MDM, with cache: read everything again after so many steps; 0 only at each block's start, 1 is exact."""
+    remask: float = 0.0
+    """MDM, origin: largest share of written tokens that a step masks again, to be written better (ReMDM-cap)."""
+    early_stop: bool = False
+    """MDM: once the end token stands with nothing masked before it, the row is done: end tokens fill the rest."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "algorithm", algorithm_name(self.algorithm))
@@ -70,77 +92,22 @@ class Sampling:
             problems.append(f"temperature is {self.temperature}: it must be a number from 0 up")
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
             problems.append(f"cfg_scale is {self.cfg_scale}: it must be a number from 0 up")
+        for name, low, high in (("threshold", 0, 1), ("top_p", 0, 1), ("remask", 0, 1), ("entropy_bound", 0, math.inf)):
+            if not low <= getattr(self, name) <= high:
+                problems.append(f"{name} is {getattr(self, name)}: it must be a number from {low} to {high}")
+        for name in ("top_k", "min_new_tokens", "block_length", "refresh"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} is {getattr(self, name)}: it must be a whole number from 0 up")
+        if self.cache not in CACHES:
+            problems.append(f"cache is {self.cache!r}: choose from {', '.join(CACHES)}")
+        elif self.cache != "none" and not self.block_length:
+            problems.append(f"cache {self.cache} needs a block_length")
+        if self.remask and self.algorithm != "origin":
+            problems.append(f"remask goes with the algorithm origin, not {self.algorithm}")
+        if self.early_stop and self.stop_id is None:
+            problems.append("early_stop needs a stop_id")
         if problems:
             raise ValueError("sampling: " + "; ".join(problems))
-
-
-class Algorithm(Protocol):
-    """Which masked positions of a step are revealed.
-
-    Attributes:
-        needs_confidence: whether it ranks; where it does not, tokens are drawn only for what is revealed.
-    """
-
-    needs_confidence: bool
-
-    def __call__(self, mask: Tensor, confidence: Tensor, reveal_uniforms: Tensor, fraction: Tensor) -> Tensor:
-        """Choose positions.
-
-        Args:
-            mask: (B, T) bool, True at [MASK].
-            confidence: (B, T) float64, each token's probability at masked positions, -1 elsewhere.
-            reveal_uniforms: (B, T) float64, one random number per position.
-            fraction: scalar float32, 1 - s / t for the step from time t to s; 1 at the last step.
-
-        Returns:
-            (B, T) bool, a subset of mask.
-        """
-        ...
-
-
-class Origin:
-    """Each masked position by itself, with probability 1 - s / t: the reverse process of the diffusion."""
-
-    needs_confidence = False
-
-    def __call__(self, mask: Tensor, confidence: Tensor, reveal_uniforms: Tensor, fraction: Tensor) -> Tensor:
-        """See `Algorithm`."""
-        return mask & (reveal_uniforms < fraction)
-
-
-class Greedy:
-    """Of a row's n masked positions the int(n (1 - s / t)) whose tokens have the highest confidence.
-
-    The published code counts and ranks over the whole batch; here each row has its own count and ranks.
-    """
-
-    needs_confidence = True
-
-    def __call__(self, mask: Tensor, confidence: Tensor, reveal_uniforms: Tensor, fraction: Tensor) -> Tensor:
-        """See `Algorithm`."""
-        # float32, like the published count: what int() cuts off must be the same.
-        count = (mask.sum(1).float() * fraction).long()
-        order = confidence.argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(
-            1, order, torch.arange(mask.size(1), device=mask.device).expand_as(order)
-        )
-        return mask & (rank < count[:, None])
-
-
-ALGORITHMS: dict[str, Algorithm] = {"origin": Origin(), "greedy": Greedy()}
-_HISTORIC_NAMES = {"greddy": "greedy"}
-
-
-def algorithm_name(name: str) -> str:
-    """The algorithm's one name: the published spelling `greddy` becomes `greedy`.
-
-    Raises:
-        ValueError: no such algorithm; the known ones are listed.
-    """
-    name = _HISTORIC_NAMES.get(name, name)
-    if name not in ALGORITHMS:
-        raise ValueError(f"unknown sampling algorithm {name!r}: choose from {', '.join(ALGORITHMS)}")
-    return name
 
 
 def sample(
@@ -203,89 +170,23 @@ def sample_states(
             cached(model, len(new), canvas.input_ids.size(1) + max(new)) if sampling.use_cache else recomputed(model)
         )
         return extend(logits_fn, canvas, new, sampling, config.vocab_size)
-    canvas = masked_canvas(prompts, lengths, config.mask_id, rows, device)
     return denoise(
-        guided(model, sampling.cfg_scale, canvas.prompt_mask, config.mask_id), canvas, sampling, config.vocab_size
+        mdm_logits(model, sampling),
+        masked_canvas(prompts, lengths, config.mask_id, rows, device),
+        sampling,
+        config.vocab_size,
     )
 
 
-def guided(logits_fn: LogitsFn, cfg_scale: float, prompt_mask: Tensor, mask_id: int) -> LogitsFn:
-    """Classifier-free guidance: un + (cfg_scale + 1) (cond - un), where `un` sees the prompt as [MASK].
-
-    Args:
-        logits_fn: the model; both passes run as one batch of 2 B rows.
-        cfg_scale: w; 0 returns `logits_fn` itself.
-        prompt_mask: (B, T) bool, True at the prompt.
-        mask_id: id of [MASK].
-
-    Source: Ho & Salimans 2022 (arXiv 2207.12598); unsupervised form: SMDM (arXiv 2410.18514), section 4.
-    """
-    if not cfg_scale:
-        return logits_fn
-
-    def with_guidance(input_ids: Tensor, positions: Tensor, key_mask: Tensor | None) -> Tensor:
-        both = torch.cat((input_ids, input_ids.masked_fill(prompt_mask, mask_id)))
-        twice = None if key_mask is None else key_mask.repeat(2, 1)
-        cond_logits, uncond_logits = logits_fn(both, positions.repeat(2, 1), twice).chunk(2)
-        return uncond_logits + (cfg_scale + 1) * (cond_logits - uncond_logits)
-
-    return with_guidance
-
-
-@torch.no_grad()
-def denoise(logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size: int) -> Iterator[State]:
-    """Masked-diffusion sampling: reveal a canvas over t = linspace(1, 1e-5, steps + 1).
-
-    In a step from t to s the algorithm chooses among the masked positions with fraction 1 - s / t (all of them at the
-    last step); tokens are argmax of logit - temperature * log(-log u), in float64 (Gumbel-max).
-
-    Args:
-        logits_fn: logits of every position from the whole canvas.
-        canvas: what to fill; [MASK] is wherever a token is neither given nor padding.
-        sampling: algorithm, steps, temperature, seed.
-        vocab_size: K; ids from here on are never sampled.
-
-    Yields:
-        The state before the first step, then one after each.
-    """
-    algorithm = ALGORITHMS[sampling.algorithm]
-    # float32, as published: the greedy count int(n (1 - s / t)) depends on it.
-    times = torch.linspace(1, _LAST_TIME, sampling.steps + 1)
-    input_ids, mask = canvas.input_ids.clone(), canvas.key_mask & ~canvas.prompt_mask
-    key_mask, confidence = canvas.attention_mask(), canvas.prompt_mask.float()
-    yield State(0, input_ids.clone(), confidence.clone(), canvas.key_mask)
-    logits: Tensor | None = None
-    for step in range(sampling.steps):
-        last = step == sampling.steps - 1
-        fraction = torch.ones(()) if last else 1 - times[step + 1] / times[step]
-        uniforms = uniform(
-            sampling.seed, int(Stream.SAMPLER), step, canvas.rows[:, None], canvas.positions, _REVEAL_COLUMN
-        )
-        fraction = fraction.to(mask.device)
-        token_ids, probability = (
-            input_ids.clone(),
-            torch.full(mask.shape, -1.0, dtype=torch.float64, device=mask.device),
-        )
-        revealed = mask if algorithm.needs_confidence else algorithm(mask, probability, uniforms, fraction)
-        if bool(revealed.any()):
-            if logits is None:
-                logits = logits_fn(input_ids, canvas.positions, key_mask)
-            token_ids[revealed], probability[revealed] = _draw(
-                logits[revealed], canvas, revealed, step, sampling, vocab_size
-            )
-            if algorithm.needs_confidence:
-                revealed = algorithm(mask, probability, uniforms, fraction)
-        if bool(revealed.any()):
-            input_ids = torch.where(revealed, token_ids, input_ids)
-            confidence = torch.where(revealed, probability.float(), confidence)
-            mask = mask & ~revealed
-            logits = None  # what was computed holds until a token changes
-        yield State(step + 1, input_ids.clone(), confidence.clone(), canvas.key_mask)
+def mdm_logits(model: Transformer, sampling: Sampling) -> LogitsFn:
+    """An MDM as `denoise` calls it, with the guidance and the cache of some settings."""
+    inner = model_logits(model) if sampling.cache == "none" else block_cached(model)
+    return guided(inner, sampling.cfg_scale, model.config.mask_id)
 
 
 @torch.no_grad()
 def extend(
-    logits_fn: LogitsFn, canvas: Canvas, new_tokens: Sequence[int], sampling: Sampling, vocab_size: int
+    logits_fn: NextLogitsFn, canvas: Canvas, new_tokens: Sequence[int], sampling: Sampling, vocab_size: int
 ) -> Iterator[State]:
     """Autoregressive sampling: one token a step behind every row, by Gumbel-max, until it stops or is full.
 
@@ -300,7 +201,7 @@ def extend(
     Yields:
         The state before the first step, then one after each.
     """
-    device = canvas.input_ids.device
+    device, how = canvas.input_ids.device, Drawing(sampling.temperature, sampling.top_k, sampling.top_p)
     input_ids, key_mask, confidence = canvas.input_ids, canvas.key_mask, canvas.prompt_mask.float()
     positions = canvas.positions
     limit = torch.tensor(list(new_tokens), device=device)
@@ -314,8 +215,12 @@ def extend(
         logits = logits_fn(input_ids[:, -unseen:], positions[:, -unseen:], None if bool(key_mask.all()) else key_mask)
         position = positions[:, -1:] + 1
         # A token's key is its position in the row, not the step: a longer prompt beside it changes nothing.
-        here = Canvas(input_ids[:, -1:], position, everyone, ~everyone, canvas.rows)
-        token_ids, probability = _draw(logits[:, -1], here, everyone, 0, sampling, vocab_size)
+        uniforms = uniform(sampling.seed, int(Stream.SAMPLER), 0, canvas.rows, position[:, 0], TOKEN)
+        forbidden = None
+        if step < sampling.min_new_tokens and sampling.stop_id is not None:
+            forbidden = everyone[:, 0], sampling.stop_id
+        drawn = draw(iter([logits[:, -1]]), uniforms, how, vocab_size, forbidden)
+        token_ids, probability = drawn.token_ids, drawn.confidence
         written = open_rows[:, None]
         input_ids = torch.cat((input_ids, torch.where(written, token_ids[:, None], 0)), 1)
         confidence = torch.cat((confidence, torch.where(written, probability[:, None].float(), 0)), 1)
@@ -329,7 +234,7 @@ def extend(
         yield State(step + 1, input_ids, confidence, key_mask)
 
 
-def cached(model: GPT, batch: int, capacity: int) -> LogitsFn:
+def cached(model: GPT, batch: int, capacity: int) -> NextLogitsFn:
     """The model as `extend` calls it, with keys and values kept; returns the last column's logits, (B, 1, V).
 
     Args:
@@ -350,7 +255,7 @@ def cached(model: GPT, batch: int, capacity: int) -> LogitsFn:
     return last_logits
 
 
-def recomputed(logits_fn: LogitsFn) -> LogitsFn:
+def recomputed(logits_fn: NextLogitsFn) -> NextLogitsFn:
     """A function of whole rows as `extend` calls it: it remembers what it was given and reads all of it each time."""
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -359,40 +264,3 @@ def recomputed(logits_fn: LogitsFn) -> LogitsFn:
         return logits_fn(torch.cat([ids for ids, _ in seen], 1), torch.cat([at for _, at in seen], 1), key_mask)
 
     return all_logits
-
-
-def gumbel_argmax(logits: Tensor, temperature: float, keys: Sequence[int | Tensor]) -> tuple[Tensor, Tensor]:
-    """Draw tokens: argmax exp(logit) / (-log u)^temperature, in float64.
-
-    Args:
-        logits: (N, K).
-        temperature: 0 takes the argmax of the logits; 1 samples softmax(logits).
-        keys: what the random numbers are a function of, besides the token id: integers and (N,) int64 tensors.
-
-    Returns:
-        (N,) int64 tokens and (N,) float64 softmax(logits) of each.
-    """
-    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    probability = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
-    columns = torch.arange(logits.size(1), device=logits.device)
-    rows = max(1, _CHUNK_ELEMENTS // logits.size(1))
-    for start in range(0, len(logits), rows):
-        part = slice(start, start + rows)
-        wide = logits[part].double()
-        noisy = wide
-        if temperature:
-            own = [key[part, None] if isinstance(key, Tensor) else key for key in keys]
-            noisy = wide - temperature * uniform(*own, columns).log_().neg_().log_()
-        chosen = noisy.argmax(1)
-        token_ids[part] = chosen
-        probability[part] = (wide.gather(1, chosen[:, None]).squeeze(1) - wide.logsumexp(1)).exp()
-    return token_ids, probability
-
-
-def _draw(
-    logits: Tensor, canvas: Canvas, where: Tensor, step: int, sampling: Sampling, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """`gumbel_argmax` of logits (N, V) at the N positions of `where`, (N,) tokens and probabilities."""
-    rows = canvas.rows[:, None].expand_as(where)[where]
-    keys = (sampling.seed, int(Stream.SAMPLER), step, rows, canvas.positions[where])
-    return gumbel_argmax(logits[:, :vocab_size], sampling.temperature, keys)

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from lit_gpt.canvas import masked_canvas, prompt_canvas
 from lit_gpt.config import Config
+from lit_gpt.denoising import denoise
 from lit_gpt.diffmodel import TransEncoder
+from lit_gpt.drawing import Drawing, draw
 from lit_gpt.model import GPT
+from lit_gpt.reading import LogitsFn, ReadBatch, guided, model_logits
 from lit_gpt.sampling import (
-    LogitsFn,
+    NextLogitsFn,
     Sampling,
     algorithm_name,
-    denoise,
     extend,
-    guided,
-    gumbel_argmax,
     recomputed,
     sample,
     sample_states,
@@ -68,10 +68,10 @@ def toy_mdm(joint: np.ndarray) -> LogitsFn:
     for known in itertools.product((*range(WORDS), None), repeat=LENGTH):
         index = tuple(TOY_MASK if word is None else word for word in known)
         table[index][:, :WORDS] = torch.from_numpy(np.log(conditionals(joint, known) + 1e-300))
-    return lambda ids, positions, key_mask: table[tuple(ids.T)]
+    return lambda batch: iter([table[tuple(batch.input_ids.T)].flatten(0, 1)[batch.where]])
 
 
-def toy_arm(joint: np.ndarray) -> LogitsFn:
+def toy_arm(joint: np.ndarray) -> NextLogitsFn:
     """The ideal ARM of the joint behind one start token: logits of the next word at every column."""
     tables = [torch.from_numpy(np.log(joint.sum(axis=tuple(range(n, LENGTH))))) for n in range(1, LENGTH + 1)]
 
@@ -189,15 +189,53 @@ def test_arm_samples_the_joint() -> None:
     assert chi_squared(state.input_ids[:, 1:], joint) < LIMIT
 
 
+UNIFORMS = (torch.arange(40_000).double() * 0.6180339887498949) % 1.0
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_gumbel_argmax_samples_the_tempered_softmax(temperature: float) -> None:
-    logits = torch.tensor([1.0, -0.5, 0.3, 2.0])
-    count = 40_000
-    tokens, probability = gumbel_argmax(logits.expand(count, -1), temperature, (1, 7, 0, torch.arange(count)))
-    expected = (logits / temperature).softmax(0).double().numpy() * count
-    observed = torch.bincount(tokens, minlength=4).numpy()
-    assert ((observed - expected) ** 2 / expected).sum() < 16.3  # 0.999 quantile, 3 degrees of freedom
-    torch.testing.assert_close(probability, logits.double().softmax(0)[tokens])
+@pytest.mark.parametrize("width", [4, 300])
+def test_draw_has_the_tempered_softmax(temperature: float, width: int) -> None:
+    logits = torch.randn(width, generator=torch.Generator().manual_seed(width)) * 2
+    count = len(UNIFORMS)
+    chunks = iter(logits.expand(count, -1).split(1000))
+    drawn = draw(chunks, UNIFORMS, Drawing(temperature), width)
+    expected = (logits / temperature).softmax(0).double()
+    # The numbers are evenly spread, so frequencies are closer than chance would have them.
+    observed = torch.bincount(drawn.token_ids, minlength=width) / count
+    assert (observed - expected).abs().max() < 1e-3
+    torch.testing.assert_close(drawn.confidence, logits.double().softmax(0)[drawn.token_ids], rtol=1e-5, atol=1e-8)
+
+
+def test_filters_keep_the_likeliest() -> None:
+    logits = torch.tensor([0.5, 0.2, 0.2, 0.06, 0.04]).log().expand(len(UNIFORMS), -1)
+    cases = {
+        (2, 1.0): {0, 1, 2},
+        (1, 1.0): {0},
+        (0, 0.4): {0},
+        (0, 0.6): {0, 1, 2},
+        (0, 0.95): {0, 1, 2, 3},
+        (3, 0.5): {0},
+    }
+    for (top_k, top_p), kept in cases.items():
+        drawn = draw(iter([logits]), UNIFORMS, Drawing(1.0, top_k, top_p), 5)
+        assert set(drawn.token_ids.tolist()) == kept, (top_k, top_p)
+    # What is kept keeps its proportions.
+    observed = torch.bincount(draw(iter([logits]), UNIFORMS, Drawing(1.0, 0, 0.6), 5).token_ids, minlength=5) / len(
+        UNIFORMS
+    )
+    torch.testing.assert_close(observed, torch.tensor([5, 2, 2, 0, 0]) / 9, atol=1e-3, rtol=0)
+
+
+def test_entropy_and_forbidden_tokens() -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0, 9.0], [1.0, 2.0, 3.0, 9.0]])
+    forbidden = torch.tensor([False, True]), 2
+    drawn = draw(iter([logits]), torch.tensor([0.9, 0.9]), Drawing(0.0), 3, forbidden, entropies=True)
+    assert drawn.token_ids.tolist() == [0, 1]
+    torch.testing.assert_close(drawn.entropy[0], torch.tensor(math.log(3)))
+    p = torch.tensor([1.0, 2.0]).softmax(0)
+    torch.testing.assert_close(drawn.entropy[1], -(p * p.log()).sum())
+    with pytest.raises(ValueError, match="no finite numbers"):
+        draw(iter([logits * torch.nan]), torch.zeros(2), Drawing(0.0), 3)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
@@ -221,13 +259,16 @@ def test_greedy_is_the_brute_force_choice(steps: int) -> None:
 def test_guidance_is_the_formula() -> None:
     model = tiny(TransEncoder)
     canvas = masked_canvas(PROMPTS, [8, 8, 12], TINY.mask_id)
+    where = (canvas.key_mask & ~canvas.prompt_mask).flatten().nonzero().squeeze(1)
+    batch = ReadBatch(canvas.input_ids, canvas.attention_mask(), canvas.prompt_mask, where, canvas.positions)
     args = (canvas.positions, canvas.attention_mask())
     with torch.no_grad():
-        result = guided(model, 0.7, canvas.prompt_mask, TINY.mask_id)(canvas.input_ids, *args)
-        cond_logits = model(canvas.input_ids, *args)
-        uncond_logits = model(torch.where(canvas.prompt_mask, TINY.mask_id, canvas.input_ids), *args)
-    torch.testing.assert_close(result, uncond_logits + 1.7 * (cond_logits - uncond_logits), rtol=1e-5, atol=1e-5)
-    assert guided(model, 0.0, canvas.prompt_mask, TINY.mask_id) is model
+        result = torch.cat(list(guided(model_logits(model), 0.7, TINY.mask_id)(batch)))
+        cond = model(canvas.input_ids, *args).flatten(0, 1)[where]
+        uncond = model(torch.where(canvas.prompt_mask, TINY.mask_id, canvas.input_ids), *args).flatten(0, 1)[where]
+    torch.testing.assert_close(result, uncond + 1.7 * (cond - uncond), rtol=1e-5, atol=1e-5)
+    inner = model_logits(model)
+    assert guided(inner, 0.0, TINY.mask_id) is inner
 
 
 # Equivalences
@@ -364,3 +405,170 @@ def test_wrong_arguments(kind: type, prompts: list, settings: Sampling, words: s
 
 def test_historic_spelling() -> None:
     assert algorithm_name("greddy") == "greedy" and Sampling(8, "greddy").algorithm == "greedy"
+
+
+# What the field has learnt since
+
+
+@pytest.mark.parametrize("care", [0.0, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("algorithm", ["threshold", "entropy"])
+def test_careful_algorithms_are_the_brute_force_choice(algorithm: str, care: float) -> None:
+    joint = toy_joint()
+    for prompt in ([], [2], [0, 1]):
+        known: list[int | None] = [*prompt, *([None] * (LENGTH - len(prompt)))]
+        steps = 0
+        while None in known:
+            table = conditionals(joint, tuple(known))
+            hidden = [i for i, word in enumerate(known) if word is None]
+            if algorithm == "threshold":
+                best = [i for i in hidden if table[i].max() >= care] or [max(hidden, key=lambda i: table[i].max())]
+            else:
+                entropies = {i: -float((table[i] * np.log(table[i] + 1e-300)).sum()) for i in hidden}
+                ranked = sorted(hidden, key=entropies.__getitem__)
+                best = [i for n, i in enumerate(ranked) if not n or sum(entropies[j] for j in ranked[:n]) <= care]
+            for i in best:
+                known[i] = int(table[i].argmax())
+            steps += 1
+        settings = Sampling(LENGTH, algorithm, 50, 0.0, threshold=care, entropy_bound=care)
+        *_, state = denoise(toy_mdm(joint), masked_canvas([prompt], [LENGTH], TOY_MASK), settings, WORDS)
+        assert state.input_ids[0].tolist() == known and state.step == steps
+
+
+def test_careful_algorithms_end_at_their_last_step() -> None:
+    joint = toy_joint()
+    settings = Sampling(LENGTH, "threshold", 2, 0.0, threshold=1.0)
+    *_, state = denoise(toy_mdm(joint), masked_canvas([[]], [LENGTH], TOY_MASK), settings, WORDS)
+    assert state.step == 2 and (state.input_ids < TOY_MASK).all()
+
+
+def test_one_token_at_a_time_has_the_joint_law() -> None:
+    """A threshold of 1 writes the most certain position alone: whatever the order, the law is the model's own."""
+    joint = toy_joint()
+    canvas = masked_canvas([[]] * 10_000, [LENGTH] * 10_000, TOY_MASK)
+    *_, state = denoise(toy_mdm(joint), canvas, Sampling(LENGTH, "threshold", 50, block_length=1), WORDS)
+    assert chi_squared(state.input_ids, joint) < LIMIT
+
+
+@pytest.mark.parametrize("remask", [0.05, 1.0])
+def test_remasking_keeps_the_law(remask: float) -> None:
+    joint = toy_joint()
+    canvas = masked_canvas([[]] * 10_000, [LENGTH] * 10_000, TOY_MASK)
+    changed = 0
+    before = None
+    for state in denoise(toy_mdm(joint), canvas, Sampling(LENGTH, "origin", 300, remask=remask), WORDS):
+        if before is not None:
+            changed += int(((before != TOY_MASK) & (state.input_ids == TOY_MASK)).sum())
+        before = state.input_ids
+    assert changed > 1000
+    assert chi_squared(before, joint) < LIMIT
+
+
+def test_blocks_are_written_from_left_to_right() -> None:
+    model = tiny(TransEncoder)
+    written = []
+    for state in sample_states(model, [[3, 1]], Sampling(20, "origin", 24, block_length=5)):
+        free = (state.input_ids[0, 2:] != TINY.mask_id).tolist()
+        written.append(free)
+        blocks = [free[start : start + 5] for start in range(0, 18, 5)]
+        begun = [any(block) for block in blocks]
+        assert all(all(block) for block, later in zip(blocks, begun[1:], strict=False) if later)
+    assert all(written[-1]) and len(written) <= 25
+
+
+SETTINGS = {
+    "threshold": {"algorithm": "threshold", "threshold": 0.3, "top_k": 5},
+    "entropy": {"algorithm": "entropy", "entropy_bound": 2.0, "top_p": 0.9},
+    "blocks": {"algorithm": "greedy", "block_length": 4},
+    "remask": {"algorithm": "origin", "remask": 0.3},
+    "prefix": {"algorithm": "greedy", "block_length": 4, "cache": "prefix"},
+    "dual": {"algorithm": "origin", "block_length": 5, "cache": "dual", "refresh": 3},
+    "stop": {"algorithm": "origin", "stop_id": 7, "early_stop": True, "min_new_tokens": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_new_settings_do_not_depend_on_the_batch(name: str) -> None:
+    model = tiny(TransEncoder)
+    settings = Sampling((20, 17, 32), steps=8, cfg_scale=0.5, **SETTINGS[name])
+    together = sample(model, PROMPTS, settings)
+    for row, prompt in enumerate(PROMPTS):
+        alone = sample(model, [prompt], replace(settings, context_length=settings.context_length[row]), rows=[row])
+        assert alone[0].tolist() == together[row].tolist()
+        assert together[row][: len(prompt)].tolist() == prompt and int(together[row].max()) < TINY.vocab_size
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.8])
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_read_anew_at_every_step_is_exact(cache: str, cfg_scale: float) -> None:
+    model = tiny(TransEncoder)
+    settings = Sampling((24, 20, 32), "greedy", 12, 1.0, cfg_scale, block_length=6)
+    exact = sample(model, PROMPTS, settings)
+    cached = sample(model, PROMPTS, replace(settings, cache=cache, refresh=1))
+    assert [row.tolist() for row in cached] == [row.tolist() for row in exact]
+    # Without it, it is an approximation: these random weights show that it was used.
+    approximate = sample(model, PROMPTS, replace(settings, cache=cache))
+    assert [row.tolist() for row in approximate] != [row.tolist() for row in exact]
+
+
+def test_a_partial_reading_is_the_full_one_while_nothing_changes() -> None:
+    """Keys and values kept from the same canvas: a window's logits are those of the whole."""
+    from lit_gpt.block_cache import block_cached
+
+    model = tiny(TransEncoder)
+    canvas = masked_canvas(PROMPTS, [12, 9, 14], TINY.mask_id)
+    window = torch.zeros_like(canvas.key_mask)
+    window[0, 8:11], window[1, 10:] = True, True
+    where = window.flatten().nonzero().squeeze(1)
+    batch = ReadBatch(canvas.input_ids, canvas.attention_mask(), canvas.prompt_mask, where, canvas.positions)
+    logits_fn = block_cached(model)
+    with torch.no_grad():
+        whole = torch.cat(list(logits_fn(batch)))
+        part = torch.cat(list(logits_fn(replace(batch, window=window))))
+    torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-4)
+
+
+def commonest(kind: type) -> int:
+    """The token that a model writes most often."""
+    rows = sample(tiny(kind), [[3]] * 40, Sampling(20))
+    return int(torch.bincount(torch.cat([row[1:] for row in rows])).argmax())
+
+
+@pytest.mark.parametrize("kind", [TransEncoder, GPT])
+def test_no_end_token_comes_too_early(kind: type) -> None:
+    stop = commonest(kind)
+    rows = sample(tiny(kind), [[3]] * 40, Sampling(20, stop_id=stop, min_new_tokens=6))
+    assert all(stop not in row[1:7].tolist() for row in rows)
+    assert any(stop in row[7:].tolist() for row in rows)
+
+
+def test_a_row_ends_with_its_end_token() -> None:
+    """Once it stands with nothing masked before it, end tokens fill what is still masked, and the row takes no more steps."""
+    stop = commonest(TransEncoder)
+    early = 0
+    for row in range(20):
+        settings = Sampling(20, "origin", 60, stop_id=stop, early_stop=True, block_length=4)
+        states = list(sample_states(tiny(TransEncoder), [[3]], settings, [row]))
+        tokens = states[-1].input_ids[0].tolist()
+        plain = sample(tiny(TransEncoder), [[3]], replace(settings, early_stop=False), [row])[0].tolist()
+        first = tokens.index(stop) if stop in tokens else len(tokens)
+        assert tokens[:first] == plain[:first] and tokens[first // 4 * 4 + 5 :] == [stop] * len(
+            tokens[first // 4 * 4 + 5 :]
+        )
+        early += stop in tokens and states[-1].step < 50
+    assert early
+
+
+def test_wrong_new_settings_are_refused_together() -> None:
+    with pytest.raises(ValueError) as caught:
+        Sampling(8, "greedy", threshold=1.5, top_p=-1, top_k=-2, cache="dual", remask=0.5, early_stop=True)
+    for words in (
+        "threshold is 1.5: it must be a number from 0 to 1",
+        "top_p is -1",
+        "top_k is -2",
+        "cache dual needs a block_length",
+        "remask goes with the algorithm origin",
+        "early_stop needs a stop_id",
+    ):
+        assert words in str(caught.value)
+    with pytest.raises(ValueError, match="cache is 'all': choose from none, prefix, dual"):
+        Sampling(8, cache="all")

@@ -1,0 +1,118 @@
+"""From logits to tokens: temperature, top-k, top-p, and one random number per token.
+
+A token is drawn by inverting its distribution function, which has the same law as the published Gumbel-max,
+argmax exp(logit) / (-log u)^temperature, at one uniform number per position in place of one per vocabulary entry (float64
+noise and logarithms over the whole vocabulary take most of the published loop's time). Sums are in float64. May import
+nothing of the package.
+
+N positions, K vocabulary that may be drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Entries that are summed before the search: two short searches in place of one over the whole vocabulary.
+_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How tokens are drawn."""
+
+    temperature: float
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability (nucleus sampling: Holtzman et al. 2020)."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn at N positions."""
+
+    token_ids: Tensor
+    """(N,) int64."""
+    confidence: Tensor
+    """(N,) float64: softmax(logits) of the token, at temperature 1."""
+    entropy: Tensor | None
+    """(N,) float32: of softmax(logits), nats; None where it was not asked for."""
+
+
+def draw(
+    chunks: Iterator[Tensor],
+    uniforms: Tensor,
+    how: Drawing,
+    vocab_size: int,
+    forbidden: tuple[Tensor, int] | None = None,
+    entropies: bool = False,
+) -> Drawn:
+    """Draw a token at every position.
+
+    Args:
+        chunks: logits (n, V) in the order of the positions.
+        uniforms: (N,) float64 in [0, 1); unused at temperature 0.
+        how: temperature and filters.
+        vocab_size: K; ids from here on are never drawn.
+        forbidden: (N,) bool and a token id that may not be drawn where it is True.
+        entropies: whether to compute them, too.
+
+    Raises:
+        ValueError: the logits are not finite numbers.
+    """
+    tokens, confidences, entropy_parts = [], [], []
+    start = 0
+    for chunk in chunks:
+        part = slice(start, start := start + len(chunk))
+        logits = chunk[:, :vocab_size]
+        if forbidden is not None and bool(forbidden[0][part].any()):
+            logits = logits.clone()
+            logits[forbidden[0][part], forbidden[1]] = -torch.inf
+        best, likeliest = logits.max(1)
+        total = logits.logsumexp(1)
+        if not bool(total.isfinite().all()):
+            raise ValueError(
+                "the model gives logits that are no finite numbers: its weights are damaged or it diverged"
+            )
+        chosen = likeliest if how.temperature == 0 else _invert(_weights(logits, best, how), uniforms[part])
+        tokens.append(chosen)
+        picked = logits.gather(1, chosen[:, None]).squeeze(1)
+        confidences.append((picked.double() - total.double()).exp())
+        if entropies:
+            log_p = logits - total[:, None]
+            entropy_parts.append(-(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(1).float())
+    return Drawn(torch.cat(tokens), torch.cat(confidences), torch.cat(entropy_parts) if entropies else None)
+
+
+def _weights(logits: Tensor, best: Tensor, how: Drawing) -> Tensor:
+    """Unnormalised probabilities (n, K) at a temperature, 0 where filtered out."""
+    weights = ((logits - best[:, None]) / how.temperature).exp_()
+    if 0 < how.top_k < weights.size(1):
+        least = weights.topk(how.top_k, dim=1).values[:, -1:]
+        weights = weights.masked_fill(weights < least, 0.0)
+    if how.top_p < 1:
+        ordered = weights.sort(dim=1, descending=True).values
+        before = ordered.double().cumsum(1) - ordered
+        # The likeliest token is always kept; equal ones stand or fall together.
+        inside = before < how.top_p * ordered.double().sum(1, keepdim=True)
+        least = ordered.masked_fill(~inside, torch.inf).min(1, keepdim=True).values
+        weights = weights.masked_fill(weights < least, 0.0)
+    return weights
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The token at which the cumulative weight passes u times the total, (n,)."""
+    padded = torch.nn.functional.pad(weights, (0, -weights.size(1) % _BLOCK)).view(len(weights), -1, _BLOCK)
+    sums = padded.sum(2, dtype=torch.float64).cumsum(1)
+    target = uniforms.to(sums.device)[:, None] * sums[:, -1:]
+    block = torch.searchsorted(sums, target, right=True).clamp(max=sums.size(1) - 1)
+    inner = padded.gather(1, block[..., None].expand(-1, 1, _BLOCK)).squeeze(1).double().cumsum(1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    # Just below the block's own sum, so that rounding cannot lead to an entry of weight 0 behind its last one.
+    rest = torch.minimum(target - before, inner[:, -1:].nextafter(torch.zeros_like(inner[:, -1:])))
+    return (block * _BLOCK + torch.searchsorted(inner, rest, right=True)).squeeze(1).clamp(max=weights.size(1) - 1)
