@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,18 +50,10 @@ class Denoising:
             mask_id: id of [MASK].
             tokenizer: of the model.
         """
-        steps = states[-1].step
-        keep = states[-1].key_mask[row]
-        ids = states[-1].input_ids[row][keep].tolist()
-        revealed = [steps + 1] * len(ids)
-        for state in reversed(states):
-            for position, token in enumerate(state.input_ids[row][keep].tolist()):
-                if token != mask_id:
-                    revealed[position] = state.step
-        texts = token_texts(tokenizer, ids, mask_id)
-        if texts[0].startswith(" ") and not tokenizer.decode(ids[:1]).startswith(" "):
-            texts[0] = texts[0][1:]  # the dummy space that the tokenizer put before the text
-        return cls(texts, revealed, steps)
+        watch = RowWatch(mask_id, tokenizer, row)
+        for state in states:
+            watch.see(state)
+        return watch.denoising()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -80,7 +73,7 @@ class Denoising:
             if at > step:
                 shown.append(_RICH_MASK, _HIDDEN)
             else:
-                shown.append(text, _GIVEN if at == 0 else _NEW if at == step else "")
+                shown.append(printable(text), _GIVEN if at == 0 else _NEW if at == step else "")
         return shown
 
     def snapshots(self, count: int) -> list[int]:
@@ -92,6 +85,61 @@ class Denoising:
             return [0, *sorted(set(order))]
         picked = [order[round(part * (len(order) - 1) / (count - 1))] for part in range(1, count - 1)]
         return sorted({0, *picked, order[-1]})
+
+
+class RowWatch:
+    """Follows one row of an MDM's canvas state by state; `denoising` is what has been seen so far."""
+
+    def __init__(self, mask_id: int, tokenizer: Tokenizer, row: int = 0, start: int = 0) -> None:
+        """Nothing has been seen.
+
+        Args:
+            mask_id: id of [MASK].
+            tokenizer: of the model.
+            row: which row of the batch.
+            start: tokens of the row that are left out, such as a chat's question.
+        """
+        self._mask_id, self._tokenizer, self._row, self._start = mask_id, tokenizer, row, start
+        self._ids: list[int] = []
+        self._since: list[int] = []
+        self._step = 0
+
+    def see(self, state: State) -> bool:
+        """Take in the next state; returns whether it shows something new."""
+        ids = state.input_ids[self._row][state.key_mask[self._row]].tolist()[self._start :]
+        changed = ids != self._ids
+        before = zip(self._ids, self._since, strict=True) if self._ids else [(None, 0)] * len(ids)
+        self._since = [since if token == old else state.step for token, (old, since) in zip(ids, before, strict=True)]
+        self._ids, self._step = ids, state.step
+        return changed
+
+    def denoising(self) -> Denoising:
+        """The row up to the last state; a token counts as revealed in the step since which it stands there."""
+        revealed = [
+            self._step + 1 if token == self._mask_id else since
+            for token, since in zip(self._ids, self._since, strict=True)
+        ]
+        texts = token_texts(self._tokenizer, self._ids, self._mask_id)
+        if texts and texts[0].startswith(" ") and not self._tokenizer.decode(self._ids[:1]).startswith(" "):
+            texts[0] = texts[0][1:]  # the dummy space that the tokenizer put before the text
+        return Denoising(texts, revealed, self._step)
+
+
+def print_snapshots(denoising: Denoising, console: Console, count: int) -> None:
+    """Print the text at some steps, below a line that says which."""
+    for step in denoising.snapshots(count):
+        console.print(f"  --- after step {step} of {denoising.steps}")
+        console.print(indented(denoising.plain(step)), markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for characters that would command a terminal, which a model may write."""
+    return "".join("\ufffd" if category(one) == "Cc" and one not in "\n\t" else one for one in text)
+
+
+def indented(text: str) -> str:
+    """Four spaces before every line."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
 def token_texts(tokenizer: Tokenizer, ids: Iterable[int], mask_id: int | None = None) -> list[str]:

@@ -34,6 +34,8 @@ class ReadBatch:
     """(B, T) int64: each token's place in its row; None where all rows begin in the first column."""
     without_prompt: bool = False
     """Whether this is guidance's second pass."""
+    window: Tensor | None = None
+    """(B, T) bool: what a reader with a cache must compute anew (`block_cache`); None for everything."""
 
 
 LogitsFn = Callable[[ReadBatch], Iterator[Tensor]]

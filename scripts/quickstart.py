@@ -241,7 +241,7 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
         return done
 
     from lit_gpt import plots, sampling
-    from lit_gpt.display import Denoising
+    from lit_gpt.display import Denoising, indented
     from lit_gpt.tokenizer import Tokenizer
     from lit_gpt.weights import load_model
 
@@ -267,7 +267,7 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
             plots.animate_denoising(denoising, out / "denoising.gif")
             (stage.folder / "denoising.json").write_text(json.dumps(denoising.to_dict()))
         else:
-            console.print(_indented(texts[kind]), markup=False, soft_wrap=True)
+            console.print(indented(texts[kind]), markup=False, soft_wrap=True)
     written = "\n\n".join(f"=== {NAMES[kind]} ===\n{text}" for kind, text in texts.items())
     (out / "samples.txt").write_text(written + "\n")
     return stage.finish({"prompt": prompt, "texts": texts, "sampled_tokens_per_s": rates})
@@ -275,10 +275,10 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
 
 def show_denoising(denoising: Any, console: Console) -> None:
     """Text emerging from masks: moving on a terminal, some snapshots elsewhere."""
+    from lit_gpt.display import print_snapshots
+
     if not console.is_terminal:
-        for step in denoising.snapshots(_SNAPSHOTS):
-            console.print(f"  --- after step {step} of {denoising.steps}")
-            console.print(_indented(denoising.plain(step)), markup=False, soft_wrap=True)
+        print_snapshots(denoising, console, _SNAPSHOTS)
         return
 
     from rich.live import Live
@@ -363,10 +363,6 @@ def _script(script: str, *arguments: object, console: Console | None = None, wat
             console.print(f"  {line}", markup=False, soft_wrap=True)
 
     run_script([str(ROOT / script), *map(str, arguments)], watch or show)
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
 if __name__ == "__main__":

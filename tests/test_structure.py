@@ -37,16 +37,17 @@ LAYERS = [
         "token_list",
         "sampling_flags",
     },
-    {"packed_format", "text_sources", "canvas"},
+    {"packed_format", "text_sources", "canvas", "algorithms", "drawing"},
     {"layers", "diffusion", "naming", "checkpoint_files", "packed_dataset", "speed_monitor"},
     # What scripts besides training use, and nothing of the package above needs.
     {"launcher", "stages", "display", "preparation_plan", "eval_cache"},
     {"model", "diffmodel", "runtime", "export", "batching", "preparation", "plots", "reading", "estimators"},
+    {"block_cache", "denoising"},
     {"sampling", "scoring", "objectives", "checkpoint"},
     {"likelihood", "infill"},
     {"weights", "validation"},
     {"run_folder", "describe", "completion"},
-    {"trainer", "lm_adapter"},
+    {"trainer", "terminal", "lm_adapter"},
     {"pretraining", "lm_harness"},
 ]
 LEAVES = LAYERS[0] | LAYERS[1]
