@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.layers import LayerCache, Transformer
-from lit_gpt.reading import LogitsFn, ReadBatch, head_logits
+from lit_gpt.reading import LogitsFn, ReadBatch, head_logits, window_columns
 
 
 class RowCache(LayerCache):
@@ -58,26 +58,6 @@ def block_cached(model: Transformer) -> LogitsFn:
         return head_logits(model, hidden[row, slots[row, column]])
 
     return logits
-
-
-def window_columns(window: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns of a window as a rectangle, and where each column stands in it.
-
-    Args:
-        window: (B, T) bool.
-
-    Returns:
-        (B, W) int64 with W the largest count of a row; a row with fewer repeats its last column (an empty one the last of
-        all), which computes the same numbers twice; and (B, T) int64, meaningful where the window is True.
-    """
-    counts = window.sum(1, keepdim=True)
-    # Columns inside come first, in their order.
-    order = (~window).to(torch.int8).argsort(dim=1, stable=True)
-    width = max(1, int(counts.max()))
-    slot = torch.arange(width, device=window.device).expand(len(window), -1)
-    columns = order.gather(1, torch.minimum(slot, (counts - 1).clamp(min=0)))
-    columns = torch.where(counts > 0, columns, window.size(1) - 1)
-    return columns, window.cumsum(1) - 1
 
 
 def _positions(batch: ReadBatch) -> Tensor:

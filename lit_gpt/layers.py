@@ -14,6 +14,7 @@ import zlib
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt import kernels
@@ -85,6 +86,36 @@ class SelfAttention(nn.Module):
         y = kernels.attention(q, k, v, self.causal, key_mask)
         return self.proj(y.transpose(1, 2).reshape(batch, length, heads * size))
 
+    def look_from(
+        self,
+        seen: Tensor,
+        own: Tensor,
+        rope: tuple[Tensor, Tensor],
+        own_rope: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+    ) -> Tensor:
+        """What some positions see: `forward` with keys and values of all tokens and queries of a few.
+
+        Args:
+            seen: (B, T, C).
+            own: (B, W, C), the rows of `seen` that look.
+            rope: of all tokens.
+            own_rope: of those that look.
+            key_mask: (B, T) bool or None.
+
+        Returns:
+            (B, W, C).
+        """
+        assert not self.causal
+        batch, length, width = seen.shape
+        heads, groups, size = self.config.n_head, self.config.n_query_groups, self.config.head_size
+        by_group = self.attn.weight.view(groups, heads // groups + 2, size, width)
+        q = F.linear(own, by_group[:, :-2].reshape(-1, width)).view(batch, -1, heads, size).transpose(1, 2)
+        k, v = F.linear(seen, by_group[:, -2:].reshape(-1, width)).view(batch, length, groups, 2, size).unbind(3)
+        q, k = kernels.rotary(q, *own_rope), kernels.rotary(k.transpose(1, 2), *rope)
+        y = kernels.attention(q, k, v.transpose(1, 2), False, key_mask)
+        return self.proj(y.transpose(1, 2).reshape(batch, -1, heads * size))
+
 
 class SwiGLU(nn.Module):
     """w3(silu(w1 x) * w2 x)."""
@@ -133,6 +164,20 @@ class Block(nn.Module):
         """(B, T, C) to (B, T, C); see `Transformer.hidden_states` for the arguments."""
         x = x + self.attn(self.norm_1(x), rope, key_mask, cache, start)
         return x + self.mlp(self.norm_2(x))
+
+    def look_from(
+        self,
+        x: Tensor,
+        columns: Tensor,
+        rope: tuple[Tensor, Tensor],
+        own_rope: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+    ) -> Tensor:
+        """`forward` at some columns (B, W) of (B, T, C) only: (B, W, C)."""
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        seen, own = self.norm_1(x), x[rows, columns]
+        own = own + self.attn.look_from(seen, seen[rows, columns], rope, own_rope, key_mask)
+        return own + self.mlp(self.norm_2(own))
 
 
 class Transformer(nn.Module):
@@ -210,8 +255,9 @@ class Transformer(nn.Module):
         key_mask: Tensor | None = None,
         caches: list[LayerCache] | None = None,
         start: int = 0,
+        columns: Tensor | None = None,
     ) -> Tensor:
-        """The final norm's output at every position.
+        """The final norm's output at every position, or at some.
 
         Args:
             input_ids: (B, T) int64.
@@ -219,9 +265,11 @@ class Transformer(nn.Module):
             key_mask: (B, S) bool, False where a token is padding that no one may attend to; S = start + T.
             caches: one per layer, to be appended to from column `start`; None without a cache.
             start: columns that the caches hold already.
+            columns: (B, W) int64, the only columns that are wanted: the last block then computes nothing else but the
+                keys and values of the others. For bidirectional models without caches.
 
         Returns:
-            (B, T, C).
+            (B, T, C), or (B, W, C) with `columns`.
 
         Raises:
             ValueError: the input is longer than the model's block size.
@@ -234,11 +282,16 @@ class Transformer(nn.Module):
         else:
             rope = (self.rope_cos[positions][:, None], self.rope_sin[positions][:, None])
         x = self.transformer.wte(input_ids)
-        for index, block in enumerate(self.transformer.h):
+        blocks = list(self.transformer.h)
+        for index, block in enumerate(blocks if columns is None else blocks[:-1]):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, key_mask, use_reentrant=False)
             else:
                 x = block(x, rope, key_mask, None if caches is None else caches[index], start)
+        if columns is not None:
+            at = columns if positions is None else positions.gather(1, columns)
+            own_rope = (self.rope_cos[at][:, None], self.rope_sin[at][:, None])
+            x = blocks[-1].look_from(x, columns, rope, own_rope, key_mask)
         return self.transformer.ln_f(x)
 
     def weighted_nll(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lit_gpt import kernels
@@ -38,6 +39,8 @@ class ReadBatch:
     """(B, T) bool: what a reader with a cache must compute anew (`block_cache`); None for everything."""
 
 
+_FEW = 0.7
+"""Share of a row's positions up to which the last block is worth reading for them alone."""
 LogitsFn = Callable[[ReadBatch], Iterator[Tensor]]
 """A batch to the logits (n, V) at `where`, in order, in chunks."""
 
@@ -46,10 +49,39 @@ def model_logits(model: Transformer) -> LogitsFn:
     """A model as a function of batches."""
 
     def logits(batch: ReadBatch) -> Iterator[Tensor]:
+        rows, length = batch.input_ids.shape
+        if not model.causal:
+            window = torch.zeros(rows * length, dtype=torch.bool, device=batch.where.device)
+            window[batch.where] = True
+            columns, slots = window_columns(window.view(rows, length))
+            # The last block is read where somebody looks; where most positions do, the detour does not pay.
+            if columns.size(1) <= length * _FEW:
+                hidden = model.hidden_states(batch.input_ids, batch.positions, batch.key_mask, columns=columns)
+                return head_logits(model, hidden[batch.where // length, slots.flatten()[batch.where]])
         hidden = model.hidden_states(batch.input_ids, batch.positions, batch.key_mask)
         return head_logits(model, hidden.flatten(0, 1)[batch.where])
 
     return logits
+
+
+def window_columns(window: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of a window as a rectangle, and where each column stands in it.
+
+    Args:
+        window: (B, T) bool.
+
+    Returns:
+        (B, W) int64 with W the largest count of a row; a row with fewer repeats its last column (an empty one the last of
+        all), which computes the same numbers twice; and (B, T) int64, meaningful where the window is True.
+    """
+    counts = window.sum(1, keepdim=True)
+    # Columns inside come first, in their order.
+    order = (~window).to(torch.int8).argsort(dim=1, stable=True)
+    width = max(1, int(counts.max()))
+    slot = torch.arange(width, device=window.device).expand(len(window), -1)
+    columns = order.gather(1, torch.minimum(slot, (counts - 1).clamp(min=0)))
+    columns = torch.where(counts > 0, columns, window.size(1) - 1)
+    return columns, window.cumsum(1) - 1
 
 
 def head_logits(model: Transformer, hidden: Tensor) -> Iterator[Tensor]:
