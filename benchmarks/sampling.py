@@ -63,6 +63,8 @@ def ways(flags: Flags) -> list[Way]:
         for temperature in (0.0, 1.0):
             own = (("algorithm", algorithm), ("temperature", temperature))
             found += [Way("plain", (*own, ("plain", True))), Way("ours", own)]
+            if not temperature:
+                found.append(Way("plain, without noise", (*own, ("plain", True), ("shortcut", True))))
     greedy, blocks = (("algorithm", "greedy"), ("temperature", 0.0)), (("block_length", 16),)
     found += [
         Way("top-p 0.9", (("algorithm", "greedy"), ("temperature", 1.0), ("top_p", 0.9))),
@@ -113,7 +115,8 @@ def _serve(connection: Any, size: int, flags: Flags, plain: bool) -> None:
             start = time.perf_counter()
             if plain:
                 greedy = way.get("algorithm") == "greedy"
-                sampling_baseline.sample(models[0], prompt, flags.context, flags.steps, way.get("temperature"), greedy)
+                shape, temperature = (flags.context, flags.steps), way.get("temperature")
+                sampling_baseline.sample(models[0], prompt, shape, temperature, greedy, way.get("shortcut", False))
             else:
                 settings = {name: value for name, value in way.settings if name != "arm"}
                 how = Sampling(flags.context, steps=flags.steps, **settings)
@@ -156,7 +159,9 @@ def measure(size: int, flags: Flags, new_tokens: int) -> None:
         own = times[way]
         cells = [f"{way.get('algorithm', '')} {way.name}".strip(), f"{way.get('temperature'):g}"]
         cells.append(f"{new_tokens / statistics.median(own):.0f}")
-        if way.get("plain"):
+        if way.get("shortcut"):
+            cells += [f"{statistics.median(slow / fast for slow, fast in zip(plain, own, strict=True)):.1f}", ""]
+        elif way.get("plain"):
             plain = own
             cells += ["1.0", ""]
         elif way.name == "ours":

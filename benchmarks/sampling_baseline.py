@@ -1,7 +1,9 @@
 """Masked-diffusion sampling as published: every step reads the whole row and computes with every position's logits.
 
 The plain side of `sampling.py`'s comparison, in a process of its own: float64 Gumbel noise and softmax over the whole
-vocabulary at every position, one top-k over the batch, logits of all positions, no step left out.
+vocabulary at every position, one top-k over the batch, logits of all positions, no step left out. The published formula,
+argmax exp(logit) / (-log u)^temperature, draws its noise at temperature 0 as well, where it becomes 1; `shortcut` takes the
+argmax there.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from lit_gpt.layers import Transformer
 
 @torch.no_grad()
 def sample(
-    model: Transformer, prompt: Tensor, context_length: int, steps: int, temperature: float, greedy: bool
+    model: Transformer, prompt: Tensor, shape: tuple[int, int], temperature: float, greedy: bool, shortcut: bool = False
 ) -> Tensor:
-    """Complete prompts (B, P) to (B, context_length)."""
+    """Complete prompts (B, P) to (B, context length); `shape` is (context length, steps)."""
+    context_length, steps = shape
     mask_id = model.config.mask_id
     rows = torch.full((len(prompt), context_length), mask_id)
     rows[:, : prompt.size(1)] = prompt
@@ -25,7 +28,7 @@ def sample(
         mask = rows == mask_id
         logits = model(rows)
         noisy = logits
-        if temperature > 0:
+        if temperature > 0 or not shortcut:
             wide = logits.to(torch.float64)
             noise = (-torch.log(torch.rand_like(wide))) ** temperature
             noisy = wide.exp() / noise
