@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # The paper's seven zero-shot settings of its MDM. Arguments are handed on: ./eval_mdm.sh --limit 100 --output_path out/eval
 #
-# CKPT=FILE names another checkpoint, MODEL its size; everything else as published. With nll_type='exact' instead of 'mc'
+# CKPT=FILE names another checkpoint (MODEL its size, where the file does not say); everything else as published. With nll_type='exact' instead of 'mc'
 # the same bound takes a small part of the passes (docs/results/likelihood.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 ckpt=${CKPT:-models/mdm-1028M-3300e18-rsl-0.01-bs-1024.safetensors}
-model=${MODEL:-1028}
+model=${MODEL:-}
+[ -n "${CKPT:-}" ] || model=${model:-1028}
 
 evaluate() { # tasks, settings, flags
     local tasks=$1 settings=$2
     shift 2
     python evaluate_diff.py --tasks "$tasks" --model mdlm --batch_size 16 \
-        --model_args "model_name=$model,ckpt_path='$ckpt',$settings" "$@"
+        --model_args "${model:+model_name=$model,}ckpt_path='$ckpt',$settings" "$@"
 }
 
 evaluate lambada_standard "nll_type='chain_rule',greddy=True,cfg=1.1" "$@"

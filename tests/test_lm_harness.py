@@ -270,3 +270,21 @@ def test_mistakes_are_one_line(models, name, capsys, monkeypatch):
 def test_an_arm_refuses_what_only_an_mdm_has():
     with pytest.raises(ValueError, match="nll_type is unknown"):
         read_model_args("arm", {"ckpt_path": "x", "nll_type": "mc"})
+
+
+def test_the_papers_settings_are_read():
+    """The seven published settings of eval_mdm.sh, as the harness would hand them on."""
+    from lm_eval.utils import simple_parse_args_string
+
+    lines = re.findall(r'^evaluate (\S+) "(.*)" "\$@"$', (ROOT / "eval_mdm.sh").read_text(), re.MULTILINE)
+    assert [tasks for tasks, _ in lines] == [
+        "lambada_standard", "openbookqa,boolq", "piqa", "arc_easy", "social_iqa", "race", "hellaswag"
+    ]  # fmt: skip
+    settings = [
+        read_model_args("mdm", {"ckpt_path": "x", **simple_parse_args_string(words.replace("'", ""))})
+        for _, words in lines
+    ]
+    assert [(one.nll_type, one.cfg, one.greedy) for one in settings] == [
+        ("chain_rule", 1.1, True), ("chain_rule", 1.6, False), ("chain_rule", 0.6, False), ("mc", 0.6, False),
+        ("mc", 0.6, False), ("mc", 0.7, False), ("mc", 0.7, False),
+    ]  # fmt: skip

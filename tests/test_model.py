@@ -418,3 +418,20 @@ def test_initial_weights_ignore_the_global_generator():
     two.init_weights(1)
     assert torch.equal(torch.get_rng_state(), expected)
     assert not torch.equal(state, expected)
+
+
+@pytest.mark.parametrize("config", [TINY, GROUPED], ids=lambda config: config.name)
+@pytest.mark.parametrize("masked", [False, True])
+def test_some_columns_are_those_of_the_whole(config: Config, masked: bool):
+    """The last block read for a few positions alone gives what it gives for all."""
+    model = tiny(TransEncoder, config)
+    ids = torch.randint(100, (3, 12), generator=torch.Generator().manual_seed(1))
+    columns = torch.tensor([[0, 5, 11], [3, 3, 4], [7, 8, 9]])
+    key_mask = torch.arange(12) < torch.tensor([[12], [9], [10]]) if masked else None
+    positions = torch.arange(12).expand(3, -1) + torch.tensor([[0], [2], [5]]) if masked else None
+    with torch.no_grad():
+        whole = model.hidden_states(ids, positions, key_mask)
+        some = model.hidden_states(ids, positions, key_mask, columns=columns)
+    torch.testing.assert_close(
+        some, whole.gather(1, columns[..., None].expand(-1, -1, whole.size(2))), rtol=1e-5, atol=1e-5
+    )
