@@ -18,14 +18,10 @@ import pytest
 from PIL import Image
 
 from lit_gpt import cli
-from lit_gpt.config import Config
-from lit_gpt.diffmodel import TransEncoder
 from lit_gpt.display import Denoising, printable
-from lit_gpt.export import WeightsRecord, export_weights
-from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer
 from scripts.chat import main
-from tests.small_tokenizers import train_small
+from tests.small_models import export_both
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "chat.py")]
@@ -34,15 +30,7 @@ SCRIPT = [sys.executable, str(ROOT / "scripts" / "chat.py")]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
     """An ARM and an MDM with random weights, their tokenizer beside them."""
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = train_small(folder / "tokenizer")
-    paths = {}
-    for kind, model_class in (("arm", GPT), ("mdm", TransEncoder)):
-        model = model_class(Config("tiny", 2, 2, 32, 64, 2, block_size=128, vocab_size=500))
-        model.init_weights(3)
-        record = WeightsRecord(kind, model.config, {"source": str(tokenizer)})
-        paths[kind] = str(export_weights(folder, kind, model.state_dict(), record))
-    return {**paths, "tokenizer": str(tokenizer)}
+    return {kind: str(path) for kind, path in export_both(tmp_path_factory.mktemp("models")).items()}
 
 
 @pytest.fixture

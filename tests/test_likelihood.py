@@ -17,6 +17,7 @@ from lit_gpt.likelihood import Likelihood, Method, Reader, Request, arm_likeliho
 from lit_gpt.model import GPT
 from lit_gpt.reading import LogitsFn, guided, model_logits
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
+from tests.small_models import scaled_model
 
 GOLDEN = golden_cases()
 TINY = Config("tiny", 2, 2, 32, 64, 2, block_size=64, vocab_size=50)
@@ -39,14 +40,7 @@ def one(model, request: Request, method: Method) -> Likelihood:
 
 
 def tiny(kind: type, seed: int = 5):
-    """A small model with weights large enough that context matters."""
-    model = kind(TINY)
-    model.init_weights(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return model.eval()
+    return scaled_model(kind, TINY, seed)
 
 
 def golden_request(case: dict) -> Request:

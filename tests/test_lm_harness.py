@@ -13,17 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from lit_gpt import cli, lm_harness
-from lit_gpt.config import Config
-from lit_gpt.diffmodel import TransEncoder
 from lit_gpt.eval_args import read_model_args
 from lit_gpt.eval_cache import EvalCache
-from lit_gpt.export import WeightsRecord, export_weights
 from lit_gpt.lm_adapter import Adapter
-from lit_gpt.model import GPT
-from tests.small_tokenizers import train_small
+from tests.small_models import export_both
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["--tasks", "next_line,lambada_local", "--include_path", "tasks"]
@@ -32,17 +27,7 @@ TASKS = ["--tasks", "next_line,lambada_local", "--include_path", "tasks"]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     """An ARM and an MDM with random weights, their tokenizer beside them."""
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = train_small(folder / "tokenizer")
-    paths = {}
-    for kind, model_class in (("arm", GPT), ("mdm", TransEncoder)):
-        model = model_class(Config("tiny", 2, 2, 32, 64, 2, block_size=128, vocab_size=500))
-        model.init_weights(3)
-        with torch.no_grad():
-            model.transformer.wte.weight.mul_(8)
-        record = WeightsRecord(kind, model.config, {"source": str(tokenizer)})
-        paths[kind] = export_weights(folder, kind, model.state_dict(), record)
-    return paths
+    return export_both(tmp_path_factory.mktemp("models"), embedding_scale=8)
 
 
 def adapter(kind: str, path: Path, cache: Path | None = None, **settings) -> Adapter:

@@ -28,6 +28,7 @@ from lit_gpt.sampling import (
     sample_states,
 )
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
+from tests.small_models import scaled_model
 
 TINY = Config("tiny", 2, 2, 32, 64, 2, block_size=32, vocab_size=50)
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
@@ -36,14 +37,7 @@ TOY_MASK = 4  # above a head of four rows, the last of which is no word
 
 
 def tiny(kind: type, seed: int = 5):
-    """A small model with weights large enough that its distributions differ from position to position."""
-    model = kind(TINY)
-    model.init_weights(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return model.eval()
+    return scaled_model(kind, TINY, seed)
 
 
 def toy_joint() -> np.ndarray:

@@ -23,13 +23,11 @@ from safetensors.torch import save_file
 from lit_gpt import cli
 from lit_gpt.config import Config
 from lit_gpt.diffmodel import TransEncoder
-from lit_gpt.export import WeightsRecord, export_weights
-from lit_gpt.model import GPT
 from lit_gpt.sampling import ALGORITHMS, Sampling, sample
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.weights import load_model
 from scripts import web
-from tests.small_tokenizers import train_small
+from tests.small_models import export_both
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -50,13 +48,7 @@ LONG = {"algorithm": "greedy", "steps": 4096, "context_length": 1024}
 def models(tmp_path_factory) -> dict[str, Path]:
     """An ARM and an MDM with random weights in folders of their own, and a file that is no model."""
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = train_small(folder / "tokenizer")
-    paths = {}
-    for kind, model_class in (("arm", GPT), ("mdm", TransEncoder)):
-        model = model_class(Config("tiny", 2, 2, 32, 64, 2, block_size=1024, vocab_size=500))
-        model.init_weights(3)
-        record = WeightsRecord(kind, model.config, {"source": str(tokenizer)})
-        paths[kind] = export_weights(folder / kind, "tiny", model.state_dict(), record)
+    paths = export_both(folder, block_size=1024)
     save_file({"x": torch.zeros(2)}, folder / "foreign.safetensors")
     return paths
 
