@@ -18,6 +18,7 @@ from torch import Tensor
 
 # Entries that are summed before the search: two short searches in place of one over the whole vocabulary.
 _BLOCK = 128
+_LIKELY = 512
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,15 @@ def _weights(logits: Tensor, best: Tensor, how: Drawing) -> Tensor:
         least = weights.topk(how.top_k, dim=1).values[:, -1:]
         weights = weights.masked_fill(weights < least, 0.0)
     if how.top_p < 1:
-        ordered = weights.sort(dim=1, descending=True).values
+        needed = how.top_p * weights.sum(1, keepdim=True, dtype=torch.float64)
+        # A trained model's nucleus is small: the whole vocabulary is sorted only if it is not among these.
+        ordered = weights.topk(min(_LIKELY, weights.size(1)), dim=1).values
+        if bool((ordered.sum(1, keepdim=True, dtype=torch.float64) < needed).any()):
+            ordered = weights.sort(dim=1, descending=True).values
         before = ordered.double().cumsum(1) - ordered
         # The likeliest token is always kept; equal ones stand or fall together.
-        inside = before < how.top_p * ordered.double().sum(1, keepdim=True)
-        least = ordered.masked_fill(~inside, torch.inf).min(1, keepdim=True).values
+        least = ordered.masked_fill(before >= needed, torch.inf).min(1, keepdim=True).values
+        least = torch.minimum(least, ordered[:, :1])
         weights = weights.masked_fill(weights < least, 0.0)
     return weights
 

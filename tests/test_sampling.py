@@ -220,6 +220,19 @@ def test_filters_keep_the_likeliest() -> None:
     torch.testing.assert_close(observed, torch.tensor([5, 2, 2, 0, 0]) / 9, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_a_nucleus_is_the_same_from_few_and_from_all(scale: float) -> None:
+    """Flat distributions, whose nucleus is most of 2000 tokens, and peaked ones, whose nucleus is small."""
+    logits = torch.randn(8, 2000, generator=torch.Generator().manual_seed(3)) * scale
+    p = logits.softmax(1).double()
+    order = p.argsort(dim=1, descending=True)
+    inside = (p.gather(1, order).cumsum(1) - p.gather(1, order)) < 0.8
+    kept = torch.zeros_like(inside).scatter_(1, order, inside)
+    for number in range(0, 2000, 37):
+        drawn = draw(iter([logits]), UNIFORMS[number : number + 8], Drawing(1.0, 0, 0.8), 2000)
+        assert kept[torch.arange(8), drawn.token_ids].all()
+
+
 def test_entropy_and_forbidden_tokens() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0, 9.0], [1.0, 2.0, 3.0, 9.0]])
     forbidden = torch.tensor([False, True]), 2
