@@ -22,6 +22,7 @@ from lit_gpt.display import Denoising, printable
 from lit_gpt.tokenizer import Tokenizer
 from scripts.chat import main
 from tests.small_models import export_both
+from tests.training_runs import hear_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "chat.py")]
@@ -128,7 +129,13 @@ class Terminal:
         self.master, other = pty.openpty()
         environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
         self.process = subprocess.Popen(
-            [*SCRIPT, *words], stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True
+            [*SCRIPT, *words],
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=hear_interrupts,
         )
         os.close(other)
         self.shown = ""

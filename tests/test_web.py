@@ -28,6 +28,7 @@ from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.weights import load_model
 from scripts import web
 from tests.small_models import export_both
+from tests.training_runs import hear_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -49,6 +50,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     """An ARM and an MDM with random weights in folders of their own, and a file that is no model."""
     folder = tmp_path_factory.mktemp("models")
     paths = export_both(folder, block_size=1024)
+    del paths["tokenizer"]
     save_file({"x": torch.zeros(2)}, folder / "foreign.safetensors")
     return paths
 
@@ -59,7 +61,13 @@ class Running:
     def __init__(self, folder: Path, cwd: Path) -> None:
         command = [sys.executable, str(ROOT / "scripts" / "web.py"), "--models", str(folder), "--port", "0"]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, bufsize=1
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
+            bufsize=1,
+            preexec_fn=hear_interrupts,
         )
         assert self.process.stdout is not None
         first = self.process.stdout.readline()

@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def hear_interrupts() -> None:
+    """For a child process: below a shell's background job Ctrl-C is ignored, and would be in what a test starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(script: str, folder: Path, **flags: object) -> subprocess.Popen[str]:
     """Start a script by python, in `folder`."""
     return subprocess.Popen(
@@ -62,6 +68,7 @@ def start(script: str, folder: Path, **flags: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_interrupts,
     )
 
 
