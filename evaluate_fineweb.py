@@ -15,7 +15,7 @@ that are done are not done again. The last line is `{ckpt}, {crawl}, ppl={x}`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lit_gpt.likelihood import Likelihood, Request
+
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass
@@ -65,6 +67,60 @@ class Flags:
 def main() -> None:
     """Load, score every row, print."""
     flags = parse(Flags, None, __doc__)
+    check(flags)
+
+    import torch
+
+    from lit_gpt.eval_cache import EvalCache, request_key
+    from lit_gpt.lm_adapter import DEFAULT_CACHE, evaluation_dtype
+    from lit_gpt.runtime import choose_device, join_processes
+    from lit_gpt.weights import load_model, state_hash
+
+    rank, processes = join_processes()
+    device = choose_device(flags.device)
+    model, _ = load_model(flags.ckpt_path, flags.model, flags.type, device)
+    length = min(flags.length, model.config.block_size)
+    count, row_of = read_rows(Path(flags.data_dir), flags.fineweb, length, model.config.vocab_size)
+    own = range(rank, min(count, flags.rows or count), processes)
+    dtype = evaluation_dtype(flags.dtype, device)
+    settings = {
+        "checkpoint": state_hash(model.state_dict()),
+        "config": model.config.to_dict(),
+        "dtype": dtype,
+        "length": length,
+    }
+    if flags.type == "mdm":
+        settings |= {"estimator": flags.estimator, "samples": flags.mc_samples, "seed": flags.seed}
+    folder = None if flags.cache == "off" else Path(flags.cache) if flags.cache else DEFAULT_CACHE.expanduser()
+    cache = EvalCache(folder, settings, rank)
+    sums = torch.zeros(3, dtype=torch.float64)
+    known_rows = 0
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"), progress(len(own), rank) as bar:
+        # A slice at a time: all rows of a crawl as lists of numbers would fill the memory.
+        for start in range(0, len(own), _ROWS_AT_ONCE):
+            requests = [row_request(flags.type, row_of(n), n) for n in own[start : start + _ROWS_AT_ONCE]]
+            keys = [request_key("row", request.stream, request.prefix, request.target) for request in requests]
+            todo = [number for number, key in enumerate(keys) if cache.get(key) is None]
+            known = [cache.get(key) for key in keys if cache.get(key) is not None]
+            known_rows += len(known)
+            bar.update(len(known))
+            results = score_rows(model, [requests[number] for number in todo], flags)
+            kept = ((keys[todo[number]], [result.nll, result.standard_error]) for number, result in results)
+            for _, value in cache.keep(kept, list, 1):
+                known.append(value)
+                bar.update()
+            sums += torch.tensor([[nll, error**2, 1.0] for nll, error in known], dtype=torch.float64).sum(0)
+    if known_rows and not rank:
+        print(f"{known_rows} of {len(own)} rows were there already: {cache.path}", flush=True)
+    cache.close()
+    if processes > 1:
+        torch.distributed.all_reduce(sums)
+    if not rank:
+        report(flags, sums.tolist(), length - (flags.type == "arm"))
+
+
+def check(flags: Flags) -> None:
+    """Refuse what is wrong with the flags alone, all of it at once."""
     problems = []
     if flags.type not in ("arm", "mdm"):
         problems.append(f"--type {flags.type}: choose arm or mdm")
@@ -79,49 +135,9 @@ def main() -> None:
     if problems:
         raise ValueError("; ".join(problems))
 
-    import torch
 
-    from lit_gpt.eval_cache import EvalCache, request_key
-    from lit_gpt.lm_adapter import DEFAULT_CACHE, evaluation_dtype
-    from lit_gpt.runtime import choose_device, join_processes
-    from lit_gpt.weights import load_model, state_hash
-
-    rank, processes = join_processes()
-    device = choose_device(flags.device)
-    model, _ = load_model(flags.ckpt_path, flags.model, flags.type, device)
-    length = min(flags.length, model.config.block_size)
-    rows = read_rows(Path(flags.data_dir), flags.fineweb, length, model.config.vocab_size)[: flags.rows]
-    own = range(rank, len(rows), processes)
-    requests = [row_request(flags.type, rows[number], number) for number in own]
-    dtype = evaluation_dtype(flags.dtype, device)
-    settings = {
-        "checkpoint": state_hash(model.state_dict()),
-        "config": model.config.to_dict(),
-        "dtype": dtype,
-        "length": length,
-        **(
-            {}
-            if flags.type == "arm"
-            else {"estimator": flags.estimator, "samples": flags.mc_samples, "seed": flags.seed}
-        ),
-    }
-    folder = None if flags.cache == "off" else Path(flags.cache) if flags.cache else DEFAULT_CACHE.expanduser()
-    cache = EvalCache(folder, settings, rank) if folder else None
-    keys = [request_key("row", request.stream, request.prefix, request.target) for request in requests]
-    found = {n: known for n, key in enumerate(keys) if cache and (known := cache.get(key)) is not None}
-    todo = [number for number in range(len(requests)) if number not in found]
-    if found and not rank:
-        print(f"{len(found)} of {len(requests)} rows were there already: {cache.path if cache else ''}", flush=True)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        for number, result in progress(score_rows(model, [requests[n] for n in todo], flags), len(todo), rank):
-            found[todo[number]] = [result.nll, result.standard_error]
-            if cache:
-                cache.add([(keys[todo[number]], found[todo[number]])])
-    report(flags, found, length - (flags.type == "arm"), rank, processes)
-
-
-def read_rows(folder: Path, crawl: str, length: int, vocab_size: int) -> Sequence[np.ndarray]:
-    """The whole rows of a crawl's tokens.
+def read_rows(folder: Path, crawl: str, length: int, vocab_size: int) -> tuple[int, Callable[[int], np.ndarray]]:
+    """The whole rows of a crawl's tokens: how many there are, and each by its number.
 
     Raises:
         FileNotFoundError: neither packed tokens nor an old token list are there.
@@ -136,19 +152,19 @@ def read_rows(folder: Path, crawl: str, length: int, vocab_size: int) -> Sequenc
         if series is None:
             raise FileNotFoundError(f"no validation*.bin in {packed}: make them with scripts/prepare_fineweb.py")
         whole = [number for number in range(len(series)) if series.length(number) == length]
-        rows: Sequence[np.ndarray] = [series[number].tokens for number in whole]
+        count, row_of = len(whole), lambda number: series[whole[number]].tokens
     elif old.is_file():
         ids = read_token_list(old)
         if len(ids) and int(ids.max()) >= vocab_size:
             raise ValueError(f"{old} holds the id {int(ids.max())}: this model's tokens are 0 to {vocab_size - 1}")
-        rows = ids[: len(ids) // length * length].reshape(-1, length)
+        count, row_of = len(ids) // length, lambda number: ids[number * length : (number + 1) * length]
     else:
         raise FileNotFoundError(
             f"neither {packed}/validation*.bin nor {old}: make the first with scripts/prepare_fineweb.py"
         )
-    if not len(rows):
+    if not count:
         raise ValueError(f"{packed if packed.is_dir() else old} holds no whole row of {length} tokens; lower --length")
-    return rows
+    return count, row_of
 
 
 def row_request(kind: str, row: np.ndarray, number: int) -> Request:
@@ -174,30 +190,21 @@ def score_rows(model: Any, requests: Sequence[Request], flags: Flags) -> Iterato
     return mdm_likelihoods(reader, requests, method)
 
 
-def progress(work: Any, total: int, rank: int) -> Any:
+def progress(total: int, rank: int) -> Any:
     """A bar with the time left."""
     from tqdm import tqdm
 
-    return tqdm(work, total=total, desc="rows", disable=rank > 0 or not total)
+    return tqdm(total=total, desc="rows", disable=rank > 0)
 
 
-def report(flags: Flags, found: dict[int, list[float]], scored: int, rank: int, processes: int) -> None:
-    """Sum over rows and processes, and the last line."""
-    import torch
-
-    sums = torch.tensor(
-        [[nll, error**2, 1.0] for nll, error in found.values()] or [[0.0, 0.0, 0.0]], dtype=torch.float64
-    ).sum(0)
-    if processes > 1:
-        torch.distributed.all_reduce(sums)
-    if rank:
-        return
-    nll, variance, count = sums.tolist()
+def report(flags: Flags, sums: list[float], scored: int) -> None:
+    """The estimator, then the last line; `sums` are nats, their variance and rows."""
+    nll, variance, count = sums
     loss, error = nll / (count * scored), math.sqrt(variance) / (count * scored)
-    how = {"arm": "exact", "mdm": f"bound, {flags.estimator} with {flags.mc_samples} samples, seed {flags.seed}"}[
-        flags.type
-    ]
-    print(f"{how}: loss {loss:.5f} nats per token, the estimator's standard error {error:.5f}, {count:.0f} rows")
+    how = {"arm": "exact", "mdm": f"bound, {flags.estimator} with {flags.mc_samples} samples, seed {flags.seed}"}
+    print(
+        f"{how[flags.type]}: loss {loss:.5f} nats per token, the estimator's standard error {error:.5f}, {count:.0f} rows"
+    )
     if count < 100 * 1024:
         warn(f"{count:.0f} rows were read; the published evaluation has {100 * 1024}")
     print(f"{flags.ckpt_path}, {flags.fineweb}, ppl={math.exp(loss)}")

@@ -62,12 +62,11 @@ def main() -> None:
 
     from benchmarks.likelihood_baseline import PlainSide, build_model
     from lit_gpt.runtime import keep_freed_memory
-    from lit_gpt.tokenizer import Tokenizer
-    from lit_gpt.weights import load_model, tokenizer_source
+    from lit_gpt.weights import load_model, load_tokenizer
 
     keep_freed_memory()
     model, record = load_model(flags.ckpt, kind="mdm")
-    tokenizer = Tokenizer(tokenizer_source(record))
+    tokenizer = load_tokenizer(flags.ckpt, model, record)
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, {flags.draws} draws per deviation.\n"
     )

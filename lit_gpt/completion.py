@@ -20,7 +20,7 @@ from lit_gpt.model import GPT
 from lit_gpt.runtime import choose_device
 from lit_gpt.sampling import Sampling
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.weights import load_model, tokenizer_source
+from lit_gpt.weights import load_model, load_tokenizer
 
 CHAT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -65,13 +65,7 @@ class Writer:
             ValueError: as `load_model`; the tokenizer is another model's.
         """
         model, record = load_model(ckpt_path, model_name, device=choose_device(device))
-        writer = cls(model, Tokenizer(tokenizer_source(record, tokenizer)))
-        if writer.tokenizer.vocab_size > model.config.padded_vocab_size:
-            raise ValueError(
-                f"{writer.tokenizer.source} has {writer.tokenizer.vocab_size} tokens, {ckpt_path} knows "
-                f"{model.config.padded_vocab_size}: give the tokenizer that it was trained with (--tokenizer FOLDER)"
-            )
-        return writer
+        return cls(model, load_tokenizer(ckpt_path, model, record, tokenizer))
 
     @property
     def kind(self) -> str:

@@ -61,8 +61,9 @@ class _Board:
 
     Attributes:
         free: (B, T) bool, what is to be written; written: what is.
-        rank: (B, T) int64, the number of a free position within its row.
-        block_number, step: (B,) int64, each row's clock.
+        rank, block_of: (B, T) int64, the number of a free position within its row, and of its block.
+        block_number, step, age: (B,) int64, each row's clock: block, step within it, readings of it.
+        live: (B,) bool, rows that are not done.
         times: (B, steps of a block + 1) float32, each row's times.
     """
 
@@ -74,8 +75,9 @@ class _Board:
         self.rank = self.free.cumsum(1) - 1
         self.key_mask = canvas.attention_mask()
         counts = self.free.sum(1)
-        self.block_length = sampling.block_length or max(1, int(counts.max()))
-        blocks = (-(-counts // self.block_length)).clamp(min=1)
+        block_length = sampling.block_length or max(1, int(counts.max()))
+        self.block_of = self.rank // block_length
+        blocks = (-(-counts // block_length)).clamp(min=1)
         steps = (-(-sampling.steps // blocks)).tolist()
         # float32, as published: the greedy count int(n (1 - s / t)) depends on it.
         self.times = torch.zeros(len(steps), max(steps) + 1, device=counts.device)
@@ -84,11 +86,12 @@ class _Board:
         self.last_step = torch.tensor(steps, device=counts.device) - 1
         self.block_number, self.step = torch.zeros_like(counts), torch.zeros_like(counts)
         self.age = torch.zeros_like(counts)
+        self.live = counts > 0
 
     @property
     def block(self) -> Tensor:
         """(B, T) bool: each row's current block."""
-        return self.free & (self.rank // self.block_length == self.block_number[:, None])
+        return self.free & (self.block_of == self.block_number[:, None])
 
     def state(self, step: int) -> State:
         """What stands there now."""
@@ -100,7 +103,7 @@ class _Board:
         if self.sampling.remask:
             # What is written may be masked again until a block's last step is done.
             over = self.step > self.last_step
-            more = (self.free & (self.rank // self.block_length > self.block_number[:, None])).any(1)
+            more = (self.free & (self.block_of > self.block_number[:, None])).any(1)
             live = more | ~over
         else:
             over = ~(missing & self.block).any(1)
@@ -158,19 +161,17 @@ class _Board:
         written one again with probability sigma = min(remask, s / (1 - t)) and reveals a masked one with probability
         ((1 - s) - (1 - sigma) (1 - t)) / t, which leaves the share of masked positions at every time what it was.
         """
-        sigma = torch.minimum(torch.full_like(s, self.sampling.remask), s / (1 - t))
-        sigma = torch.where(t < 1, sigma, 0.0)
-        reveal = torch.where(s > 0, ((1 - s) - (1 - sigma) * (1 - t)) / t, 1.0)
+        uniforms = self._uniforms(number, _REVEAL)
         if not self.sampling.remask:
             # The published expression to the last bit.
-            reveal = torch.where(s > 0, 1 - s / t, 1.0)
-        where = mask & (self._uniforms(number, _REVEAL) < reveal[:, None])
-        if self.sampling.remask:
-            again = self.written & self.block & (self._uniforms(number, _REMASK) < sigma[:, None]) & self.live[:, None]
-            self.input_ids = torch.where(again, self.canvas.input_ids, self.input_ids)
-            self.confidence = self.confidence.masked_fill(again, 0.0)
-            self.written = self.written & ~again
-        return where
+            return mask & (uniforms < torch.where(s > 0, 1 - s / t, 1.0)[:, None])
+        sigma = torch.where(t < 1, torch.minimum(torch.full_like(s, self.sampling.remask), s / (1 - t)), 0.0)
+        reveal = torch.where(s > 0, ((1 - s) - (1 - sigma) * (1 - t)) / t, 1.0)
+        again = self.written & self.block & (self._uniforms(number, _REMASK) < sigma[:, None]) & self.live[:, None]
+        self.input_ids = torch.where(again, self.canvas.input_ids, self.input_ids)
+        self.confidence = self.confidence.masked_fill(again, 0.0)
+        self.written = self.written & ~again
+        return mask & (uniforms < reveal[:, None])
 
     def _read(self, number: int, where: Tensor) -> Drawn:
         """The model's tokens at some positions."""
@@ -181,7 +182,7 @@ class _Board:
                 anew = self.age % sampling.refresh == 0
             self.age = self.age + where.any(1)
             if not bool(anew.all()):
-                later = self.free & (self.rank // self.block_length >= self.block_number[:, None])
+                later = self.free & (self.block_of >= self.block_number[:, None])
                 window = (self.block if sampling.cache == "dual" else later) | anew[:, None]
         flat = where.flatten().nonzero().squeeze(1)
         batch = ReadBatch(

@@ -25,8 +25,8 @@ from torch import Tensor
 from lit_gpt.noise import Stream, uniform
 
 # What a token's cross-entropy is expected to be when k of L tokens are masked, as a share of what it is when all are:
-# the control variate of `exact_plan`. Any numbers leave the estimate unbiased; these made it the least noisy on a trained
-# model of 1M parameters, and the choice is flat (docs/results/likelihood.md).
+# the control variate of `exact_plan`. Any numbers leave the estimate unbiased; on a trained model of 1M parameters this line
+# had less variance than constant shares of 0 and 0.7 at 4 to 20 tokens, and about that of a constant 1.
 _SHARE_AT_NONE, _SHARE_AT_ALL = 0.6, 1.0
 # The answers of a question come one after the other and have the same plan where their lengths are the same.
 _KEPT_PLANS = 8

@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, TypeVar
 
 from lit_gpt.files import make_folder
+
+Value = TypeVar("Value")
 
 
 class EvalCache:
     """Results by key, for one checkpoint and one set of settings.
 
     Args:
-        folder: where the files lie; made if it is missing.
+        folder: where the files lie; made if it is missing. None keeps nothing.
         settings: everything that changes a result, as JSON values.
         rank: this process's number.
 
@@ -29,12 +31,16 @@ class EvalCache:
         SaveError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
+    def __init__(self, folder: Path | None, settings: dict[str, Any], rank: int = 0) -> None:
+        self.path: Path | None = None
+        self._file: TextIO | None = None
+        self._values: dict[str, Any] = {}
+        if folder is None:
+            return
         make_folder(folder)
         header = json.dumps(settings, sort_keys=True)
         name = hashlib.sha256(header.encode()).hexdigest()[:16]
         self.path = folder / f"{name}.{rank}.jsonl"
-        self._values: dict[str, Any] = {}
         for path in sorted(folder.glob(f"{name}.*.jsonl")):
             self._read(path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the evaluation runs)
@@ -47,15 +53,39 @@ class EvalCache:
 
     def add(self, results: Sequence[tuple[str, Any]]) -> None:
         """Store results and put them on the disk."""
+        if self._file is None or not results:
+            return
         for key, value in results:
             self._values[key] = value
             self._file.write(json.dumps([key, value]) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def keep(
+        self, results: Iterable[tuple[str, Value]], as_json: Callable[[Value], Any], lot: int
+    ) -> Iterator[tuple[str, Value]]:
+        """Pass results on, and store them as they come; whatever ends the work, what was finished is kept.
+
+        Args:
+            results: (key, value) pairs.
+            as_json: a value as JSON values.
+            lot: how many are put on the disk together.
+        """
+        fresh: list[tuple[str, Any]] = []
+        try:
+            for key, value in results:
+                fresh.append((key, as_json(value)))
+                if len(fresh) >= lot:
+                    self.add(fresh)
+                    fresh = []
+                yield key, value
+        finally:
+            self.add(fresh)
+
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _read(self, path: Path) -> None:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -126,10 +126,11 @@ def mdm_likelihoods(reader: Reader, requests: Sequence[Request], method: Method)
         found = reader.score(queries + first_looks)
         greedy = [False] * len(part)
         if method.greedy:
-            greedy = greedy_matches(reader, part, method.pad_to, found[len(part) :])
-        for number, request, plan, scores, matches in zip(numbers, part, plans, found, greedy, strict=False):
-            start = len(request.prefix)
-            nll, error = plan.reduce(scores.nll[:, start : start + len(request.target)].double())
+            greedy = greedy_matches(reader, part, found[len(part) :], method.pad_to)
+        for number, request, plan, scores, matches in zip(
+            numbers, part, plans, found[: len(part)], greedy, strict=True
+        ):
+            nll, error = plan.reduce(scores.nll[:, _target_part(request)].double())
             yield number, Likelihood(nll, error, matches)
 
 
@@ -156,7 +157,7 @@ def arm_likelihoods(reader: Reader, requests: Sequence[Request]) -> Iterator[tup
 
 
 def greedy_matches(
-    reader: Reader, requests: Sequence[Request], pad_to: int = 0, first_scores: Sequence[Scores] | None = None
+    reader: Reader, requests: Sequence[Request], first_looks: Sequence[Scores], pad_to: int = 0
 ) -> list[bool]:
     """Whether greedy decoding of each target gives it.
 
@@ -166,21 +167,21 @@ def greedy_matches(
     Args:
         reader: the model.
         requests: prefixes and targets.
+        first_looks: what the model says where all of a target is masked.
         pad_to: as `Method.pad_to`.
-        first_scores: what the model says where everything is masked, if that is known.
     """
     masks = [torch.ones(1, len(request.target), dtype=torch.bool) for request in requests]
     verdicts = [True] * len(requests)
-    alive = list(range(len(requests)))
+    alive, found = list(range(len(requests))), first_looks
     while alive:
-        queries = [_masked_query(requests[n], masks[n], masks[n], reader.mask_id, pad_to) for n in alive]
-        found = first_scores if first_scores is not None else reader.score(queries)
-        first_scores = None
-        for number, query, scores in zip(alive, queries, found, strict=True):
-            position = int(torch.where(query.scored[0], scores.best_probability[0], -1.0).argmax())
-            verdicts[number] = bool(scores.best_ids[0, position] == query.targets[position])
-            masks[number][0, position - len(requests[number].prefix)] = False
+        for number, scores in zip(alive, found, strict=True):
+            request, part = requests[number], _target_part(requests[number])
+            position = int(torch.where(masks[number][0], scores.best_probability[0, part], -1.0).argmax())
+            verdicts[number] = int(scores.best_ids[0, part][position]) == request.target[position]
+            masks[number][0, position] = False
         alive = [number for number in alive if verdicts[number] and bool(masks[number].any())]
+        queries = [_masked_query(requests[n], masks[n], masks[n], reader.mask_id, pad_to) for n in alive]
+        found = reader.score(queries)
     return verdicts
 
 
@@ -188,6 +189,11 @@ def _first_look(reader: Reader, request: Request, pad_to: int) -> Query:
     """The target all masked, every position scored."""
     everything = torch.ones(1, len(request.target), dtype=torch.bool)
     return _masked_query(request, everything, everything, reader.mask_id, pad_to)
+
+
+def _target_part(request: Request) -> slice:
+    """Where the target stands in a row."""
+    return slice(len(request.prefix), len(request.prefix) + len(request.target))
 
 
 def make_plan(method: Method, request: Request) -> Plan:

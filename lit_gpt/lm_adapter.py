@@ -24,8 +24,7 @@ from lit_gpt.noise import hash_int
 from lit_gpt.reading import guided, model_logits
 from lit_gpt.runtime import choose_device, join_processes
 from lit_gpt.sampling import Sampling, sample
-from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.weights import load_model, state_hash, tokenizer_source
+from lit_gpt.weights import load_model, load_tokenizer, state_hash
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -68,7 +67,9 @@ class Adapter:
         self._device = choose_device(arguments.device)
         self.model, record = load_model(arguments.ckpt_path, arguments.model_name, kind, self._device)
         config = self.model.config
-        self.tokenizer = Tokenizer(tokenizer_source(record, arguments.tokenizer))
+        self.tokenizer = load_tokenizer(
+            arguments.ckpt_path, self.model, record, arguments.tokenizer, "tokenizer=FOLDER"
+        )
         self.max_length = arguments.max_length or config.block_size
         self._check()
         self.dtype = evaluation_dtype(arguments.dtype, self._device)
@@ -84,7 +85,7 @@ class Adapter:
         logits_fn = guided(model_logits(self.model), self.method.cfg_scale, config.mask_id)
         self.reader = Reader(logits_fn, config.mask_id, config.vocab_size, self._batch_tokens(), self._device)
         self.checkpoint_hash = state_hash(self.model.state_dict())
-        self._cache = EvalCache(cache_folder, self._identity(), self._rank) if cache_folder else None
+        self._cache = EvalCache(cache_folder, self._identity(), self._rank)
         self._errors: list[float] = []
 
     @property
@@ -95,11 +96,6 @@ class Adapter:
     def _check(self) -> None:
         """Refuse settings that this checkpoint contradicts."""
         arguments, config = self.arguments, self.model.config
-        if self.tokenizer.vocab_size > config.padded_vocab_size:
-            raise ValueError(
-                f"{self.tokenizer.source} has {self.tokenizer.vocab_size} tokens, {arguments.ckpt_path} knows "
-                f"{config.padded_vocab_size}: give the tokenizer that it was trained with (tokenizer=FOLDER)"
-            )
         if not 2 <= self.max_length <= config.block_size:
             raise ValueError(f"max_length {self.max_length}: this model reads 2 to {config.block_size} tokens")
         if arguments.mask_id not in (None, config.mask_id):
@@ -147,11 +143,10 @@ class Adapter:
             # Repeated requests want other samples: each has a number of its own.
             seen[key] = number = seen.get(key, -1) + 1
             key = f"{key}-{number}"
-            text = self._cache.get(key) if self._cache else None
+            text = self._cache.get(key)
             if text is None:
                 text = self._generate(context, settings, number)
-                if self._cache:
-                    self._cache.add([(key, text)])
+                self._cache.add([(key, text)])
             texts.append(text)
         return texts
 
@@ -177,8 +172,7 @@ class Adapter:
                 f"estimator's standard error is {summary['mean']:.4f} nats on average and at most "
                 f"{summary['largest']:.4f} over {summary['requests']} requests"
             )
-        if self._cache:
-            self._cache.close()
+        self._cache.close()
 
     def error_summary(self) -> dict[str, float | int]:
         """The estimator's standard errors of this process's likelihoods, nats: mean, largest, and how many there are."""
@@ -235,30 +229,20 @@ class Adapter:
         found: dict[str, Likelihood] = {}
         todo: dict[str, Request] = {}
         for key, request in zip(keys, requests, strict=True):
-            known = self._cache.get(key) if self._cache else None
+            known = self._cache.get(key)
             if not request.target:
                 found[key] = Likelihood(0.0, 0.0, True)
             elif known is not None:
                 found[key] = Likelihood(*known)
             else:
                 todo[key] = request
-        if self._cache and found and not self._rank:
+        if self._cache.path and found and not self._rank:
             print(f"{len(found)} of {len(set(keys))} results were there already: {self._cache.path}", flush=True)
         names = list(todo)
-        fresh: list[tuple[str, Any]] = []
-        try:
-            with self._precision():
-                results = self._estimate(list(todo.values()))
-                for number, result in self._progress(results, len(names), "likelihoods", disable_tqdm):
-                    found[names[number]] = result
-                    fresh.append((names[number], [result.nll, result.standard_error, result.is_greedy]))
-                    if self._cache and len(fresh) >= _RESULTS_AT_ONCE:
-                        self._cache.add(fresh)
-                        fresh = []
-        finally:
-            # Ctrl-C, too, keeps what was finished.
-            if self._cache and fresh:
-                self._cache.add(fresh)
+        with self._precision():
+            results = ((names[number], result) for number, result in self._estimate(list(todo.values())))
+            kept = self._cache.keep(results, dataclasses.astuple, _RESULTS_AT_ONCE)
+            found.update(self._progress(kept, len(names), "likelihoods", disable_tqdm))
         self._errors += [found[key].standard_error for key in keys]
         return [found[key] for key in keys]
 

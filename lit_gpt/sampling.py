@@ -188,7 +188,7 @@ def mdm_logits(model: Transformer, sampling: Sampling) -> LogitsFn:
 def extend(
     logits_fn: NextLogitsFn, canvas: Canvas, new_tokens: Sequence[int], sampling: Sampling, vocab_size: int
 ) -> Iterator[State]:
-    """Autoregressive sampling: one token a step behind every row, by Gumbel-max, until it stops or is full.
+    """Autoregressive sampling: one token a step behind every row, until it stops or is full.
 
     Args:
         logits_fn: called with the tokens it has not seen yet (the prompts, then one column at a time) and a key mask

@@ -25,7 +25,7 @@ from lit_gpt.diffmodel import TransEncoder
 from lit_gpt.export import SUFFIX, WeightsRecord, claim_export, export_weights, read_record
 from lit_gpt.layers import Transformer, rope_tables
 from lit_gpt.model import GPT
-from lit_gpt.tokenizer import DEFAULT_SOURCE
+from lit_gpt.tokenizer import DEFAULT_SOURCE, Tokenizer
 
 __all__ = [
     "WeightsRecord",
@@ -37,10 +37,10 @@ __all__ = [
     "load_into",
     "load_model",
     "load_state",
+    "load_tokenizer",
     "load_weights",
     "read_record",
     "state_hash",
-    "tokenizer_source",
 ]
 
 MODEL_CLASSES: dict[str, type[Transformer]] = {"arm": GPT, "mdm": TransEncoder}
@@ -145,9 +145,33 @@ def load_model(
     return model.eval(), record
 
 
-def tokenizer_source(record: WeightsRecord | None, given: str | None = None) -> str:
-    """Where a checkpoint's tokenizer is: as given, else by the checkpoint's own record, else TinyLlama's on the hub."""
-    return given or (record.tokenizer.get("source") if record else None) or DEFAULT_SOURCE
+def load_tokenizer(
+    path: Path | str,
+    model: Transformer,
+    record: WeightsRecord | None,
+    given: str | None = None,
+    flag: str = "--tokenizer FOLDER",
+) -> Tokenizer:
+    """The tokenizer of a loaded model: as given, else by the checkpoint's own record, else TinyLlama's on the hub.
+
+    Args:
+        path: the checkpoint.
+        model: from `load_model`.
+        record: from `load_model`.
+        given: a folder or hub name.
+        flag: how the user gives one.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it has more tokens than the model.
+    """
+    tokenizer = Tokenizer(given or (record.tokenizer.get("source") if record else None) or DEFAULT_SOURCE)
+    if tokenizer.vocab_size > model.config.padded_vocab_size:
+        raise ValueError(
+            f"{tokenizer.source} has {tokenizer.vocab_size} tokens, {path} knows "
+            f"{model.config.padded_vocab_size}: give the tokenizer that it was trained with ({flag})"
+        )
+    return tokenizer
 
 
 def load_into(model: Transformer, path: Path | str, warn: Callable[[str], object] = _log.warning) -> str:
