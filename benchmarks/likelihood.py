@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import OwnProcess, print_table
 from lit_gpt.cli import parse, run
 
 if TYPE_CHECKING:
-    from benchmarks.likelihood_baseline import PlainSide
     from lit_gpt.layers import Transformer
     from lit_gpt.likelihood import Likelihood, Method, Request
 
@@ -60,7 +60,7 @@ def main() -> None:
     flags = parse(Flags, None, __doc__)
     import torch
 
-    from benchmarks.likelihood_baseline import PlainSide, build_model
+    from benchmarks.likelihood_baseline import build_model, timed_requests
     from lit_gpt.runtime import keep_freed_memory
     from lit_gpt.weights import load_model, load_tokenizer
 
@@ -71,14 +71,14 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, {flags.draws} draws per deviation.\n"
     )
     questions = next_line_ids(tokenizer, flags.questions)
-    plain = PlainSide(flags.ckpt)
+    plain = OwnProcess(timed_requests, flags.ckpt)
     speed_at_equal_error(plain, model, questions, flags)
     print("\n## Published procedures, the same values\n")
     sets = {f"chain_rule, {length} tokens": cut(questions, length) for length in (2, 4, 10)}
     sets["LAMBADA, chain_rule and greedy check"] = last_words(tokenizer, 4 * flags.questions)
     rows = []
     for name, path in (("trained 1M", flags.ckpt), ("size 6", "size 6")):
-        side, own = PlainSide(path), build_model(path)
+        side, own = OwnProcess(timed_requests, path), build_model(path)
         rows += [same_values([name, what], side, own, requests, flags.rounds) for what, requests in sets.items()]
     print_table(["model", "what", "plain, ms per request", "ours, ms", "times as fast", "largest difference"], rows)
     if flags.speed_only:
@@ -140,7 +140,7 @@ def deviation(model: Transformer, requests: Sequence[Request], method: Method, d
 
 
 def speed_at_equal_error(
-    plain: PlainSide, model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags
+    plain: OwnProcess, model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags
 ) -> None:
     """Time to a standard error no larger than that of mc with 128 draws, by length of the target."""
     from lit_gpt.likelihood import Method
@@ -206,7 +206,7 @@ def variance_at_equal_passes(
 
 
 def same_values(
-    names: list[str], plain: PlainSide, model: Transformer, requests: list[Request], rounds: int
+    names: list[str], plain: OwnProcess, model: Transformer, requests: list[Request], rounds: int
 ) -> list[str]:
     """The row of a published procedure on some requests: times, and that the values agree."""
     from lit_gpt.likelihood import Method
@@ -287,7 +287,7 @@ def draw(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
 
 
 def alternate(
-    plain: tuple[PlainSide, str, list[Request]], ours: tuple[Transformer, list[Request], Method], rounds: int
+    plain: tuple[OwnProcess, str, list[Request]], ours: tuple[Transformer, list[Request], Method], rounds: int
 ) -> tuple[float, float, float, list[Any], list[Likelihood]]:
     """Median seconds of both sides, in turn, the median of their ratio within a round, and what each found."""
     side, what, requests = plain
@@ -302,12 +302,6 @@ def alternate(
         times.append((plain_s, time.perf_counter() - start))
     plain_s, ours_s = (statistics.median(column) for column in zip(*times, strict=True))
     return plain_s, ours_s, statistics.median(slow / fast for slow, fast in times), values, results
-
-
-def print_table(heads: list[str], body: list[list[str]]) -> None:
-    """A Markdown table."""
-    for cells in (heads, ["---"] * len(heads), *body):
-        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ request, and the greedy check decodes each target to its end.
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,21 +30,11 @@ def build_model(name: str) -> Transformer:
     return model
 
 
-class PlainSide:
-    """The published procedures in a process of their own, which works when it is told to: torch as it comes."""
+def timed_requests(name: str) -> Callable[[str, list[Pair]], tuple[float, list[Any]]]:
+    """The published procedures on a model, torch as it comes: seconds and results of some requests.
 
-    def __init__(self, model: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        context.Process(target=_serve, args=(other, model), daemon=True).start()
-
-    def run(self, what: str, pairs: list[Pair]) -> tuple[float, list[Any]]:
-        """Seconds and results of `mc`, `chain_rule` or `lambada` (chain rule and greedy check) on some requests."""
-        self._connection.send((what, pairs))
-        return self._connection.recv()  # type: ignore[no-any-return]
-
-
-def _serve(connection: Any, name: str) -> None:
+    What is asked for is `mc`, `chain_rule` or `lambada` (chain rule and greedy check).
+    """
     model, generator = build_model(name), torch.Generator().manual_seed(1)
 
     def work(what: str, prefix: list[int], target: list[int]) -> Any:
@@ -54,12 +43,12 @@ def _serve(connection: Any, name: str) -> None:
         value = chain_rule(model, prefix, target)
         return (value, greedy(model, prefix, target)) if what == "lambada" else value
 
-    with contextlib.suppress(EOFError):
-        while True:
-            what, pairs = connection.recv()
-            start = time.perf_counter()
-            values = [work(what, *pair) for pair in pairs]
-            connection.send((time.perf_counter() - start, values))
+    def run(what: str, pairs: list[Pair]) -> tuple[float, list[Any]]:
+        start = time.perf_counter()
+        values = [work(what, *pair) for pair in pairs]
+        return time.perf_counter() - start, values
+
+    return run
 
 
 @torch.no_grad()

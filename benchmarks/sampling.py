@@ -10,17 +10,17 @@ a ratio is the median over rounds of (plain time / own time).
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import OwnProcess, print_table
 from lit_gpt.cli import parse, run
 
 # What is promised over the plain loop, by temperature.
@@ -80,21 +80,8 @@ def ways(flags: Flags) -> list[Way]:
     return found
 
 
-class Side:
-    """Some ways of sampling in a process of their own; the plain one keeps torch's own settings."""
-
-    def __init__(self, size: int, flags: Flags, plain: bool) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        context.Process(target=_serve, args=(other, size, flags, plain), daemon=True).start()
-
-    def run(self, way: Way) -> float:
-        """Seconds of one batch."""
-        self._connection.send(way)
-        return self._connection.recv()  # type: ignore[no-any-return]
-
-
-def _serve(connection: Any, size: int, flags: Flags, plain: bool) -> None:
+def timed_batches(size: int, flags: Flags, plain: bool) -> Callable[[Way], float]:
+    """One side, as a function from a way of sampling to the seconds of a batch; the plain one keeps torch's own settings."""
     import torch
 
     from benchmarks import sampling_baseline
@@ -109,19 +96,20 @@ def _serve(connection: Any, size: int, flags: Flags, plain: bool) -> None:
     for model in models:
         model.init_weights(1)
     prompt = torch.randint(3, 32000, (flags.batch, PROMPT), generator=torch.Generator().manual_seed(1))
-    with contextlib.suppress(EOFError):
-        while True:
-            way = connection.recv()
-            start = time.perf_counter()
-            if plain:
-                greedy = way.get("algorithm") == "greedy"
-                shape, temperature = (flags.context, flags.steps), way.get("temperature")
-                sampling_baseline.sample(models[0], prompt, shape, temperature, greedy, way.get("shortcut", False))
-            else:
-                settings = {name: value for name, value in way.settings if name != "arm"}
-                how = Sampling(flags.context, steps=flags.steps, **settings)
-                sample(models[1 if way.get("arm") else 0], prompt.tolist(), how)
-            connection.send(time.perf_counter() - start)
+
+    def run(way: Way) -> float:
+        start = time.perf_counter()
+        if plain:
+            greedy = way.get("algorithm") == "greedy"
+            shape, temperature = (flags.context, flags.steps), way.get("temperature")
+            sampling_baseline.sample(models[0], prompt, shape, temperature, greedy, way.get("shortcut", False))
+        else:
+            settings = {name: value for name, value in way.settings if name != "arm"}
+            how = Sampling(flags.context, steps=flags.steps, **settings)
+            sample(models[1 if way.get("arm") else 0], prompt.tolist(), how)
+        return time.perf_counter() - start
+
+    return run
 
 
 def main() -> None:
@@ -142,7 +130,7 @@ def main() -> None:
 
 def measure(size: int, flags: Flags, new_tokens: int) -> None:
     """One size's table."""
-    sides = {plain: Side(size, flags, plain) for plain in (True, False)}
+    sides = {plain: OwnProcess(timed_batches, size, flags, plain) for plain in (True, False)}
     every = ways(flags)
     times: dict[Way, list[float]] = {way: [] for way in every}
     for number in range(flags.rounds + 1):
@@ -151,9 +139,8 @@ def measure(size: int, flags: Flags, new_tokens: int) -> None:
             if number:  # the first round warms up
                 times[way].append(seconds)
         print(f"size {size}: round {number} of {flags.rounds}", file=sys.stderr, flush=True)
-    print(
-        f"## Size {size}\n\n| sampler | temperature | tokens/s | times the plain loop | |\n| --- | --- | --- | --- | --- |"
-    )
+    print(f"## Size {size}\n")
+    body = []
     plain: list[float] = []
     for way in every:
         own = times[way]
@@ -170,7 +157,8 @@ def measure(size: int, flags: Flags, new_tokens: int) -> None:
             cells += [f"{ratio:.1f}", f"at least {least:g}: {'met' if ratio >= least else '**missed**'}"]
         else:
             cells += ["", ""]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        body.append(cells)
+    print_table(["sampler", "temperature", "tokens/s", "times the plain loop", ""], body)
     print()
 
 

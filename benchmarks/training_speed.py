@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import OwnProcess, print_table
 from lit_gpt.cli import parse, run, warn
 
 if TYPE_CHECKING:
@@ -179,14 +180,14 @@ def timed(work: Callable[[], Any], clock: Callable[[], float]) -> float:
 
 def measure_cell(cell: Cell, precisions: list[str], flags: Flags) -> list[Row]:
     """All steps of one cell, in turn, round after round."""
-    from benchmarks.training_steps import MatmulRate, StepProcess
+    from benchmarks.training_steps import MatmulRate, timed_step
 
     names = ["baseline", "ours, eager", "ours"]
     if cell.kind == "arm":
         # Theirs are causal models.
         names += [name for name in ("litgpt", "transformers") if installed(name)]
     steps = {
-        (name, p): StepProcess(name, cell, p == "bfloat16", flags.threads, flags.clock)
+        (name, p): OwnProcess(timed_step, name, cell, p == "bfloat16", flags.threads, flags.clock)
         for name in [*names, "matmul"]
         for p in precisions
     }
@@ -357,13 +358,6 @@ def print_targets(rows: list[Row], memory: dict[str, int]) -> None:
 def verdict(what: str, measured: float, least: float) -> list[str]:
     """One row of the targets."""
     return [what, f"{measured:.2f}", f"{least:.2f}", "met" if measured >= least else "**missed**"]
-
-
-def print_table(heads: list[str], body: list[list[str]]) -> None:
-    """A Markdown table."""
-    widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
-    for line in [heads, ["-" * width for width in widths], *body]:
-        print("| " + " | ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) + " |")
 
 
 def print_profile(cell: Cell, precision: str) -> None:

@@ -9,7 +9,6 @@ B batch, T tokens, L layers, C width, V vocabulary.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -250,38 +249,21 @@ STEPS: dict[str, Callable[[Cell, bool], Step]] = {
 }
 
 
-class StepProcess:
-    """A step in a process of its own, which works when it is told to: no step inherits another's memory or settings."""
-
-    def __init__(self, name: str, cell: Cell, bf16: bool, threads: int, clock: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        arguments = (other, name, cell, bf16, threads, clock)
-        self._process = context.Process(target=_serve_step, args=arguments, daemon=True)
-        self._process.start()
-
-    def run(self) -> tuple[float, float]:
-        """One step: its seconds and its loss."""
-        self._connection.send(True)
-        return self._connection.recv()  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """End the process."""
-        self._connection.send(False)
-        self._process.join()
-
-
-def _serve_step(connection: Any, name: str, cell: Cell, bf16: bool, threads: int, clock: str) -> None:
+def timed_step(name: str, cell: Cell, bf16: bool, threads: int, clock: str) -> Callable[[], tuple[float, float]]:
+    """One of `STEPS` as a function that takes one step and returns its seconds and its loss."""
     if threads:
         torch.set_num_threads(threads)
     now = time.perf_counter if clock == "wall" else time.process_time
     step = STEPS[name](cell, bf16)
     # One batch throughout: another would have another number of scored rows, and rounds could not be compared.
     batch = cell.make_batch(0)
-    while connection.recv():
+
+    def run() -> tuple[float, float]:
         start = now()
         loss = step(batch)
-        connection.send((now() - start, loss))
+        return now() - start, loss
+
+    return run
 
 
 def bf16_is_native(seconds: Callable[[Callable[[], Any]], float]) -> tuple[bool, float, float]:

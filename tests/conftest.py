@@ -42,6 +42,22 @@ def golden() -> Callable[[str], Any]:
     return read
 
 
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of 400 pieces."""
+    from tests.small_tokenizers import train_small
+
+    return train_small(tmp_path_factory.mktemp("tokenizer"), vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Any:
+    """The tokenizer in `tokenizer_folder`."""
+    from lit_gpt.tokenizer import Tokenizer
+
+    return Tokenizer(tokenizer_folder)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with its reason, what needs a GPU where there is none."""
     if torch.cuda.is_available():

@@ -18,9 +18,9 @@ import pytest
 
 from lit_gpt.packed_dataset import find_files, open_validation
 from lit_gpt.packed_format import read_header
-from lit_gpt.tokenizer import DEFAULT_SOURCE, Tokenizer
+from lit_gpt.tokenizer import DEFAULT_SOURCE
 from scripts import prepare_fineweb
-from tests.small_tokenizers import train_small, training_lines
+from tests.small_tokenizers import training_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "prepare_fineweb.py"
@@ -30,16 +30,6 @@ KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 needs_datatrove = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("datatrove", "orjson")), reason="needs pip install 'smdm[eval]'"
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    return train_small(tmp_path_factory.mktemp("tokenizer"), vocab_size=400)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_folder):
-    return Tokenizer(tokenizer_folder)
 
 
 @pytest.fixture

@@ -28,16 +28,6 @@ DOCUMENTS = ["First line.\nSecond  line.", "", "déjà vu \u2028 日本", "x" * 
 CHUNK = 60
 
 
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    return train_small(tmp_path_factory.mktemp("tokenizer"), vocab_size=400)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_folder):
-    return Tokenizer(tokenizer_folder)
-
-
 @pytest.fixture
 def plan_of(tmp_path, tokenizer):
     """A plan for sources in the test's folder."""
