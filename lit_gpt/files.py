@@ -255,6 +255,15 @@ def folder_lock(folder: Path, wait_s: float = 3.0) -> Iterator[None]:
         os.close(descriptor)
 
 
+def lock_file(path: Path, descriptor: int, wait_s: float = 3.0) -> None:
+    """Keep other processes from writing an open file that they lock, too, until it is closed; see `folder_lock`.
+
+    Raises:
+        FolderInUseError: another process holds it; the line names the file.
+    """
+    _acquire(path, descriptor, wait_s)
+
+
 def lock_holder(folder: Path) -> dict[str, Any] | None:
     """Who writes into a folder now: pid, host and since, as far as known; None if nobody does."""
     try:
@@ -272,8 +281,8 @@ def lock_holder(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _acquire(folder: Path, descriptor: int, wait_s: float) -> None:
-    """Take the lock, or say who has it."""
+def _acquire(path: Path, descriptor: int, wait_s: float) -> None:
+    """Take the lock of a folder or file, or say who has it."""
     deadline = time.monotonic() + wait_s
     while True:
         try:
@@ -287,12 +296,12 @@ def _acquire(folder: Path, descriptor: int, wait_s: float) -> None:
             who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}" if holder else "another process"
             since = f" (since {holder['since']})" if "since" in holder else ""
             raise FolderInUseError(
-                f"{folder} is in use by {who}{since}: wait for it, stop it, or write to another folder"
+                f"{path} is in use by {who}{since}: wait for it, stop it, or write to another place"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise cannot_write(folder / LOCK_NAME, error) from error
-            _log.warning("%s: this file system has no locks; start only one process that writes there", folder)
+                raise cannot_write(path, error) from error
+            _log.warning("%s: this file system has no locks; start only one process that writes there", path)
             return
 
 

@@ -40,7 +40,7 @@ LAYERS = [
     {"packed_format", "text_sources", "canvas", "algorithms", "drawing"},
     {"layers", "diffusion", "naming", "checkpoint_files", "packed_dataset", "speed_monitor"},
     # What scripts besides training use, and nothing of the package above needs.
-    {"launcher", "stages", "display", "preparation_plan", "eval_cache"},
+    {"launcher", "stages", "display", "preparation_plan", "eval_cache", "result_file"},
     {"model", "diffmodel", "runtime", "export", "batching", "preparation", "plots", "reading", "estimators"},
     {"block_cache", "denoising"},
     {"sampling", "scoring", "objectives", "checkpoint"},
