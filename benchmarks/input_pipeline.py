@@ -76,7 +76,7 @@ def measure(flags: Flags, folder: Path) -> None:
     rows = min(256, flags.samples)
     steps = -(-flags.samples // rows)
     batches_s = seconds(lambda: read_steps(data, rows, steps)) * flags.samples / (rows * steps)
-    order_s = seconds(lambda: [data.length(k) for k in range(flags.samples)])
+    order_s = seconds(lambda: [data.extent(k) for k in range(flags.samples)])
     fresh = open_data()
     seek_s = seconds(lambda: fresh[FAR])
     far_s = seconds(lambda: [data[FAR + k] for k in range(flags.samples)])
@@ -112,7 +112,7 @@ def read_steps(data: PackedMixture, rows: int, steps: int) -> None:
 
     layout = StepLayout(rows, group_size=1, micro_batch_size=8, first_row=0, device_rows=rows)
     block = Group(data.block_length - 1, 1.0)
-    for _ in prefetched_steps(data, lambda step, group, lengths: block, layout, range(steps)):
+    for _ in prefetched_steps(data, lambda step, group, extents: block, layout, range(steps)):
         pass
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lit_gpt.packed_dataset import Sample
+    from lit_gpt.packed_dataset import Extent, Sample
 
 
 class Dataset(Protocol):
@@ -30,8 +30,8 @@ class Dataset(Protocol):
 
     def __getitem__(self, k: int) -> Sample: ...
 
-    def length(self, k: int) -> int:
-        """Real tokens of sample k, without reading them."""
+    def extent(self, k: int) -> Extent:
+        """Tokens of sample k and of its prompt, without reading them."""
         ...
 
     def epochs(self, samples: int) -> float:
@@ -64,9 +64,9 @@ class Group:
 
 
 class GroupRule(Protocol):
-    """Decides a `Group` from the step, the group's number in it, and its rows' real token counts."""
+    """Decides a `Group` from the step, the group's number in it, and its rows' token counts."""
 
-    def __call__(self, step: int, group: int, lengths: Sequence[int]) -> Group:
+    def __call__(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
         """Decide one group."""
         ...
 
@@ -79,6 +79,8 @@ class Batch:
     """(B, T + 1) int64: T input tokens and the one after them."""
     lengths: Tensor
     """(B,) int64: how many tokens of the row are real; behind them is padding."""
+    prompt_lengths: Tensor
+    """(B,) int64: how many tokens at the row's start are given; none in pretraining."""
     cuts: Tensor
     """(B,) int64: how many input tokens the row's group keeps; below T where a longer group shares the micro batch."""
     rows: Tensor
@@ -90,7 +92,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
-        names = ("tokens", "lengths", "cuts", "rows", "row_weights")
+        names = ("tokens", "lengths", "prompt_lengths", "cuts", "rows", "row_weights")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
@@ -145,7 +147,7 @@ def step_batches(dataset: Dataset, rule: GroupRule, layout: StepLayout, step: in
         rows = range(start, min(start + layout.micro_batch_size, end))
         for index in {row // layout.group_size for row in rows} - groups.keys():
             members = range(index * layout.group_size, (index + 1) * layout.group_size)
-            groups[index] = rule(step, index, [dataset.length(first_sample + row) for row in members])
+            groups[index] = rule(step, index, [dataset.extent(first_sample + row) for row in members])
         own = [groups[row // layout.group_size] for row in rows]
         samples = [dataset[first_sample + row] for row in rows]
         batches.append(_collate(samples, own, rows, layout.global_batch_size // layout.group_size, step))
@@ -160,6 +162,7 @@ def _collate(samples: list[Sample], groups: list[Group], rows: range, groups_per
     return Batch(
         tokens=torch.from_numpy(tokens),
         lengths=torch.tensor([sample.length for sample in samples]),
+        prompt_lengths=torch.tensor([sample.prompt_length for sample in samples]),
         cuts=torch.tensor([group.length for group in groups]),
         rows=torch.arange(rows.start, rows.stop),
         row_weights=torch.tensor(weights, dtype=torch.float64),

@@ -36,7 +36,8 @@ def parse(
     """Read command-line flags into a dataclass.
 
     Args:
-        flags: a dataclass; every field is a flag, its docstring the help text.
+        flags: a dataclass; every field is a flag, its docstring the help text. A class attribute `ALIASES` may map
+            other spellings to fields.
         argv: the arguments; None means sys.argv.
         description: the first lines of `--help`.
         defaults: values that replace the dataclass's own.
@@ -72,7 +73,7 @@ def parse(
     parser.add_class_arguments(flags, as_group=False)
     if defaults:
         parser.set_defaults(defaults)
-    words = _as_typed(flags, _underscores(sys.argv[1:] if argv is None else argv))
+    words = _as_typed(flags, _underscores(sys.argv[1:] if argv is None else argv, getattr(flags, "ALIASES", {})))
     try:
         words = _with_config(flags, words)
     except (ValueError, OSError) as error:
@@ -161,14 +162,15 @@ def _speaks() -> bool:
     return os.getppid() == parent
 
 
-def _underscores(argv: Sequence[str]) -> list[str]:
-    """`--batch-size` and `--batch_size` are the same flag."""
+def _underscores(argv: Sequence[str], aliases: dict[str, str]) -> list[str]:
+    """`--batch-size` and `--batch_size` are the same flag, and so are a historic spelling and its name."""
     result = []
     for argument in argv:
         name, equals, value = argument.partition("=")
-        result.append(
-            name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
-        )
+        if name.startswith("--"):
+            name = name.removeprefix("--").replace("-", "_")
+            argument = f"--{aliases.get(name, name)}{equals}{value}"
+        result.append(argument)
     return result
 
 
@@ -230,6 +232,7 @@ def _with_config(flags: type, argv: list[str]) -> list[str]:
     result = []
     for key, value in zip(spelled, typed.values(), strict=True):
         name = key.replace("-", "_")
+        name = getattr(flags, "ALIASES", {}).get(name, name)
         if name not in known:
             raise ValueError(f"--config {path}: unknown flag {key} (--help lists the flags)")
         result.append(f"--{name}={json.dumps(value) if isinstance(value, dict | list) else spelled[key]}")

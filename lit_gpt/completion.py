@@ -19,14 +19,9 @@ from lit_gpt.layers import Transformer
 from lit_gpt.model import GPT
 from lit_gpt.runtime import choose_device
 from lit_gpt.sampling import Sampling
+from lit_gpt.sft_sources import CHAT
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.weights import load_model, load_tokenizer
-
-CHAT = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER: {question} ASSISTANT:"
-)
-"""Vicuna 1.1's template, of the ShareGPT fine-tuning (SPEC 4)."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 An objective returns the terms of the loss unreduced, as weights per position; their sum over micro batches and devices is
 the step's loss, the mean over groups of (weighted sum / denominator). It knows no device, optimizer or file. May import
-batching, diffusion and noise.
+batching, diffusion, noise and packed_dataset.
 
 B rows, T tokens.
 """
@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lit_gpt import diffusion
 from lit_gpt.batching import Batch, Group
-from lit_gpt.noise import Stream, hash_int, uniform_grid
+from lit_gpt.noise import Stream, hash_int, uniform, uniform_grid
+from lit_gpt.packed_dataset import Extent
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,19 @@ class Scored:
 class Objective(Protocol):
     """One kind of training."""
 
+    def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
+        """Cut and denominator of a group; see `batching.GroupRule`."""
+        ...
+
+    def training(self, batch: Batch) -> Scored:
+        """A training micro batch, with the run's noise."""
+        ...
+
+
+@runtime_checkable
+class ValidatedObjective(Objective, Protocol):
+    """One that says how its validation loss is estimated, too."""
+
     @property
     def estimator(self) -> str:
         """What the validation loss is, in words for the console and the records."""
@@ -53,14 +67,6 @@ class Objective(Protocol):
     @property
     def fixed_draws(self) -> int | None:
         """Validation draws per sequence that make sense; None where more draws are more exact."""
-        ...
-
-    def group(self, step: int, group: int, lengths: Sequence[int]) -> Group:
-        """Cut and denominator of a group; see `batching.GroupRule`."""
-        ...
-
-    def training(self, batch: Batch) -> Scored:
-        """A training micro batch, with the run's noise."""
         ...
 
     def validation(self, batch: Batch, draw: int, draws: int) -> Scored:
@@ -78,9 +84,9 @@ class NextToken:
     is_bound = False
     fixed_draws = 1
 
-    def group(self, step: int, group: int, lengths: Sequence[int]) -> Group:
+    def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
         """The whole row; every token but the first of a row is predicted."""
-        return Group(self.block_size, sum(length - 1 for length in lengths))
+        return Group(self.block_size, sum(row.length - 1 for row in extents))
 
     def training(self, batch: Batch) -> Scored:
         """Read tokens 0 .. T-1, predict 1 .. T."""
@@ -119,20 +125,18 @@ class MaskedDiffusion:
         """Law of the validation noise, as published but for the low-discrepancy times."""
         return f"masked-diffusion bound, mc with low-discrepancy t, eps {diffusion.EPS:g}, fixed noise"
 
-    def group(self, step: int, group: int, lengths: Sequence[int]) -> Group:
+    def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
         """The block, or a random length; all real tokens count."""
         length = self.block_size
         if self.ssl_ratio:
             chance = hash_int(self.seed, Stream.RANDOM_LENGTH, step, group, 0) / 2**64
             if chance < self.ssl_ratio:
                 length = 1 + hash_int(self.seed, Stream.RANDOM_LENGTH, step, group, 1) % self.block_size
-        return Group(length, sum(min(own, length) for own in lengths))
+        return Group(length, sum(min(row.length, length) for row in extents))
 
     def training(self, batch: Batch) -> Scored:
         """Mask with times stratified over the step's rows."""
-        t = diffusion.diffusion_times(self.seed, batch.step, batch.rows, self.global_batch_size)
-        uniforms = uniform_grid(self.seed, Stream.MASK, batch.step, batch.rows, batch.tokens.size(1) - 1)
-        return self._masked(batch, t, uniforms)
+        return self._masked(batch, *_training_noise(batch, self.seed, self.global_batch_size))
 
     def validation(self, batch: Batch, draw: int, draws: int) -> Scored:
         """Mask with noise that is the same for every run: a function of the sequence's number and the draw."""
@@ -147,6 +151,65 @@ class MaskedDiffusion:
         noisy_input, mask = diffusion.forward_process(clean, p_mask, uniforms, self.mask_id, real)
         weights = diffusion.loss_weights(mask, p_mask, batch.row_weights)
         return Scored(noisy_input, clean, weights, real, None if bool(real.all()) else real)
+
+
+@dataclass(frozen=True)
+class NextResponseToken:
+    """ARM fine-tuning: mean cross-entropy of the response's tokens, over all of a group's rows."""
+
+    def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
+        """Up to the longest row; every token behind a prompt is predicted."""
+        return Group(max(row.length for row in extents) - 1, sum(row.length - row.prompt_length for row in extents))
+
+    def training(self, batch: Batch) -> Scored:
+        """Read tokens 0 .. T-1, predict 1 .. T, where that is response."""
+        targets = batch.tokens[:, 1:]
+        columns = targets.size(1)
+        counted = _before(batch.lengths - 1, columns) & ~_before(batch.prompt_lengths - 1, columns)
+        return Scored(batch.tokens[:, :-1], targets, counted * batch.row_weights.float()[:, None], counted, None)
+
+
+@dataclass(frozen=True)
+class MaskedResponse:
+    """MDM fine-tuning: sum of CE / p over masked response tokens, divided by the group's tokens that are no prompt.
+
+    Padding is response: masked and scored like any token, it teaches where to stop (SPEC 4).
+    """
+
+    mask_id: int
+    """Id of [MASK]."""
+    seed: int
+    """The run's seed, for times, masks and dropped prompts."""
+    global_batch_size: int
+    """Rows of a step: the number of strata of t."""
+    row_length: int | None = None
+    """Tokens of every row; None cuts a group to its longest row."""
+    prompt_drop: float = 0.0
+    """Probability that a row's prompt becomes [MASK], for classifier-free guidance later."""
+
+    def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
+        """The fixed length or the longest row's; rows * length - prompt tokens count."""
+        length = self.row_length or max(row.length for row in extents)
+        return Group(length, sum(length - min(row.prompt_length, length) for row in extents))
+
+    def training(self, batch: Batch) -> Scored:
+        """Mask everything behind the prompts at rate p, drop some prompts."""
+        t, uniforms = _training_noise(batch, self.seed, self.global_batch_size)
+        clean, columns = batch.tokens[:, :-1], batch.tokens.size(1) - 1
+        row, prompt = _before(batch.cuts, columns), _before(batch.prompt_lengths, columns)
+        p_mask = diffusion.masking_probability(t)
+        noisy_input, mask = diffusion.forward_process(clean, p_mask, uniforms, self.mask_id, row & ~prompt)
+        if self.prompt_drop:
+            dropped = uniform(self.seed, int(Stream.PROMPT_DROP), batch.step, batch.rows) < self.prompt_drop
+            noisy_input = noisy_input.masked_fill(dropped[:, None] & prompt, self.mask_id)
+        weights = diffusion.loss_weights(mask, p_mask, batch.row_weights)
+        return Scored(noisy_input, clean, weights, row & ~prompt, None if bool(row.all()) else row)
+
+
+def _training_noise(batch: Batch, seed: int, global_batch_size: int) -> tuple[Tensor, Tensor]:
+    """Times (B,), stratified over the step's rows, and uniform numbers (B, T)."""
+    t = diffusion.diffusion_times(seed, batch.step, batch.rows, global_batch_size)
+    return t, uniform_grid(seed, Stream.MASK, batch.step, batch.rows, batch.tokens.size(1) - 1)
 
 
 def _before(lengths: Tensor, columns: int) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,15 @@ from lit_gpt.files import read_json_object
 from lit_gpt.noise import Stream, permute_index
 from lit_gpt.packed_format import HEADER_BYTES, PackedDatasetBuilder, read_header
 
-__all__ = ["PackedDatasetBuilder", "PackedMixture", "PackedSeries", "Sample", "open_mixture", "open_validation"]
+__all__ = [
+    "Extent",
+    "PackedDatasetBuilder",
+    "PackedMixture",
+    "PackedSeries",
+    "Sample",
+    "open_mixture",
+    "open_validation",
+]
 
 # Memory maps that stay open: far below the usual limit of 1024 descriptors, with thousands of files.
 _OPEN_FILES = 64
@@ -33,6 +41,15 @@ _OPEN_FILES = 64
 _LEAST_REAL_TOKENS = 2
 # Bytes at a file's start and end that tell whether its content changed.
 _FINGERPRINT_BYTES = 4096
+
+
+class Extent(NamedTuple):
+    """How long a sample is."""
+
+    length: int
+    """Tokens that are real; the rest is padding."""
+    prompt_length: int = 0
+    """Leading tokens that are given; pretraining has none."""
 
 
 @dataclass(frozen=True)
@@ -201,10 +218,10 @@ class PackedMixture:
         index, block = self.locate(k)
         return self.sets[index][block]
 
-    def length(self, k: int) -> int:
+    def extent(self, k: int) -> Extent:
         """Real tokens of sample k, without reading them."""
         index, block = self.locate(k)
-        return self.sets[index].length(block)
+        return Extent(self.sets[index].length(block))
 
     @property
     def fingerprint(self) -> str:

@@ -6,7 +6,6 @@ A script says which model and which objective; this module turns the flags into 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,18 +17,7 @@ from lit_gpt.config import Config
 from lit_gpt.layers import Transformer
 from lit_gpt.objectives import Objective
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.train_config import PretrainConfig
-
-_SHAPE_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
-# Flags that change no number, or whose effect other settings hold already (a budget its steps, a folder its fingerprint).
-_NOT_SETTINGS = {
-    *_SHAPE_FLAGS,
-    "model", "vocab_size", "tokenizer", "data_dir", "data_weights", "out_dir", "init_from",
-    "flops", "max_steps", "warmup_steps",
-    "accelerator", "devices", "nodes_num", "strategy", "precision", "compile", "attention_kernel",
-    "micro_batch_size", "activation_checkpointing", "log_interval", "save_interval", "keep_checkpoints",
-    "val_interval", "val_samples", "val_draws", "logger", "log_dir", "models_dir", "resume", "overwrite",
-}  # fmt: skip
+from lit_gpt.train_config import SHAPE_FLAGS, PretrainConfig
 
 MDM_GROUP_SIZES = ((20, 32), (50, 16), (1000, 8), (math.inf, 4))
 """Published micro batches by size in millions; they fix which rows are averaged together, not memory."""
@@ -82,8 +70,12 @@ def pretrain(recipe: Recipe, flags: PretrainConfig) -> dict[str, Any]:
         model.init_weights(flags.seed)
     warmup = schedule.default_warmup(steps) if flags.warmup_steps is None else flags.warmup_steps
     group_size = next(rows for limit, rows in recipe.group_sizes if config.size_in_millions <= limit)
-    settings = {name: value for name, value in dataclasses.asdict(flags).items() if name not in _NOT_SETTINGS}
-    settings |= {"kind": kind, "model": config.to_dict(), "data": data.fingerprint, "init_from": start_hash}
+    settings = flags.settings() | {
+        "kind": kind,
+        "model": config.to_dict(),
+        "data": data.fingerprint,
+        "init_from": start_hash,
+    }
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": runtime.precision_name(fabric)}
     settings |= {"ssl_ratio": recipe.ssl_ratio, "group_size": group_size}
     name = checkpoint.run_name(kind, config, budget, recipe.ssl_ratio)
@@ -121,7 +113,7 @@ def _shape(flags: PretrainConfig) -> tuple[Config, Tokenizer | None, dict[str, A
     known = packed_dataset.recorded_tokenizer(folder, list(flags.data_weights))
     source = flags.tokenizer or known.get("source")
     tokenizer = Tokenizer(source) if source and (flags.tokenizer or Path(source).exists()) else None
-    overrides = {name: value for name in _SHAPE_FLAGS if (value := getattr(flags, name)) is not None}
+    overrides = {name: value for name in SHAPE_FLAGS if (value := getattr(flags, name)) is not None}
     vocab_size = flags.vocab_size or (tokenizer.vocab_size if tokenizer else known.get("vocab_size"))
     if vocab_size is not None:
         overrides["vocab_size"] = vocab_size

@@ -5,15 +5,25 @@ Plain dataclasses and nothing heavy to import, so that `--help` is quick. May im
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 STRATEGIES = ("auto", "ddp", "fsdp")
+SHAPE_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "bf16-true", "32-true")
 
 
 @dataclass
 class TrainConfig:
     """What every training script can be told, whatever it trains."""
+
+    # Flags that change no number, or whose effect a run's other settings hold already.
+    NOT_SETTINGS: ClassVar[frozenset[str]] = frozenset({
+        "max_steps", "warmup_steps", "accelerator", "devices", "nodes_num", "strategy", "precision", "compile",
+        "attention_kernel", "micro_batch_size", "activation_checkpointing", "log_interval", "save_interval",
+        "keep_checkpoints", "val_interval", "val_samples", "val_draws", "logger", "log_dir", "models_dir", "resume",
+        "overwrite",
+    })  # fmt: skip
 
     batch_size: int = 256
     """Sequences of one optimizer step, over all devices and nodes."""
@@ -49,7 +59,7 @@ class TrainConfig:
     precision: str = "auto"
     """auto (bf16-mixed where the hardware supports it, else 32-true), bf16-mixed, 16-mixed, bf16-true or 32-true."""
     compile: str = "auto"
-    """Fuse kernels with torch.compile: on, off, or auto (on for runs of 200 steps or more)."""
+    """Fuse kernels with torch.compile: on, off, or auto (on for runs of 200 steps or more of rows of one length)."""
     attention_kernel: str = "auto"
     """auto, torch, flash_attn or xformers."""
     activation_checkpointing: bool = False
@@ -77,6 +87,10 @@ class TrainConfig:
     """auto (the run's newest complete checkpoint, if any), never, or a checkpoint's path."""
     overwrite: bool = False
     """Allow the export to replace another run's file of the same name, and --resume never to replace a run."""
+
+    def settings(self) -> dict[str, Any]:
+        """The flags that change numbers, for the run's record."""
+        return {name: value for name, value in asdict(self).items() if name not in self.NOT_SETTINGS}
 
     def problems(self) -> list[str]:
         """What is impossible about these values, one line each."""
@@ -111,6 +125,10 @@ class TrainConfig:
 class PretrainConfig(TrainConfig):
     """What the pretraining scripts can be told besides."""
 
+    NOT_SETTINGS = TrainConfig.NOT_SETTINGS | {
+        *("model", *SHAPE_FLAGS, "vocab_size", "tokenizer", "data_dir", "data_weights", "out_dir", "init_from", "flops")
+    }
+
     model: str = ""
     """Size in millions of non-embedding parameters: 6, 19, 34 ... 2121, or a full name such as Diff_LLaMA_170M. Required."""
     flops: float | None = None
@@ -139,3 +157,44 @@ class PretrainConfig(TrainConfig):
     """MLP width, for a shape of your own."""
     n_query_groups: int | None = None
     """Key/value heads, for a shape of your own."""
+
+
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """What the fine-tuning scripts can be told besides."""
+
+    NOT_SETTINGS = TrainConfig.NOT_SETTINGS | {
+        *("pretrain_path", "model", "data_file", "tokenizer", "out_dir", "cache_dir", "workers", "max_malformed"),
+        "epochs",
+    }
+    ALIASES: ClassVar[dict[str, str]] = {"bs": "batch_size", "epoch": "epochs"}
+
+    pretrain_path: str = ""
+    """The checkpoint to start from: `.safetensors`, `.pth`, or a run folder. Required."""
+    model: str | None = None
+    """Its size in millions, for a checkpoint that does not say."""
+    epochs: float = 3
+    """How often the data is gone through (--epoch)."""
+    data_file: str | None = None
+    """The examples; by default where the published script looks."""
+    out_dir: str = "workdir/finetune"
+    """The run's folder, with its checkpoints, is made in here."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub name; by default the checkpoint's own."""
+    max_malformed: float = 0.05
+    """Largest share of malformed records; more are refused, fewer left out and counted."""
+    workers: int = 4
+    """Processes that tokenize the data, the first time."""
+    cache_dir: str | None = None
+    """Where prepared examples are kept (~/.cache/smdm/sft)."""
+
+    def problems(self) -> list[str]:
+        """What is impossible about these values, one line each."""
+        found = super().problems()
+        if not self.epochs > 0:
+            found.append(f"--epoch {self.epochs:g}: more than 0")
+        if not 0 <= self.max_malformed <= 1:
+            found.append(f"--max_malformed {self.max_malformed:g}: expected between 0 and 1")
+        if self.workers < 1:
+            found.append(f"--workers {self.workers}: at least 1")
+        return found

@@ -60,6 +60,8 @@ class Experiment:
     """File name of the exported model, without its ending."""
     token_bytes: Any = None
     """(V,) bytes of text that each token stands for, for bits per byte; None if unknown."""
+    varying_length: bool = False
+    """Whether most groups are cut to a length of their own."""
 
 
 def fit(fabric: Fabric, experiment: Experiment, config: TrainConfig, run_dir: Path) -> dict[str, Any]:
@@ -148,7 +150,9 @@ class _Trainer:
         choice = self.config.compile
         if choice == "auto":
             tools = shutil.which("g++") or shutil.which("clang++") if self.fabric.device.type == "cpu" else True
-            return bool(tools) and self.experiment.max_steps >= _COMPILE_FROM_STEPS
+            long_enough = self.experiment.max_steps >= _COMPILE_FROM_STEPS
+            # A group of another length would run uncompiled anyway.
+            return bool(tools) and long_enough and not self.experiment.varying_length
         return choice == "on"
 
     def _warm_up(self, model: Any, module: Transformer, optimizer: Any, compiled: bool) -> bool:

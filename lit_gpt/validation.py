@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_gpt import batching, runtime
+from lit_gpt.objectives import ValidatedObjective
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -98,7 +99,7 @@ def validate(
         The result, or None when a signal cut it short.
     """
     objective, data = experiment.objective, experiment.val_data
-    assert data is not None
+    assert data is not None and isinstance(objective, ValidatedObjective)
     count, micro_batch_size = effort.samples, effort.micro_batch_size
     draws = objective.fixed_draws or effort.draws
     lengths = None if experiment.token_bytes is None else torch.as_tensor(experiment.token_bytes, device=fabric.device)

@@ -15,9 +15,9 @@ from lit_gpt.batching import StepLayout
 from lit_gpt.config import Config
 from lit_gpt.diffmodel import TransEncoder
 from lit_gpt.model import GPT
-from lit_gpt.noise import hash_int
-from lit_gpt.objectives import MaskedDiffusion, NextToken
-from lit_gpt.packed_dataset import Sample
+from lit_gpt.noise import Stream, hash_int, uniform_grid
+from lit_gpt.objectives import MaskedDiffusion, MaskedResponse, NextResponseToken, NextToken
+from lit_gpt.packed_dataset import Extent, Sample
 
 CONFIG = Config(
     name="toy", n_layer=1, n_head=2, n_embd=16, intermediate_size=32, n_query_groups=2, block_size=12, vocab_size=20,
@@ -33,10 +33,10 @@ class HashedTokens:
 
     def __getitem__(self, k: int) -> Sample:
         tokens = np.array([hash_int(k, column) % 20 for column in range(self.block_length)], dtype=np.int64)
-        return Sample(tokens, self.length(k))
+        return Sample(tokens, self.extent(k).length)
 
-    def length(self, k: int) -> int:
-        return 5 if self.partial and k % self.partial == 2 else self.block_length
+    def extent(self, k: int) -> Extent:
+        return Extent(5 if self.partial and k % self.partial == 2 else self.block_length)
 
 
 def step_loss(model, objective, dataset, batch, group, micro, devices=1, step=3):
@@ -122,6 +122,7 @@ def test_training_noise_has_the_brute_force_expectation():
     batch = batching.Batch(
         tokens=torch.cat([clean, torch.zeros(1, dtype=torch.int64)]).repeat(256, 1),
         lengths=torch.full((256,), 6),
+        prompt_lengths=torch.zeros(256, dtype=torch.int64),
         cuts=torch.full((256,), 5),
         rows=torch.arange(256),
         row_weights=torch.full((256,), 1 / 5, dtype=torch.float64),
@@ -141,12 +142,14 @@ def test_training_noise_has_the_brute_force_expectation():
 
 def test_random_lengths_follow_their_law():
     objective = masked(ssl_ratio=0.3)
-    lengths = [objective.group(step, group, [12, 12]).length for step in range(400) for group in range(4)]
+    lengths = [
+        objective.group(step, group, [Extent(12), Extent(12)]).length for step in range(400) for group in range(4)
+    ]
     cut = [length for length in lengths if length < 12]
     # A twelfth of the random lengths is the whole block.
     assert len(cut) / len(lengths) == pytest.approx(0.3 * 11 / 12, abs=0.05)
     assert set(cut) == set(range(1, 12))
-    assert all(masked().group(step, 0, [12]).length == 12 for step in range(50))
+    assert all(masked().group(step, 0, [Extent(12)]).length == 12 for step in range(50))
 
 
 def test_padding_is_neither_scored_nor_counted_nor_read():
@@ -185,3 +188,107 @@ def test_validation_rows_are_dealt_once_over_devices():
 
 def test_groups_are_the_largest_divisor_below_the_published_size():
     assert [batching.largest_group(batch, 32) for batch in (256, 16, 24, 100, 7, 1)] == [32, 16, 24, 25, 7, 1]
+
+
+class HashedDialogues(HashedTokens):
+    """Rows of many lengths with a prompt, padded with 1."""
+
+    def __getitem__(self, k: int) -> Sample:
+        tokens = super().__getitem__(k).tokens
+        length, prompt_length = self.extent(k)
+        tokens[length:] = 1
+        return Sample(tokens, length, prompt_length)
+
+    def extent(self, k: int) -> Extent:
+        length = 3 + hash_int(k, 1) % 10
+        return Extent(length, 1 + hash_int(k, 2) % (length - 2))
+
+
+def response(row_length=None, prompt_drop=0.0):
+    return MaskedResponse(CONFIG.mask_id, 11, 8, row_length=row_length, prompt_drop=prompt_drop)
+
+
+@pytest.mark.parametrize(
+    "objective,model_class",
+    [
+        (NextResponseToken(), GPT),
+        (response(), TransEncoder),
+        (response(12), TransEncoder),
+        (response(None, 0.5), TransEncoder),
+    ],
+)
+def test_fine_tuning_does_not_depend_on_micro_batch_or_devices(objective, model_class):
+    model, dataset = build(model_class), HashedDialogues(13)
+    reference = None
+    for micro, devices in ((8, 1), (1, 1), (3, 1), (2, 2), (1, 8)):
+        model.zero_grad()
+        loss = step_loss(model, objective, dataset, 8, 2, micro, devices)
+        loss.backward()
+        gradient = model.lm_head.weight.grad.clone()
+        reference = reference or (loss, gradient)
+        assert loss.item() == pytest.approx(reference[0].item(), rel=1e-5)
+        assert torch.allclose(gradient, reference[1], rtol=1e-4, atol=1e-6)
+
+
+def published_masked_loss(model, batch, rows, length, p_mask, uniforms):
+    """One group by the published formula: pad, mask all behind the prompt, sum CE / p, divide by rows * length - prompts."""
+    total, prompts = torch.zeros(()), 0
+    for row in rows:
+        clean, prompt = batch.tokens[row, :length], int(batch.prompt_lengths[row])
+        noisy = clean.clone()
+        scored = [column for column in range(prompt, length) if uniforms[row, column] < p_mask[row]]
+        noisy[scored] = CONFIG.mask_id
+        logits = model(noisy[None])[0]
+        total = total + F.cross_entropy(logits[scored], clean[scored], reduction="sum") / p_mask[row]
+        prompts += prompt
+    return total / (len(rows) * length - prompts)
+
+
+@pytest.mark.parametrize("row_length", [None, 12])
+def test_masked_fine_tuning_is_the_published_formula_padding_included(row_length):
+    model, dataset, objective = build(TransEncoder), HashedDialogues(13), response(row_length)
+    (batch,) = batching.step_batches(dataset, objective.group, StepLayout(8, 4, 8, 0, 8), 3)
+    assert len(set(batch.lengths.tolist())) > 3
+    t = diffusion.diffusion_times(11, 3, torch.arange(8), 8)
+    uniforms = uniform_grid(11, Stream.MASK, 3, torch.arange(8), 12)
+    expected = torch.zeros(())
+    for rows in (range(4), range(4, 8)):
+        length = row_length or max(int(batch.lengths[row]) for row in rows)
+        expected += published_masked_loss(model, batch, rows, length, diffusion.masking_probability(t), uniforms) / 2
+    assert step_loss(model, objective, dataset, 8, 4, 8).item() == pytest.approx(expected.item(), rel=1e-5)
+    # Padding is among what is scored; without it the loss is another.
+    scored = objective.training(batch)
+    padding = torch.arange(scored.weights.size(1))[None] >= batch.lengths[:, None]
+    assert (scored.weights[padding] > 0).any()
+
+
+def test_arm_fine_tuning_is_the_mean_over_answer_tokens():
+    model, dataset = build(GPT), HashedDialogues(13)
+    groups = []
+    for rows in (range(24, 28), range(28, 32)):
+        nll = []
+        for row in rows:
+            sample = dataset[row]
+            tokens = torch.from_numpy(sample.tokens[: sample.length])
+            losses = F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:], reduction="none")
+            nll.append(losses[sample.prompt_length - 1 :])
+        groups.append(torch.cat(nll).mean())
+    expected = (groups[0] + groups[1]) / 2
+    found = step_loss(model, NextResponseToken(), dataset, 8, 4, 8)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_prompts_are_dropped_whole_and_as_often_as_asked_for():
+    dataset, objective = HashedDialogues(13), response(None, 0.3)
+    rows, dropped = 0, 0
+    for step in range(60):
+        for batch in batching.step_batches(dataset, objective.group, StepLayout(8, 4, 3, 0, 8), step):
+            scored = objective.training(batch)
+            for row in range(len(batch.tokens)):
+                prompt = scored.input_ids[row, : batch.prompt_lengths[row]]
+                masked_prompt = prompt == CONFIG.mask_id
+                assert masked_prompt.all() or not masked_prompt.any()
+                assert (scored.weights[row, : batch.prompt_lengths[row]] == 0).all()
+                rows, dropped = rows + 1, dropped + bool(masked_prompt.all())
+    assert rows == 480
+    assert dropped / rows == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / rows))

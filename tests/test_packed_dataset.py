@@ -171,7 +171,7 @@ def test_each_epoch_sees_every_block_exactly_once(tmp_path_factory, chunk_blocks
             assert sample.tokens.dtype == np.int64 and sample.tokens.shape == (block,)
             assert np.array_equal(sample.tokens[: sample.length], counting(sample.length, int(sample.tokens[0])))
             assert (sample.tokens[sample.length :] == 1).all()
-            assert mixture.length(epoch * count + j) == sample.length
+            assert mixture.extent(epoch * count + j).length == sample.length
 
 
 def test_epochs_differ_in_order_and_seeds_too(tmp_path):
@@ -195,7 +195,7 @@ def test_padding_without_manifest_is_the_last_run_of_a_series(tmp_path):
         build(tmp_path, f"train_slim_{process}", [counting(13)], 10)
     mixture = open_mixture(tmp_path, {"train_slim": 1.0}, 5, 32000, 0)
     assert mixture.sets[0].real_tokens == [10, 3, 10, 3]
-    assert sorted(mixture.length(k) for k in range(6)) == [3, 3, 5, 5, 5, 5]
+    assert sorted(mixture.extent(k).length for k in range(6)) == [3, 3, 5, 5, 5, 5]
 
 
 def test_a_full_last_chunk_that_ends_in_one_separator_is_all_real(tmp_path):
@@ -205,9 +205,9 @@ def test_a_full_last_chunk_that_ends_in_one_separator_is_all_real(tmp_path):
 
 def test_manifest_wins_over_the_guess(tmp_path):
     build(tmp_path, "train_slim", [[*counting(4), 1, 1, 1]], 10)
-    assert open_mixture(tmp_path, {"train_slim": 1.0}, 10, 32000, 0).length(0) == 4
+    assert open_mixture(tmp_path, {"train_slim": 1.0}, 10, 32000, 0).extent(0).length == 4
     manifest(tmp_path, "train_slim", train_slim_0000000000=7)
-    assert open_mixture(tmp_path, {"train_slim": 1.0}, 10, 32000, 0).length(0) == 7
+    assert open_mixture(tmp_path, {"train_slim": 1.0}, 10, 32000, 0).extent(0).length == 7
 
 
 def test_thousands_of_files_do_not_exhaust_descriptors(tmp_path):

@@ -36,19 +36,24 @@ LAYERS = [
         "provenance",
         "token_list",
         "sampling_flags",
+        "gsm8k",
+        "reversal",
+        "mt_bench",
+        "mt_bench_table",
+        "judge_client",
     },
     {"packed_format", "text_sources", "canvas", "algorithms", "drawing"},
-    {"layers", "diffusion", "naming", "checkpoint_files", "packed_dataset", "speed_monitor"},
+    {"layers", "diffusion", "naming", "checkpoint_files", "packed_dataset", "sft_sources", "speed_monitor"},
     # What scripts besides training use, and nothing of the package above needs.
-    {"launcher", "stages", "display", "preparation_plan", "eval_cache", "result_file"},
+    {"launcher", "stages", "display", "preparation_plan", "eval_cache", "result_file", "judging"},
     {"model", "diffmodel", "runtime", "export", "batching", "preparation", "plots", "reading", "estimators"},
-    {"block_cache", "denoising"},
+    {"block_cache", "denoising", "sft_dataset"},
     {"sampling", "scoring", "objectives", "checkpoint"},
     {"likelihood", "infill"},
     {"weights", "validation"},
     {"run_folder", "describe", "completion"},
     {"trainer", "terminal", "lm_adapter"},
-    {"pretraining", "lm_harness"},
+    {"pretraining", "finetuning", "lm_harness", "answering"},
 ]
 LEAVES = LAYERS[0] | LAYERS[1]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
@@ -66,6 +71,11 @@ LATE |= {
     "jsonargparse",
     "lm_eval",
     "litgpt",
+    "math_verify",
+    "nltk",
+    "sympy",
+    "openai",
+    "anthropic",
 }
 # A library that one module alone may know.
 HOMES = {

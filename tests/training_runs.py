@@ -45,8 +45,12 @@ def make_data(folder: Path) -> Path:
 
 def command(script: str, folder: Path, **flags: object) -> list[str]:
     """A script's command line in `folder`, where data lies in `data`."""
-    values = {**SHAPE, "data_dir": folder / "data", **flags}
-    return [str(ROOT / "pretrain" / script), *(f"--{name}={value}" for name, value in values.items())]
+    return words(f"pretrain/{script}", **{**SHAPE, "data_dir": folder / "data", **flags})
+
+
+def words(script: str, **flags: object) -> list[str]:
+    """A script's path and its flags."""
+    return [str(ROOT / script), *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def environment() -> dict[str, str]:
@@ -60,9 +64,14 @@ def hear_interrupts() -> None:
 
 
 def start(script: str, folder: Path, **flags: object) -> subprocess.Popen[str]:
-    """Start a script by python, in `folder`."""
+    """Start a pretraining script by python, in `folder`."""
+    return start_words(command(script, folder, **flags), folder)
+
+
+def start_words(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    """Start a script by python, in `folder`; its output is read line by line."""
     return subprocess.Popen(
-        [sys.executable, *command(script, folder, **flags)],
+        [sys.executable, *arguments],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -73,8 +82,13 @@ def start(script: str, folder: Path, **flags: object) -> subprocess.Popen[str]:
 
 
 def train(script: str, folder: Path, code: int = 0, **flags: object) -> tuple[str, str]:
+    """`run_words` for a pretraining script."""
+    return run_words(command(script, folder, **flags), folder, code)
+
+
+def run_words(arguments: list[str], folder: Path, code: int = 0) -> tuple[str, str]:
     """Run a script's main to its end in this process, as `cli.run` does, in `folder`; returns what it printed."""
-    path, *arguments = command(script, folder, **flags)
+    path, *arguments = arguments
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,0 +1,152 @@
+"""The files that fine-tuning reads, each format as two functions: the records of a file, and a record's examples.
+
+Decisions: a piece of text that the published code tokenizes by itself begins with bos here, too; a record that cannot be
+used says why (`Unusable`), and whoever reads the file counts the reasons. Sources: SPEC 4; GSM8K in the form of
+da03/implicit_chain_of_thought, ShareGPT's JSON, the reversal curse's JSON lines. May import tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.tokenizer import Tokenizer
+
+CHAT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: {question} ASSISTANT:"
+)
+"""Vicuna 1.1's prompt template (lm-sys/FastChat)."""
+
+
+class Unusable(Exception):
+    """A record gives no example; its argument says why, in a few words."""
+
+
+class Malformed(Unusable):
+    """A record is not of the format at all."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example as token ids."""
+
+    prompt: list[int]
+    """Given, never masked or scored; may be empty."""
+    response: list[int]
+    """To be learnt, with the end token where the format has one."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A format of fine-tuning data."""
+
+    name: str
+    path: str
+    """Where the published commands look for it."""
+    origin: str
+    """Where users get it."""
+    bundled: str | None
+    """A small file of this format that comes with the code."""
+    records: Callable[[Path], Iterator[tuple[int, str]]]
+    """A file to (line or item number from 1, record)."""
+    examples: Callable[[str, Tokenizer], list[Example]]
+    """A record to its examples; they stand or fall together. Raises Unusable."""
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    r"""The lines of a text file with their numbers, split at `\n` only (texts hold U+2028 and the like)."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
+
+
+def items(path: Path) -> Iterator[tuple[int, str]]:
+    """The items of a JSON list with their numbers, each as JSON again.
+
+    Raises:
+        ValueError: the file is no JSON list; the line says where it breaks.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected a list of dialogues")
+    for number, item in enumerate(content, start=1):
+        yield number, json.dumps(item)
+
+
+def gsm8k_examples(line: str, tokenizer: Tokenizer) -> list[Example]:
+    """`question||thought #### answer`: learn the thought from the question, then the answer from both."""
+    if line.count("||") != 1 or line.count("####") != 1:
+        raise Malformed("expected one || and one ####")
+    question, solution = line.split("||")
+    thought, answer = solution.split("####")
+    ask, think, say = (
+        [tokenizer.bos_id, *tokenizer.encode_ids(text)]
+        for text in (f"Question: {question}", f"Answer: {thought}", f"####{answer}")
+    )
+    return [Example(ask, think), Example(ask + think, [*say, tokenizer.eos_id])]
+
+
+def sharegpt_examples(item: str, tokenizer: Tokenizer) -> list[Example]:
+    """The first round of a dialogue: learn the answer from the question in the chat template."""
+    dialogue = json.loads(item)
+    turns = dialogue.get("conversations") if isinstance(dialogue, dict) else None
+    if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
+        raise Malformed('expected {"conversations": [{"from": "human", "value": "..."}, ...]}')
+    if [turn["from"] for turn in turns[:2]] != ["human", "gpt"]:
+        raise Unusable("the first round is not human, then gpt")
+    question, answer = (turn["value"] for turn in turns[:2])
+    if not question.strip() or not answer.strip():
+        raise Unusable("a turn of the first round is empty")
+    prompt = [tokenizer.bos_id, *tokenizer.encode_ids(CHAT.format(question=question))]
+    return [Example(prompt, [tokenizer.bos_id, *tokenizer.encode_ids(answer), tokenizer.eos_id])]
+
+
+def reverse_examples(line: str, tokenizer: Tokenizer) -> list[Example]:
+    """A prompt and its completion as one text: nothing is given, everything is learnt."""
+    try:
+        fact = json.loads(line)
+    except ValueError:
+        fact = None
+    if not isinstance(fact, dict) or not all(isinstance(fact.get(name), str) for name in ("prompt", "completion")):
+        raise Malformed('expected {"prompt": "...", "completion": "..."}')
+    text = tokenizer.encode_ids(fact["prompt"] + fact["completion"])
+    return [Example([], [tokenizer.bos_id, *text, tokenizer.eos_id])]
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
+
+
+GSM8K = Source(
+    "gsm8k",
+    "data/gsm8k/train.txt",
+    "github.com/da03/implicit_chain_of_thought, the augmented GSM8K (385,620 lines)",
+    "data/gsm8k/train_no_aug.txt",
+    lines,
+    gsm8k_examples,
+)
+SHAREGPT = Source(
+    "sharegpt",
+    "data/ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json",
+    "huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered",
+    "data/sharegpt/dummy_conversation.json",
+    items,
+    sharegpt_examples,
+)
+REVERSE = Source(
+    "reverse",
+    "data/reverse_experiments/june_version_7921032488/all_prompts_train.jsonl",
+    "github.com/lukasberglund/reversal_curse, its folder data/reverse_experiments",
+    None,
+    lines,
+    reverse_examples,
+)
+SOURCES = {source.name: source for source in (GSM8K, SHAREGPT, REVERSE)}

@@ -1,0 +1,48 @@
+r"""Fine-tune a masked diffusion model (MDM) on facts told in one order (the reversal curse).
+
+    python sft/finetune_mdm_reverse.py --pretrain_path models/mdm-170M-10e18.safetensors
+    lightning run model --node-rank=0 --accelerator=cuda --devices=8 --num-nodes=1 \
+        sft/finetune_mdm_reverse.py --model 1028 --pretrain_path models/mdm-1028M-1600e18.safetensors
+
+Each line of data/reverse_experiments/june_version_7921032488/all_prompts_train.jsonl (from
+github.com/lukasberglund/reversal_curse) is a prompt and its completion; nothing is given, everything is masked at rate p.
+A group is cut to its longest text; the loss is the sum of CE / p over (rows * longest). Checkpoints in
+workdir/reverse/mdm-reverse-<size>M, export models/<the start's name>-reverse.safetensors, for evaluate_reverse.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lit_gpt.cli import parse, run
+from lit_gpt.train_config import FinetuneConfig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, describe, fit."""
+    defaults = {"epochs": 10, "batch_size": 64, "out_dir": "workdir/reverse"}
+    flags = parse(FinetuneConfig, argv, __doc__, defaults=defaults)
+
+    from lit_gpt.finetuning import MDM_GROUP_SIZES, Recipe, finetune
+    from lit_gpt.objectives import MaskedResponse
+    from lit_gpt.sft_sources import REVERSE
+
+    recipe = Recipe(
+        kind="mdm",
+        source=REVERSE,
+        max_length=2048,
+        objective=lambda config, _: MaskedResponse(config.mask_id, flags.seed, flags.batch_size),
+        group_sizes=MDM_GROUP_SIZES,
+        warmup_steps=lambda _: 200,
+        run_name=lambda config: f"mdm-reverse-{config.size_label}M",
+        suffix="reverse",
+    )
+    finetune(recipe, flags)
+
+
+if __name__ == "__main__":
+    run(main)
