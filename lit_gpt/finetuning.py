@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt import runtime, sft_dataset, trainer, weights
-from lit_gpt.config import Config
+from lit_gpt.layers import Transformer
 from lit_gpt.objectives import Objective
 from lit_gpt.sft_dataset import Preparation, SftDataset
 from lit_gpt.sft_sources import Source
@@ -29,19 +29,19 @@ MDM_GROUP_SIZES = ((50, 16), (1000, 8), (float("inf"), 4))
 class Recipe:
     """What makes one fine-tuning script different from the next."""
 
-    kind: str
-    """Of the model: `arm` or `mdm`."""
+    kind: str | None
+    """Of the model: `arm` or `mdm`; None for either."""
     source: Source
     """The data's format."""
     max_length: int
     """Tokens of the longest example, unless the model reads fewer."""
-    objective: Callable[[Config, int], Objective]
-    """Builds what is learnt, from the model's config and the row's length in tokens."""
+    objective: Callable[[Transformer, int], Objective]
+    """Builds what is learnt, from the model and the row's length in tokens."""
     group_sizes: tuple[tuple[float, int], ...]
     """(largest size in millions, rows of a group), ascending; the published micro batches."""
     warmup_steps: Callable[[int], int]
     """The run's steps to those of linear warmup."""
-    run_name: Callable[[Config], str]
+    run_name: Callable[[Transformer], str]
     """The name of the run and its folder."""
     suffix: str
     """What the exported model's name ends with."""
@@ -74,14 +74,14 @@ def finetune(recipe: Recipe, flags: FinetuneConfig) -> dict[str, Any]:
     if warmup is None:
         warmup = min(recipe.warmup_steps(steps), int(steps * _LARGEST_WARMUP))
     group_size = next(rows for limit, rows in recipe.group_sizes if config.size_in_millions <= limit)
-    settings = flags.settings() | {"kind": recipe.kind, "model": config.to_dict(), "data": data.fingerprint}
+    settings = flags.settings() | {"kind": model.kind, "model": config.to_dict(), "data": data.fingerprint}
     settings |= {"pretrained": weights.state_hash(model.state_dict()), "group_size": group_size}
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": runtime.precision_name(fabric)}
-    name = recipe.run_name(config)
+    name = recipe.run_name(model)
     experiment = trainer.Experiment(
         name=name,
         model=model,
-        objective=recipe.objective(config, row_length),
+        objective=recipe.objective(model, row_length),
         train_data=data,
         val_data=None,
         group_size=group_size,

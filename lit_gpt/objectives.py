@@ -159,7 +159,9 @@ class NextResponseToken:
 
     def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
         """Up to the longest row; every token behind a prompt is predicted."""
-        return Group(max(row.length for row in extents) - 1, sum(row.length - row.prompt_length for row in extents))
+        # A row's first token has nothing before it to be predicted from.
+        predicted = sum(row.length - max(row.prompt_length, 1) for row in extents)
+        return Group(max(row.length for row in extents) - 1, predicted)
 
     def training(self, batch: Batch) -> Scored:
         """Read tokens 0 .. T-1, predict 1 .. T, where that is response."""

@@ -1,4 +1,4 @@
-"""Pictures: loss curves of runs, and text that emerges from masks.
+"""Pictures: loss curves of runs, values on the spokes of a wheel, and text that emerges from masks.
 
 Decisions: the font is the one that matplotlib carries, so that pictures are the same on every machine; a token's cell
 has the place and width of the finished token from the first frame on, so that nothing jumps. Matplotlib and Pillow are
@@ -8,10 +8,10 @@ imported when they are used. May import display only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_gpt.display import Denoising
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 _COLORS = ("#1f6fb4", "#d9560b", "#2a8f4a", "#8a4fb0")
+_MAX_RINGS = 6
+_LINE_STYLES = ("-", "--", ":", "-.")
 _GREY, _INK, _PAPER = (206, 206, 206), (25, 25, 25), (255, 255, 255)
 # Colours of the first and the last step within matplotlib's viridis: its darkest end would hide black text's frame.
 _COLORMAP, _FIRST_COLOR, _LAST_COLOR = "viridis", 0.15, 1.0
@@ -66,6 +68,81 @@ def plot_losses(curves: Sequence[LossCurve], title: str, path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def plot_radar(values: Mapping[str, Sequence[float | None]], spokes: Sequence[str], title: str, path: Path) -> None:
+    """Draw one polygon for each name over named spokes, from 0 at the centre, as PNG.
+
+    Args:
+        values: by name, one for each spoke; None leaves a gap.
+        spokes: their names, clockwise from the top.
+        title: above the picture.
+        path: where to write it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.add_subplot(projection="polar")
+    axes.set_theta_zero_location("N")
+    axes.set_theta_direction(-1)
+    angles = [2 * math.pi * number / len(spokes) for number in range(len(spokes))]
+    for number, (name, points) in enumerate(values.items()):
+        color = _COLORS[number % len(_COLORS)]
+        style = _LINE_STYLES[number // len(_COLORS) % len(_LINE_STYLES)]
+        closed = [math.nan if value is None else value for value in [*points, *points[:1]]]
+        axes.plot([*angles, *angles[:1]], closed, style, color=color, linewidth=2, marker="o", markersize=5, label=name)
+        if not any(math.isnan(value) for value in closed):
+            axes.fill(angles, closed[:-1], color=color, alpha=0.1)
+    axes.set_xticks(angles, spokes)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        # Names beside the circle begin or end at it; those above and below stand in the middle.
+        side = math.sin(angle)
+        label.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
+    axes.tick_params(axis="x", pad=6)
+    highest = max([1.0, *(value for points in values.values() for value in points if value is not None)])
+    step = math.ceil(highest / _MAX_RINGS)
+    rings = [step * number for number in range(1, math.ceil(highest / step) + 1)]
+    axes.set_ylim(0, rings[-1])
+    axes.set_yticks(rings)
+    # Between the first two spokes, where no line of a polygon runs along the numbers.
+    axes.set_rlabel_position(math.degrees(angles[1] / 2) if len(angles) > 1 else 0)
+    axes.grid(alpha=0.4)
+    axes.spines["polar"].set_alpha(0.4)
+    axes.set_title(title, pad=18)
+    figure.legend(loc="outside lower center", ncols=min(4, max(1, len(values))), frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def plot_shares(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str, path: Path) -> None:
+    """Draw shares between 0 and 1 over training, one panel beside the other, as PNG.
+
+    Args:
+        panels: title of each panel to its curves, label to (optimizer step, share); labels are the same in all.
+        title: above the picture.
+        path: of the PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, curves) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        for (label, points), color, style in zip(curves.items(), _COLORS, _LINE_STYLES, strict=True):
+            steps, shares = zip(*points, strict=True)
+            axes.plot(steps, shares, color=color, linestyle=style, marker="o", markersize=4, linewidth=2, label=label)
+        axes.set(title=name, xlabel="optimizer steps", ylim=(-0.03, 1.03))
+        axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=130)
 
 

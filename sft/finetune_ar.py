@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Published micro batches by size in millions; they fix which rows are averaged together, not memory.
         group_sizes=((50, 16), (float("inf"), 8)),
         warmup_steps=lambda _: 200,
-        run_name=lambda config: f"arm-sharegpt-{config.size_label}M",
+        run_name=lambda model: f"arm-sharegpt-{model.config.size_label}M",
         suffix="sharegpt",
     )
     finetune(recipe, flags)

@@ -50,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind="mdm",
         source=SHAREGPT,
         max_length=2048,
-        objective=lambda config, _: MaskedResponse(config.mask_id, flags.seed, flags.batch_size, prompt_drop=flags.cfg),
+        objective=lambda model, _: MaskedResponse(
+            model.config.mask_id, flags.seed, flags.batch_size, prompt_drop=flags.cfg
+        ),
         group_sizes=MDM_GROUP_SIZES,
         warmup_steps=lambda _: 200,
-        run_name=lambda config: f"mdm-sharegpt-{config.size_label}M-cfg={flags.cfg}",
+        run_name=lambda model: f"mdm-sharegpt-{model.config.size_label}M-cfg={flags.cfg}",
         suffix=f"sharegpt-cfg-{flags.cfg:g}" if flags.cfg else "sharegpt",
     )
     finetune(recipe, flags)

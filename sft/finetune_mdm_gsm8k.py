@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind="mdm",
         source=GSM8K,
         max_length=256,
-        objective=lambda config, row_length: MaskedResponse(
-            config.mask_id, flags.seed, flags.batch_size, row_length=row_length
+        objective=lambda model, row_length: MaskedResponse(
+            model.config.mask_id, flags.seed, flags.batch_size, row_length=row_length
         ),
         group_sizes=((float("inf"), 16),),
         warmup_steps=lambda steps: steps // 100,
-        run_name=lambda config: f"mdm-gsm8k-{config.size_label}M",
+        run_name=lambda model: f"mdm-gsm8k-{model.config.size_label}M",
         suffix="gsm8k",
         fixed_length=True,
     )

@@ -1,4 +1,4 @@
-r"""Fine-tune a masked diffusion model (MDM) on facts told in one order (the reversal curse).
+r"""Fine-tune a masked diffusion model (MDM), or an ARM beside it, on facts told in one order (the reversal curse).
 
     python sft/finetune_mdm_reverse.py --pretrain_path models/mdm-170M-10e18.safetensors
     lightning run model --node-rank=0 --accelerator=cuda --devices=8 --num-nodes=1 \
@@ -6,8 +6,9 @@ r"""Fine-tune a masked diffusion model (MDM) on facts told in one order (the rev
 
 Each line of data/reverse_experiments/june_version_7921032488/all_prompts_train.jsonl (from
 github.com/lukasberglund/reversal_curse) is a prompt and its completion; nothing is given, everything is masked at rate p.
-A group is cut to its longest text; the loss is the sum of CE / p over (rows * longest). Checkpoints in
-workdir/reverse/mdm-reverse-<size>M, export models/<the start's name>-reverse.safetensors, for evaluate_reverse.py.
+A group is cut to its longest text; the loss is the sum of CE / p over (rows * longest). An ARM's checkpoint is trained
+on the mean cross-entropy of the next token instead. Checkpoints in workdir/reverse/{mdm,arm}-reverse-<size>M, export
+models/<the start's name>-reverse.safetensors, for evaluate_reverse.py.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(FinetuneConfig, argv, __doc__, defaults=defaults)
 
     from lit_gpt.finetuning import MDM_GROUP_SIZES, Recipe, finetune
-    from lit_gpt.objectives import MaskedResponse
+    from lit_gpt.objectives import MaskedResponse, NextResponseToken
     from lit_gpt.sft_sources import REVERSE
 
+    masked = {"seed": flags.seed, "global_batch_size": flags.batch_size}
     recipe = Recipe(
-        kind="mdm",
+        kind=None,
         source=REVERSE,
         max_length=2048,
-        objective=lambda config, _: MaskedResponse(config.mask_id, flags.seed, flags.batch_size),
+        objective=lambda model, _: (
+            NextResponseToken() if model.causal else MaskedResponse(model.config.mask_id, **masked)
+        ),
         group_sizes=MDM_GROUP_SIZES,
         warmup_steps=lambda _: 200,
-        run_name=lambda config: f"mdm-reverse-{config.size_label}M",
+        run_name=lambda model: f"{model.kind}-reverse-{model.config.size_label}M",
         suffix="reverse",
     )
     finetune(recipe, flags)

@@ -1,0 +1,171 @@
+"""Whether a model answers in the direction in which it was not taught (the reversal curse), after sft/finetune_mdm_reverse.py.
+
+    python evaluate_reverse.py --qs_type ntd --model 1028 --ckpt-path models/mdm-1028M-1600e18-reverse.safetensors
+    python evaluate_reverse.py --qs_type dtn --model 1028 --ckpt-path models/mdm-1028M-1600e18-reverse.safetensors
+
+ntd asks about people that were taught from name to description, dtn about those taught from description to name; both in
+the same direction and in reverse. The questions are those of github.com/lukasberglund/reversal_curse: put its folder
+data/reverse_experiments/june_version_7921032488 into data/reverse_experiments, or name it by --data_dir.
+
+The likeliest tokens are taken (temperature 0). An answer is right if the reference occurs in it. Every answer is kept
+with its verdict in out/reverse/{checkpoint}-{qs_type}.jsonl as it comes: a killed evaluation goes on where it stood. The
+last line is `qs_type: ntd, accs: ..., accs_reverse: ..., blue: ..., blues_reverse: ...`, for dtn without the last two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_gpt.cli import parse, run
+
+if TYPE_CHECKING:
+    from lit_gpt.answering import Answerer, Question
+    from lit_gpt.sampling import Sampling
+
+_CFG = 0.8  # published
+
+
+@dataclass
+class Flags:
+    """Flags of the reversal evaluation."""
+
+    qs_type: str = "ntd"
+    """ntd (taught from name to description) or dtn (from description to name)."""
+    ckpt_path: str = ""
+    """The checkpoint: an export, a run folder or checkpoint, or a published file."""
+    model: str | None = None
+    """Size in millions, such as 1028, for checkpoints that do not say; without it their shapes tell."""
+    data_dir: str = "data/reverse_experiments/june_version_7921032488"
+    """The folder with the questions."""
+    output: str | None = None
+    """Where the answers go, a .jsonl; by default out/reverse/{checkpoint}-{qs_type}.jsonl."""
+    existing: str = "continue"
+    """What to do with answers that are there: continue, refuse or overwrite."""
+    steps: int = 32
+    """MDM: denoising steps."""
+    length: int = 52
+    """Tokens of question and answer together."""
+    cfg: float | None = None
+    """MDM: guidance; 0.8 unless given."""
+    algorithm: str = "greedy"
+    """MDM: greedy (published, also spelt greddy), origin, threshold or entropy."""
+    batch_size: int = 64
+    """Questions that are answered at once; changes speed and memory, never an answer."""
+    seed: int = 1234
+    """Of what is random in the sampling: which tokens are revealed first, with origin."""
+    limit: int | None = None
+    """Only the first so many questions of each direction."""
+    tokenizer: str | None = None
+    """A folder or a name on the hub; by default the checkpoint's own."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
+
+
+def main() -> None:
+    """Load, ask in both directions, print."""
+    flags = parse(Flags, None, __doc__)
+
+    from dataclasses import replace
+
+    from lit_gpt.answering import Answerer, AnswerFile, check_flags, checkpoint_name, guidance
+    from lit_gpt.files import file_sha256
+    from lit_gpt.reversal import FILES
+    from lit_gpt.runtime import join_processes
+    from lit_gpt.sampling import Sampling
+
+    if flags.qs_type not in FILES:
+        raise ValueError(f"--qs_type {flags.qs_type}: choose ntd (name to description) or dtn (description to name)")
+    check_flags(flags, ("steps", "length", "batch_size", "limit"))
+    # Before the checkpoint, which may take a while, so that a wrong setting shows at once.
+    how = Sampling(flags.length, flags.algorithm, flags.steps, 0.0, flags.cfg or 0.0, flags.seed)
+    paths = question_files(Path(flags.data_dir), flags.qs_type)
+    questions = read_both(paths, flags.limit)
+    rank, _ = join_processes()
+    answerer = Answerer.load(flags)
+    cfg_scale = guidance("cfg", flags.cfg, answerer.kind, _CFG)
+    how = replace(how, cfg_scale=cfg_scale, stop_id=answerer.writer.tokenizer.eos_id)
+    if not rank:
+        answerer.warn_of_flags(flags, [question["prompt"] for question in questions])
+    settings = {
+        **answerer.identity(),
+        "data": [file_sha256(path) for path in paths],
+        **{name: getattr(flags, name) for name in ("qs_type", "steps", "length", "seed")},
+        **{"algorithm": how.algorithm, "cfg": cfg_scale},
+    }
+    path = Path(flags.output or f"out/reverse/{checkpoint_name(flags.ckpt_path)}-{flags.qs_type}.jsonl")
+    verdict = ("correct", "bleu")
+    file = AnswerFile(path, settings, ("direction", "index"), flags.existing, flags.batch_size, verdict)
+    answers = file.collect(questions, lambda batch: answer(answerer, how, batch))
+    if answers:
+        print(f"answers: {path}")
+        report(flags.qs_type, answers)
+
+
+def question_files(folder: Path, qs_type: str) -> tuple[Path, Path]:
+    """The files of both directions.
+
+    Raises:
+        FileNotFoundError: they are not there; the line says where they come from.
+    """
+    from lit_gpt.reversal import FILES, SOURCE
+
+    paths = [folder / name for name in FILES[qs_type]]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"no {' and no '.join(missing)} in {folder}: they come from {SOURCE}; put them there, or name their folder "
+            "by --data_dir"
+        )
+    return paths[0], paths[1]
+
+
+def read_both(paths: tuple[Path, Path], limit: int | None) -> list[Question]:
+    """The questions of both directions, each with its `direction`."""
+    from lit_gpt.answering import read_questions
+    from lit_gpt.reversal import DIRECTIONS
+
+    return [
+        {"direction": direction, **question}
+        for direction, path in zip(DIRECTIONS, paths, strict=True)
+        for question in read_questions(path, ("prompt", "completion"))[:limit]
+    ]
+
+
+def answer(answerer: Answerer, how: Sampling, questions: list[Question]) -> list[dict[str, Any]]:
+    """Ask questions and judge what is written behind them, up to the end token; nothing where there is no room."""
+    from lit_gpt.reversal import DIRECTIONS, character_bleu, is_right
+
+    prompts = [answerer.prompt_ids(question["prompt"]) for question in questions]
+    rows = [2 * question["index"] + DIRECTIONS.index(question["direction"]) for question in questions]
+    tokenizer = answerer.writer.tokenizer
+    answers = []
+    for question, prompt, ids in zip(questions, prompts, answerer.complete(prompts, rows, how), strict=True):
+        new = [] if ids is None else ids[len(prompt) :]
+        if tokenizer.eos_id in new:
+            new = new[: new.index(tokenizer.eos_id)]
+        text, reference = tokenizer.decode(new), question["completion"]
+        verdict = {"correct": is_right(reference, text), "bleu": character_bleu(reference, text)}
+        answers.append({**question, "generation": text, **verdict})
+    return answers
+
+
+def report(qs_type: str, answers: list[dict[str, Any]]) -> None:
+    """Accuracies with their confidence intervals, then the last line."""
+    from lit_gpt.answering import accuracy, accuracy_line
+    from lit_gpt.reversal import DIRECTIONS
+
+    same, reverse = ([one for one in answers if one["direction"] == direction] for direction in DIRECTIONS)
+    print(f"same direction: {accuracy_line(same)}\nreverse: {accuracy_line(reverse)}")
+    line = f"qs_type: {qs_type}, accs: {accuracy(same)}, accs_reverse: {accuracy(reverse)}"
+    if qs_type == "ntd":
+        bleus = [sum(one["bleu"] for one in part) / len(part) for part in (same, reverse)]
+        line += f", blue: {bleus[0]}, blues_reverse: {bleus[1]}"
+    print(line)
+
+
+if __name__ == "__main__":
+    run(main)
