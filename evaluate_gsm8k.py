@@ -15,6 +15,7 @@ stood. The last line is `Acc: {x}`, a fraction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,9 +69,9 @@ class Flags:
     """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Load, ask every question, print."""
-    flags = parse(Flags, None, __doc__)
+    flags = parse(Flags, argv, __doc__)
 
     from dataclasses import replace
 

@@ -14,6 +14,7 @@ last line is `qs_type: ntd, accs: ..., accs_reverse: ..., blue: ..., blues_rever
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,9 +66,9 @@ class Flags:
     """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Load, ask in both directions, print."""
-    flags = parse(Flags, None, __doc__)
+    flags = parse(Flags, argv, __doc__)
 
     from dataclasses import replace
 

@@ -76,9 +76,9 @@ class Flags:
     """Has no effect: start the script with torchrun for several GPUs."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Load, answer, write."""
-    flags = parse(Flags, None, __doc__)
+    flags = parse(Flags, argv, __doc__)
     _check(flags)
 
     from lit_gpt.mt_bench import Bench, read_questions

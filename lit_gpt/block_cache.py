@@ -49,7 +49,7 @@ def block_cached(model: Transformer) -> LogitsFn:
             hidden = model.hidden_states(batch.input_ids, _positions(batch), batch.key_mask, list(caches))
             return head_logits(model, hidden.flatten(0, 1)[batch.where])
         caches = kept[batch.without_prompt]
-        columns, slots = window_columns(batch.window)
+        columns, slots = window_columns(batch.window, batch.most)
         for cache in caches:
             cache.columns = columns
         input_ids, positions = batch.input_ids.gather(1, columns), _positions(batch).gather(1, columns)

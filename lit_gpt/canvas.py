@@ -10,7 +10,7 @@ B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +35,10 @@ class Canvas:
     rows: Tensor
     """(B,) int64: each row's number, the key of its random stream."""
 
+    def cpu(self) -> Canvas:
+        """The same on the host."""
+        return Canvas(*(getattr(self, field.name).cpu() for field in fields(self)))
+
     def attention_mask(self) -> Tensor | None:
         """`key_mask`, or None where nothing is padded (faster kernels)."""
         return None if bool(self.key_mask.all()) else self.key_mask
@@ -42,7 +46,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class State:
-    """What stands on the canvas after a step."""
+    """What stands on the canvas after a step; whoever looks at it on the host waits for the device, the sampler does not."""
 
     step: int
     """Steps done; 0 is the prompt alone."""
@@ -52,9 +56,27 @@ class State:
     """(B, T) float32: the model's probability of a token when it was decided; 1 at prompts, 0 where undecided."""
     key_mask: Tensor
     """(B, T) bool: False at padding and, for the ARM, where no token has been written."""
+    finite: Tensor | None = None
+    """Scalar bool: whether all logits up to here were finite numbers; None if there were none."""
+
+    def check(self) -> None:
+        """Refuse what a broken model wrote.
+
+        Raises:
+            ValueError: some logits were no finite numbers.
+        """
+        if self.finite is not None and not bool(self.finite):
+            raise ValueError(
+                "the model gives logits that are no finite numbers: its weights are damaged or it diverged"
+            )
 
     def tokens(self) -> list[Tensor]:
-        """Each row without its padding, (L_i,) int64."""
+        """Each row without its padding, (L_i,) int64.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self.check()
         return [ids[keep] for ids, keep in zip(self.input_ids, self.key_mask, strict=True)]
 
     def confidences(self) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """Masked-diffusion sampling: how a canvas is revealed, step by step.
 
-Decisions: every row has its own clock (block, step within the block, times), so a batch-mate changes nothing, not even
-when a cache is read anew; a step that reveals nothing is not computed; the model is asked for the logits of those
-positions only that the step may reveal. May import algorithms, canvas, drawing, noise and reading.
+Decisions: the canvas is on the device, each row's clock on the host (`clock`), and no step waits for the device where
+the schedule decides how much is written: the host knows how many positions are read, and what `origin` picks at random,
+since random numbers are the same everywhere. A step that reveals nothing is not computed; the model is asked for the
+logits of those positions only that the step may reveal. May import algorithms, canvas, clock, drawing, noise and reading.
 
 B rows, T tokens, N positions.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lit_gpt.algorithms import ALGORITHMS, Candidates, greedy_count
 from lit_gpt.canvas import Canvas, State
+from lit_gpt.clock import NOWHERE, Clock, Counts, Flags, Times
 from lit_gpt.drawing import Drawing, Drawn, draw
 from lit_gpt.noise import Stream, uniform
 from lit_gpt.reading import LogitsFn, ReadBatch
@@ -24,8 +27,6 @@ from lit_gpt.reading import LogitsFn, ReadBatch
 if TYPE_CHECKING:
     from lit_gpt.sampling import Sampling
 
-_LAST_TIME = 1e-5
-"""Where the published time grid ends (SPEC 2)."""
 TOKEN = 0
 """What a random number is for, in the place of its last key; these two decide what `origin` reveals and masks again."""
 _REVEAL, _REMASK = -1, -2
@@ -34,6 +35,10 @@ _REVEAL, _REMASK = -1, -2
 @torch.no_grad()
 def denoise(logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size: int) -> Iterator[State]:
     """Reveal a canvas block by block, each block over t = linspace(1, 1e-5, steps + 1).
+
+    The steps of `origin` and `greedy` are handed to the device without waiting for it. `threshold`, `entropy` and early
+    stopping let the model decide how much is left to do: there one small transfer a step tells the host. That all logits
+    were finite numbers is looked at once, after the last step, and whenever a state's tokens are.
 
     Args:
         logits_fn: logits of chosen positions from the whole canvas, see `sampling.mdm_logits`.
@@ -50,161 +55,164 @@ def denoise(logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size:
     board = _Board(logits_fn, canvas, sampling, vocab_size)
     yield board.state(0)
     step = 0
-    while board.turn():
+    while board.clock.turn():
         board.advance(step)
         step += 1
         yield board.state(step)
+    board.state(step).check()
 
 
 class _Board:
     """A canvas while it is being written.
 
     Attributes:
-        free: (B, T) bool, what is to be written; written: what is.
-        rank, block_of: (B, T) int64, the number of a free position within its row, and of its block.
-        block_number, step, age: (B,) int64, each row's clock: block, step within it, readings of it.
-        live: (B,) bool, rows that are not done.
-        times: (B, steps of a block + 1) float32, each row's times.
+        clock: each row's time, on the host.
+        done: (B, T) on the host, False where something is to be written; kept for `origin`, which needs it.
+        written: (B, T) bool on the device, the same for every algorithm.
+        block_of: (B, T) int64 on the device, as the clock's.
+        early: (B * T,) bool on the device, where no end token may stand.
+        finite: scalar bool on the device, whether all logits so far were finite numbers.
     """
 
     def __init__(self, logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size: int) -> None:
         self.logits_fn, self.canvas, self.sampling, self.vocab_size = logits_fn, canvas, sampling, vocab_size
-        self.input_ids, self.confidence = canvas.input_ids.clone(), canvas.prompt_mask.float()
-        self.free = canvas.key_mask & ~canvas.prompt_mask
-        self.written = torch.zeros_like(self.free)
-        self.rank = self.free.cumsum(1) - 1
-        self.key_mask = canvas.attention_mask()
-        counts = self.free.sum(1)
-        block_length = sampling.block_length or max(1, int(counts.max()))
-        self.block_of = self.rank // block_length
-        blocks = (-(-counts // block_length)).clamp(min=1)
-        steps = (-(-sampling.steps // blocks)).tolist()
-        # float32, as published: the greedy count int(n (1 - s / t)) depends on it.
-        self.times = torch.zeros(len(steps), max(steps) + 1, device=counts.device)
-        for row, own in enumerate(steps):
-            self.times[row, : own + 1] = torch.linspace(1, _LAST_TIME, own + 1)
-        self.last_step = torch.tensor(steps, device=counts.device) - 1
-        self.block_number, self.step = torch.zeros_like(counts), torch.zeros_like(counts)
-        self.age = torch.zeros_like(counts)
-        self.live = counts > 0
-
-    @property
-    def block(self) -> Tensor:
-        """(B, T) bool: each row's current block."""
-        return self.free & (self.block_of == self.block_number[:, None])
+        self.device = canvas.input_ids.device
+        self.origin = sampling.algorithm == "origin"
+        self.asks = sampling.early_stop or sampling.algorithm in ("threshold", "entropy")
+        self.host = canvas.cpu()
+        free = (self.host.key_mask & ~self.host.prompt_mask).numpy()
+        self.clock = Clock(free, sampling.steps, sampling.block_length, sampling.remask > 0)
+        self.done: Flags = ~free
+        self.key_mask = None if self.host.attention_mask() is None else canvas.key_mask
+        self.input_ids, self.confidence = canvas.input_ids, canvas.prompt_mask.float()
+        self.block_of = self._to_device(self.clock.block_of)
+        self.written = self.block_of == NOWHERE
+        self.early = self._to_device(self.clock.rank < sampling.min_new_tokens).flatten()
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
 
     def state(self, step: int) -> State:
         """What stands there now."""
-        return State(step, self.input_ids.clone(), self.confidence.clone(), self.canvas.key_mask)
-
-    def turn(self) -> bool:
-        """Move every row whose block is done to its next one; False when nothing is left."""
-        missing = self.free & ~self.written
-        if self.sampling.remask:
-            # What is written may be masked again until a block's last step is done.
-            over = self.step > self.last_step
-            more = (self.free & (self.block_of > self.block_number[:, None])).any(1)
-            live = more | ~over
-        else:
-            over = ~(missing & self.block).any(1)
-            live = missing.any(1)
-        move = over & live
-        while bool(move.any()):
-            self.block_number = self.block_number + move
-            self.step, self.age = self.step.masked_fill(move, 0), self.age.masked_fill(move, 0)
-            move = move & ~(missing & self.block).any(1)
-        self.live = live
-        return bool(live.any())
+        return State(step, self.input_ids, self.confidence, self.canvas.key_mask, self.finite)
 
     def advance(self, number: int) -> None:
         """One step of every row: `number` counts them for the random numbers."""
-        sampling, algorithm = self.sampling, ALGORITHMS[self.sampling.algorithm]
-        mask = self.block & ~self.written & self.live[:, None]
-        last = self.step >= self.last_step
-        index = torch.minimum(self.step, self.last_step)[:, None]
-        t, s = (self.times.gather(1, at).squeeze(1) for at in (index, index + 1))
-        fraction = torch.where(last, 1.0, 1 - s / t)
-        if algorithm is None:
-            where = self._origin(number, mask, t, torch.where(last, 0.0, s))
-        elif sampling.algorithm == "greedy":
-            # A row that reveals nothing in this step need not be read.
-            where = mask & (greedy_count(mask, fraction) > 0)[:, None]
-        else:
-            where = mask
-        self.step = self.step + 1
-        if not bool(where.any()):
+        sampling, shape = self.sampling, self.input_ids.shape
+        chosen = self._choose_by_chance(number) if self.origin else self._choose_by_schedule()
+        if chosen is None:
             return
-        drawn = self._read(number, where)
-        shape = where.shape
-        token_ids, confidence = (
-            self.input_ids.clone(),
-            torch.full(shape, -1.0, dtype=torch.float64, device=where.device),
-        )
-        token_ids[where], confidence[where] = drawn.token_ids, drawn.confidence
-        revealed = where
-        if algorithm is not None:
-            entropy = torch.full(shape, torch.inf, device=where.device)
-            if drawn.entropy is not None:
-                entropy[where] = drawn.entropy
-            care = sampling.threshold if sampling.algorithm == "threshold" else sampling.entropy_bound
-            revealed = algorithm(Candidates(where, confidence, entropy, fraction, care)) | (where & last[:, None])
-        self.input_ids = torch.where(revealed, token_ids, self.input_ids)
+        mask, read, count = chosen
+        # The places of N known positions: masked ones first, in their order.
+        places = (~mask).flatten().to(torch.int8).argsort(stable=True)[: int(read.sum())]
+        drawn = self._read(number, places, read)
+        self.finite = self.finite & drawn.finite
+
+        def spread(values: Tensor, elsewhere: float) -> Tensor:
+            everywhere = torch.full((mask.numel(),), elsewhere, dtype=values.dtype, device=self.device)
+            return everywhere.scatter(0, places, values).view(shape)
+
+        confidence = spread(drawn.confidence, -1.0)
+        entropy = None if drawn.entropy is None else spread(drawn.entropy, torch.inf)
+        care = sampling.threshold if sampling.algorithm == "threshold" else sampling.entropy_bound
+        revealed = ALGORITHMS[sampling.algorithm](Candidates(mask, confidence, entropy, self._to_device(count), care))
+        self.input_ids = torch.where(revealed, spread(drawn.token_ids, 0), self.input_ids)
         self.confidence = torch.where(revealed, confidence.float(), self.confidence)
         self.written = self.written | revealed
         if sampling.early_stop and sampling.stop_id is not None:
             self._stop_early(sampling.stop_id)
+        if self.asks:
+            self.done = self.written.cpu().numpy()
+            self.clock.see(self.done)
 
-    def _origin(self, number: int, mask: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """What `origin` reveals, and with remasking what it masks again, before the model is read.
+    def _choose_by_chance(self, number: int) -> tuple[Tensor, Counts, Counts] | None:
+        """What `origin` reveals: positions (B, T) on the device, and how many in each row; None for nothing.
 
-        A masked position is revealed with probability 1 - s / t. ReMDM-cap (Wang et al. 2025, arXiv 2503.00307) masks a
-        written one again with probability sigma = min(remask, s / (1 - t)) and reveals a masked one with probability
-        ((1 - s) - (1 - sigma) (1 - t)) / t, which leaves the share of masked positions at every time what it was.
+        A masked position is revealed with probability 1 - s / t. With remasking some are masked again, here and now.
+        ReMDM-cap (Wang et al. 2025, arXiv 2503.00307) masks a written one again with probability
+        sigma = min(remask, s / (1 - t)) and reveals a masked one with probability ((1 - s) - (1 - sigma) (1 - t)) / t,
+        which leaves the share of masked positions at every time what it was.
         """
-        uniforms = self._uniforms(number, _REVEAL)
-        if not self.sampling.remask:
-            # The published expression to the last bit.
-            return mask & (uniforms < torch.where(s > 0, 1 - s / t, 1.0)[:, None])
-        sigma = torch.where(t < 1, torch.minimum(torch.full_like(s, self.sampling.remask), s / (1 - t)), 0.0)
-        reveal = torch.where(s > 0, ((1 - s) - (1 - sigma) * (1 - t)) / t, 1.0)
-        again = self.written & self.block & (self._uniforms(number, _REMASK) < sigma[:, None]) & self.live[:, None]
-        self.input_ids = torch.where(again, self.canvas.input_ids, self.input_ids)
-        self.confidence = self.confidence.masked_fill(again, 0.0)
-        self.written = self.written & ~again
-        return mask & (uniforms < reveal[:, None])
+        t, s = self.clock.tick()
+        block = self.clock.own_block()
+        masked = block & ~self.done
+        # The published expression to the last bit.
+        reveal = 1 - s / t
+        if self.sampling.remask:
+            # Nothing is written yet at time 1.
+            share = np.divide(s, 1 - t, out=np.zeros_like(s), where=t < 1)
+            sigma = np.minimum(np.float32(self.sampling.remask), share)
+            reveal = np.where(s > 0, ((1 - s) - (1 - sigma) * (1 - t)) / t, np.float32(1))
+            self._hide(self._hit(number, _REMASK, block & self.done, sigma))
+        where = self._hit(number, _REVEAL, masked, reveal)
+        self.done = self.done | where
+        self.clock.see(self.done)
+        count = where.sum(1)
+        return (self._to_device(where), count, count) if where.any() else None
 
-    def _read(self, number: int, where: Tensor) -> Drawn:
-        """The model's tokens at some positions."""
-        sampling, window = self.sampling, None
+    def _hit(self, number: int, purpose: int, mask: Flags, probability: Times) -> Flags:
+        """(B, T): those positions of a mask on the host whose random number is below their row's probability, (B,)."""
+        places = np.flatnonzero(mask)
+        rows = places // mask.shape[1]
+        below = self._uniforms(number, purpose, torch.from_numpy(places), self.host).numpy() < probability[rows]
+        hit = np.zeros_like(mask)
+        hit.flat[places[below]] = True
+        return hit
+
+    def _hide(self, again: Flags) -> None:
+        """Mask written positions again."""
+        if not again.any():
+            return
+        self.done = self.done & ~again
+        hidden = self._to_device(again)
+        self.input_ids = torch.where(hidden, self.canvas.input_ids, self.input_ids)
+        self.confidence, self.written = self.confidence.masked_fill(hidden, 0.0), self.written & ~hidden
+
+    def _choose_by_schedule(self) -> tuple[Tensor, Counts, Counts] | None:
+        """What the others rank: positions (B, T) on the device, how many in each row, and how many of them to reveal."""
+        t, s = self.clock.tick()
+        masked = self.clock.masked
+        if self.sampling.algorithm == "greedy":
+            count = greedy_count(masked, 1 - s / t)
+            self.clock.wrote(count)
+        else:
+            count = np.where(s > 0, np.minimum(masked, 1), masked)
+        if not count.any():
+            return None
+        # A row that reveals nothing in this step need not be read.
+        block = self._to_device(np.where(count > 0, self.clock.block, NOWHERE))
+        return (self.block_of == block[:, None]) & ~self.written, np.where(count > 0, masked, 0), count
+
+    def _read(self, number: int, places: Tensor, read: Counts) -> Drawn:
+        """The model's tokens at some positions, of which each row has so many."""
+        sampling, canvas, window, most = self.sampling, self.canvas, None, int(read.max())
         if sampling.cache != "none":
-            anew = self.age == 0
-            if sampling.refresh:
-                anew = self.age % sampling.refresh == 0
-            self.age = self.age + where.any(1)
-            if not bool(anew.all()):
-                later = self.free & (self.block_of >= self.block_number[:, None])
-                window = (self.block if sampling.cache == "dual" else later) | anew[:, None]
-        flat = where.flatten().nonzero().squeeze(1)
+            inside = self.clock.window(read > 0, sampling.cache == "dual", sampling.refresh)
+            if inside is not None:
+                window, most = self._to_device(inside), int(inside.sum(1).max())
         batch = ReadBatch(
-            self.input_ids, self.key_mask, self.canvas.prompt_mask, flat, self.canvas.positions, window=window
+            self.input_ids, self.key_mask, canvas.prompt_mask, places, canvas.positions, window=window, most=most
         )
         forbidden = None
         if sampling.min_new_tokens and sampling.stop_id is not None:
-            forbidden = (self.rank < sampling.min_new_tokens)[where], sampling.stop_id
-        uniforms = self._uniforms(number, TOKEN)[where]
+            forbidden = self.early[places], sampling.stop_id
+        uniforms = self._uniforms(number, TOKEN, places, canvas) if sampling.temperature else None
         how = Drawing(sampling.temperature, sampling.top_k, sampling.top_p)
-        chunks = self.logits_fn(batch)
-        return draw(chunks, uniforms, how, self.vocab_size, forbidden, sampling.algorithm == "entropy")
+        return draw(self.logits_fn(batch), uniforms, how, self.vocab_size, forbidden, sampling.algorithm == "entropy")
 
     def _stop_early(self, stop: int) -> None:
         """Fill what stands behind an end token that has nothing masked before it."""
-        open_before = (self.free & ~self.written).cumsum(1) > 0
-        ended = (self.free & self.written & (self.input_ids == stop) & ~open_before).cumsum(1) > 0
-        rest = self.free & ~self.written & ended
+        masked = ~self.written
+        ended = self.written & (self.block_of != NOWHERE) & (self.input_ids == stop) & (masked.cumsum(1) == 0)
+        rest = masked & (ended.cumsum(1) > 0)
         self.input_ids = self.input_ids.masked_fill(rest, stop)
         self.written = self.written | rest
 
-    def _uniforms(self, number: int, purpose: int) -> Tensor:
-        """(B, T) float64: one random number per position."""
-        canvas = self.canvas
-        return uniform(self.sampling.seed, int(Stream.SAMPLER), number, canvas.rows[:, None], canvas.positions, purpose)
+    def _uniforms(self, number: int, purpose: int, places: Tensor, canvas: Canvas) -> Tensor:
+        """(N,) float64: the random numbers of some positions, on the device where the canvas is."""
+        row, position = canvas.rows[places // self.input_ids.size(1)], canvas.positions.flatten()[places]
+        return uniform(self.sampling.seed, int(Stream.SAMPLER), number, row, position, purpose)
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        """An array on the device, without waiting for it."""
+        tensor = torch.from_numpy(values)
+        # A copy from memory that is not pinned waits until the device has done all that was asked of it before.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)

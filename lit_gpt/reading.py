@@ -37,6 +37,9 @@ class ReadBatch:
     """Whether this is guidance's second pass."""
     window: Tensor | None = None
     """(B, T) bool: what a reader with a cache must compute anew (`block_cache`); None for everything."""
+    most: int | None = None
+    """The most positions that one row has in `window`, or without one in `where`; None: count them, which waits for the
+    device."""
 
 
 _FEW = 0.7
@@ -52,8 +55,7 @@ def model_logits(model: Transformer) -> LogitsFn:
         rows, length = batch.input_ids.shape
         if not model.causal:
             window = torch.zeros(rows * length, dtype=torch.bool, device=batch.where.device)
-            window[batch.where] = True
-            columns, slots = window_columns(window.view(rows, length))
+            columns, slots = window_columns(window.index_fill(0, batch.where, True).view(rows, length), batch.most)
             # The last block is read where somebody looks; where most positions do, the detour does not pay.
             if columns.size(1) <= length * _FEW:
                 hidden = model.hidden_states(batch.input_ids, batch.positions, batch.key_mask, columns=columns)
@@ -64,11 +66,12 @@ def model_logits(model: Transformer) -> LogitsFn:
     return logits
 
 
-def window_columns(window: Tensor) -> tuple[Tensor, Tensor]:
+def window_columns(window: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """The columns of a window as a rectangle, and where each column stands in it.
 
     Args:
         window: (B, T) bool.
+        most: the largest count of a row; None: count, which waits for the device.
 
     Returns:
         (B, W) int64 with W the largest count of a row; a row with fewer repeats its last column (an empty one the last of
@@ -77,7 +80,7 @@ def window_columns(window: Tensor) -> tuple[Tensor, Tensor]:
     counts = window.sum(1, keepdim=True)
     # Columns inside come first, in their order.
     order = (~window).to(torch.int8).argsort(dim=1, stable=True)
-    width = max(1, int(counts.max()))
+    width = max(1, int(counts.max()) if most is None else most)
     slot = torch.arange(width, device=window.device).expand(len(window), -1)
     columns = order.gather(1, torch.minimum(slot, (counts - 1).clamp(min=0)))
     columns = torch.where(counts > 0, columns, window.size(1) - 1)

@@ -200,27 +200,34 @@ def extend(
 
     Yields:
         The state before the first step, then one after each.
+
+    Raises:
+        ValueError: the model's logits are no finite numbers; said when a state's tokens are looked at, or at the end.
     """
     device, how = canvas.input_ids.device, Drawing(sampling.temperature, sampling.top_k, sampling.top_p)
     input_ids, key_mask, confidence = canvas.input_ids, canvas.key_mask, canvas.prompt_mask.float()
     positions = canvas.positions
     limit = torch.tensor(list(new_tokens), device=device)
     open_rows = limit > 0
-    yield State(0, input_ids, confidence, key_mask)
+    state = State(0, input_ids, confidence, key_mask)
+    yield state
+    finite = torch.ones((), dtype=torch.bool, device=device)
     unseen = input_ids.size(1)
     everyone = torch.ones(len(limit), 1, dtype=torch.bool, device=device)
     for step in range(max(new_tokens, default=0)):
         if not bool(open_rows.any()):
-            return
+            break
         logits = logits_fn(input_ids[:, -unseen:], positions[:, -unseen:], None if bool(key_mask.all()) else key_mask)
         position = positions[:, -1:] + 1
         # A token's key is its position in the row, not the step: a longer prompt beside it changes nothing.
-        uniforms = uniform(sampling.seed, int(Stream.SAMPLER), 0, canvas.rows, position[:, 0], TOKEN)
+        uniforms = None
+        if sampling.temperature:
+            uniforms = uniform(sampling.seed, int(Stream.SAMPLER), 0, canvas.rows, position[:, 0], TOKEN)
         forbidden = None
         if step < sampling.min_new_tokens and sampling.stop_id is not None:
             forbidden = everyone[:, 0], sampling.stop_id
         drawn = draw(iter([logits[:, -1]]), uniforms, how, vocab_size, forbidden)
-        token_ids, probability = drawn.token_ids, drawn.confidence
+        token_ids, probability, finite = drawn.token_ids, drawn.confidence, finite & drawn.finite
         written = open_rows[:, None]
         input_ids = torch.cat((input_ids, torch.where(written, token_ids[:, None], 0)), 1)
         confidence = torch.cat((confidence, torch.where(written, probability[:, None].float(), 0)), 1)
@@ -231,7 +238,9 @@ def extend(
         if sampling.stop_id is not None:
             open_rows = open_rows & (token_ids != sampling.stop_id)
         unseen = 1
-        yield State(step + 1, input_ids, confidence, key_mask)
+        state = State(step + 1, input_ids, confidence, key_mask, finite)
+        yield state
+    state.check()
 
 
 def cached(model: GPT, batch: int, capacity: int) -> NextLogitsFn:

@@ -68,10 +68,11 @@ _REPORT = """# The reversal curse, in a quarter of an hour
 
 Written by `{command}` on {date}, commit {commit}; training: {minutes}.
 
-Of {people} invented people everything says name first and description second ({forward}); of {seen} of them it is also
-read the other way round ({backward}). Both models have the same shape and start from random weights. The ARM learns to
-predict the next token of a text, the MDM every masked token at every masking rate. Then both complete the first phrasing
-of either direction, the likeliest tokens first; an answer is right if the true one occurs in it.
+Of all {people} invented people it is read who they are, name first, in these phrasings: {forward}.
+Of {seen} of them it is also read the other way round: {backward}.
+Both models have the same shape and start from random weights. The ARM learns to predict the next token of a text, the MDM
+every masked token at every masking rate. Then both complete the first phrasing of either direction, taking the likeliest
+tokens; an answer is right if the true one occurs in it.
 
 {table}
 
@@ -233,7 +234,14 @@ class Study:
         train = [
             *("sft/finetune_mdm_reverse.py", "--pretrain_path", self.out / "start" / f"{kind}.safetensors"),
             *("--data_file", self.out / "facts" / "all_prompts_train.jsonl", "--max_steps", steps),
-            *("--bs", flags.batch_size, "--learning_rate", flags.learning_rate, "--min_lr", flags.learning_rate / 10),
+            *(
+                "--bs",
+                flags.batch_size,
+                "--learning_rate",
+                flags.learning_rate,
+                "--min_lr",
+                f"{flags.learning_rate / 10:g}",
+            ),
             *("--seed", flags.seed, "--save_interval", interval, "--keep_checkpoints", 0, "--log_interval", interval),
             *("--out_dir", stage.folder, "--log_dir", stage.folder / "log", "--models_dir", stage.folder / "model"),
         ]
@@ -285,8 +293,10 @@ class Study:
         lines: list[str] = []
 
         def show(line: str) -> None:
-            lines.append(line)
-            self.console.print(f"  {line}", markup=False, soft_wrap=True)
+            # Bars of progress are for terminals.
+            if line.strip() and "%|" not in line:
+                lines.append(line)
+                self.console.print(f"  {line}", markup=False, soft_wrap=True)
 
         script, *arguments = map(str, command)
         run_script([str(ROOT / script), *arguments], show)

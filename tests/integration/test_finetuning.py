@@ -17,6 +17,7 @@ from lit_gpt.diffmodel import TransEncoder
 from lit_gpt.export import WeightsRecord, export_weights
 from lit_gpt.model import GPT
 from lit_gpt.noise import hash_int
+from lit_gpt.reversal import FILES as QUESTION_FILES
 from lit_gpt.sft_sources import GSM8K, SHAREGPT
 from scripts.train_tokenizer import train as train_tokenizer
 from tests.training_runs import ROOT, environment, final_state, losses, run_words, start_words, words
@@ -42,6 +43,10 @@ def examples(tmp_path_factory):
                 "completion": f" the keeper of gate {hash_int(number, 1) % 9}.",
             }
             file.write(json.dumps(fact) + "\n")
+    (folder / "questions").mkdir()
+    for name in {name for pair in QUESTION_FILES.values() for name in pair}:
+        asked = facts.read_text().splitlines(keepends=True)[:8]
+        (folder / "questions" / name).write_text("".join(asked))
     return {
         "finetune_ar": sharegpt,
         "finetune_mdm": sharegpt,
@@ -91,6 +96,34 @@ def test_a_fine_tuning_learns_and_exports(tmp_path, start_weights, examples, scr
     assert max(curve) == examples_used * 5 // 16
     again, _ = run_words(command(script, start_weights, examples, epoch=5), tmp_path)
     assert "is finished" in again
+    evaluate(script, tmp_path / record["result"]["export"], examples[script].parent, tmp_path)
+
+
+def evaluate(script, export, data, folder):
+    """The fine-tuned model in the evaluation that it was fine-tuned for: it runs, and its output has the published form."""
+    if script == "finetune_mdm_gsm8k":
+        out, _ = run_words(
+            words("evaluate_gsm8k.py", ckpt_path=export, limit=3, steps=8, data=ROOT / "data/gsm8k/test.jsonl"), folder
+        )
+        assert re.fullmatch(r"Acc: (0\.\d+|1\.0)", out.splitlines()[-1])
+        answers = [json.loads(line) for line in next(folder.glob("out/gsm8k/*.jsonl")).read_text().splitlines()]
+        assert len(answers) == 3 and all(answer["text"].startswith("Question: ") for answer in answers)
+    elif script == "finetune_mdm_reverse":
+        for qs_type in ("ntd", "dtn"):
+            flags = {"qs_type": qs_type, "ckpt_path": export, "data_dir": data / "questions", "steps": 8, "cfg": 0}
+            out, _ = run_words(words("evaluate_reverse.py", **flags), folder)
+            assert re.match(rf"qs_type: {qs_type}, accs: \S+, accs_reverse: \S+", out.splitlines()[-1])
+    else:
+        kind = "arm" if script == "finetune_ar" else "mdm"
+        flags = {"model_id": 6, "model_type": kind, "model_path": export, "answer_file": "answers.jsonl", "steps": 8}
+        flags |= {"max_new_token": 256, "question_end": 2}
+        (folder / "data").mkdir()
+        (folder / "data" / "mt_bench").symlink_to(ROOT / "data" / "mt_bench")
+        out, _ = run_words(words("eval/gen_model_answer.py", **flags), folder)
+        assert re.fullmatch(r"answers.jsonl, inference time: [\d.]+ s", out.splitlines()[-1])
+        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        assert [answer["question_id"] for answer in answers] == [81, 82]
+        assert all(len(answer["choices"][0]["turns"]) == 2 for answer in answers)
 
 
 def test_a_killed_run_ends_as_an_unbroken_one(tmp_path, start_weights, examples):
