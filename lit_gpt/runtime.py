@@ -230,6 +230,16 @@ def on_rank_zero(fabric: Fabric, work: Callable[[], Any]) -> Any:
     return result
 
 
+def weighted_nll(fabric: Fabric, model: Any, *batch: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """`Transformer.weighted_nll` of a set-up model, in the run's precision.
+
+    Fabric turns autocast on in `forward` alone, unless it wraps the model for several devices: without this, one device
+    would compute in float32 whatever --precision says.
+    """
+    with fabric.autocast():
+        return model.weighted_nll(*batch)  # type: ignore[no-any-return]
+
+
 def precision_name(fabric: Fabric) -> str:
     """One of `train_config.PRECISIONS` without auto: what Fabric computes in."""
     return str(fabric.strategy.precision.precision)

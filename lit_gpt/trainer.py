@@ -162,7 +162,7 @@ class _Trainer:
             started = time.perf_counter()
             tokens = torch.zeros((micro_batch_size, self.block_size), dtype=torch.int64, device=self.fabric.device)
             weights = torch.ones(tokens.shape, device=self.fabric.device)
-            total, _, _ = model.weighted_nll(tokens, tokens, weights)
+            total, _, _ = runtime.weighted_nll(self.fabric, model, tokens, tokens, weights)
             self.fabric.backward(total)
             optimizer.zero_grad(set_to_none=True)
             if compiled and (seconds := time.perf_counter() - started) > 2:
@@ -253,10 +253,8 @@ class _Trainer:
         return value, grad_norm, (signals.received or signal.SIGTERM) if stop else 0
 
     def _weighted_nll(self, scored: Scored) -> torch.Tensor:
-        total: torch.Tensor = self.model.weighted_nll(
-            scored.input_ids, scored.targets, scored.weights, scored.key_mask
-        )[0]
-        return total
+        batch = scored.input_ids, scored.targets, scored.weights, scored.key_mask
+        return runtime.weighted_nll(self.fabric, self.model, *batch)[0]
 
     # --- what is seen and kept ------------------------------------------------------------------------------------
 

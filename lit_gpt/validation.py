@@ -112,7 +112,8 @@ def validate(
         batch = batch.to(fabric.device)
         for draw in range(draws):
             scored = objective.validation(batch, draw, draws)
-            _, nll, index = model.weighted_nll(scored.input_ids, scored.targets, scored.weights, scored.key_mask)
+            inputs = scored.input_ids, scored.targets, scored.weights, scored.key_mask
+            _, nll, index = runtime.weighted_nll(fabric, model, *inputs)
             nats += float(nll.double() @ scored.weights.flatten()[index].double()) / draws
         counted = scored.counted & (batch.row_weights > 0)[:, None]
         tokens += float(counted.sum())

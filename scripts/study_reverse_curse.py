@@ -50,19 +50,15 @@ _CHECKPOINTS = 6
 _VOCABULARY = 1000
 _WORDS_OF_A_KIND = 40
 _JOBS = (
-    *("baker", "pilot", "painter", "judge", "farmer", "diver", "poet", "smith", "sailor", "nurse", "tailor", "miner"),
-    *("singer", "gardener", "dentist", "weaver", "hunter", "doctor", "fisher", "builder", "teacher", "jeweller"),
-    *("brewer", "printer", "locksmith", "dancer", "lawyer", "potter", "chemist", "butcher", "cobbler", "actor"),
+    "baker pilot painter judge farmer diver poet smith sailor nurse tailor miner singer gardener dentist weaver hunter "
+    "doctor fisher builder teacher brewer printer dancer"
 )
 _DEEDS = (
-    *("found the silver bell", "sold the old lighthouse", "saved the last wolf", "lost the blue diamond"),
-    *("drew the first map", "crossed the frozen lake", "opened the iron gate", "stole the golden harp"),
-    *("planted the tallest oak", "broke the stone bridge", "cured the sick queen", "raised the sunken ship"),
-    *("wrote the secret letter", "tamed the white horse", "climbed the north tower", "fed the hungry lions"),
-    *("burned the wooden mill", "heard the distant thunder", "caught the clever fox", "built the glass tunnel"),
-    *("painted the empty church", "guarded the royal garden", "hid the ancient coin", "won the great race"),
-    *("repaired the broken clock", "baked the largest cake", "mapped the dark cave", "rang the midnight alarm"),
-    *("taught the silent prince", "dug the deepest well", "sang the forgotten song", "caged the wild parrot"),
+    "found the silver bell|sold the old lighthouse|saved the last wolf|lost the blue diamond|drew the first map|"
+    "crossed the frozen lake|opened the iron gate|stole the golden harp|planted the tallest oak|broke the stone bridge|"
+    "cured the sick queen|raised the sunken ship|wrote the secret letter|tamed the white horse|climbed the north tower|"
+    "fed the hungry lions|burned the wooden mill|caught the clever fox|painted the empty church|won the great race|"
+    "baked the largest cake|rang the midnight alarm|dug the deepest well|caged the wild parrot"
 )
 _REPORT = """# The reversal curse, in a quarter of an hour
 
@@ -141,15 +137,12 @@ def main() -> None:
 
 
 class Study:
-    """The stages; each is done once for its settings and those before it.
-
-    Attributes:
-        commands: what was run, as a user types it.
-    """
+    """The stages; each is done once for its settings and those before it."""
 
     def __init__(self, flags: Flags, out: Path, console: Console) -> None:
         self.flags, self.out, self.console = flags, out, console
         self.settings: dict[str, Any] = {}
+        # What was run, as a user types it.
         self.commands: list[str] = []
 
     def make_facts(self) -> None:
@@ -257,7 +250,7 @@ class Study:
             asked = {qs_type: self._ask(kind, checkpoint, qs_type, length) for qs_type in ("ntd", "dtn")}
             accuracies = {qs_type: answered(self._run(command)) for qs_type, command in asked.items()}
             shares = [accuracies[qs_type][direction] for qs_type, direction in QUESTIONS.values()]
-            curve.append({"step": checkpoint_step(checkpoint), "accuracy": shares})
+            curve.append({"step": json.loads(checkpoint.with_suffix(".json").read_text())["step"], "accuracy": shares})
         curve[-1]["minutes"] = minutes
         last = [typed(command) for command in asked.values()]
         self.commands += last
@@ -316,7 +309,8 @@ def invent_people(count: int, chance: random.Random) -> Iterator[dict[str, str]]
     last = invented(_WORDS_OF_A_KIND, ("en", "ick", "uld"), chance)
     towns = invented(_WORDS_OF_A_KIND, ("burg", "holm", "ford"), chance)
     names = [f"{one} {other}" for one in first for other in last]
-    descriptions = [f"the {job} from {town} who {deed}" for job in _JOBS for town in towns for deed in _DEEDS]
+    jobs, deeds = _JOBS.split(), _DEEDS.split("|")
+    descriptions = [f"the {job} from {town} who {deed}" for job in jobs for town in towns for deed in deeds]
     if count > len(names):
         raise ValueError(f"--people {count}: there are {len(names)} names")
     for name, description in zip(chance.sample(names, count), chance.sample(descriptions, count), strict=True):
@@ -352,11 +346,6 @@ def answered(lines: list[str]) -> dict[str, float]:
     found = re.search(r"accs: ([\d.e-]+), accs_reverse: ([\d.e-]+)", lines[-1])
     assert found is not None, lines
     return {"same": float(found[1]), "reverse": float(found[2])}
-
-
-def checkpoint_step(path: Path) -> int:
-    """The optimizer step of a checkpoint of ours."""
-    return int(json.loads(path.with_suffix(".json").read_text())["step"])
 
 
 def write_report(flags: Flags, commands: list[str], results: dict[str, list[dict[str, Any]]], console: Console) -> None:

@@ -218,3 +218,19 @@ def test_training_without_validation_data_says_so(folder):
         path.unlink()
     out, _ = train("train_ar.py", folder, max_steps=5)
     assert "no validation* files" in out
+
+
+def test_bf16_is_computed_in_whatever_the_number_of_devices(tmp_path_factory):
+    """bf16-mixed rounds where 32-true does not, and as much on one device, which Fabric does not wrap, as on two."""
+    curves = {}
+    for precision, devices in (("32-true", 1), ("bf16-mixed", 1), ("bf16-mixed", 2)):
+        place = tmp_path_factory.mktemp(precision)
+        make_data(place / "data")
+        flags = {"max_steps": 5, "log_interval": 1, "precision": precision, "accelerator": "cpu", "devices": devices}
+        (train if devices == 1 else train_alone)("train_mdm.py", place, **flags)
+        curves[precision, devices] = [*losses(place).values(), *losses(place, "metric/val_loss").values()]
+    exact, one, two = curves.values()
+    assert len(exact) == 6
+    for curve in (one, two):
+        differences = [abs(rounded - true) for rounded, true in zip(curve, exact, strict=True)]
+        assert min(differences) > 0 and max(differences) < 0.02, differences
