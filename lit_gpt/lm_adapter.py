@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -49,6 +49,17 @@ def evaluation_dtype(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wish:
+    """A text that is to be written."""
+
+    prompt: list[int]
+    how: Sampling
+    row: int
+    """Decides its random numbers."""
+    until: list[str]
 
 
 class Adapter:
@@ -136,19 +147,19 @@ class Adapter:
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes behind each context, up to the first stop string or the end token."""
         seen: dict[str, int] = {}
-        texts = []
-        for request in self._progress(requests, len(requests), "generating", disable_tqdm):
+        keys: list[str] = []
+        todo: dict[str, _Wish] = {}
+        for request in requests:
             context, settings = request.args
             key = request_key("generate", context, settings)
             # Repeated requests want other samples: each has a number of its own.
             seen[key] = number = seen.get(key, -1) + 1
-            key = f"{key}-{number}"
-            text = self._cache.get(key)
-            if text is None:
-                text = self._generate(context, settings, number)
-                self._cache.add([(key, text)])
-            texts.append(text)
-        return texts
+            keys.append(f"{key}-{number}")
+            if self._cache.get(keys[-1]) is None:
+                todo[keys[-1]] = self._wish(context, settings, number)
+        texts = self._progress(self._generate(todo), len(todo), "generating", disable_tqdm)
+        fresh = dict(self._cache.keep(texts, str, 1))
+        return [fresh[key] if key in fresh else self._cache.get(key) for key in keys]
 
     def get_model_info(self) -> dict[str, Any]:
         """What goes into the results file beside the harness's own record."""
@@ -253,8 +264,8 @@ class Adapter:
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
-    def _generate(self, context: str, settings: dict[str, Any], number: int) -> str:
-        """One text; what the task's `generation_kwargs` say goes before `--model_args`."""
+    def _wish(self, context: str, settings: dict[str, Any], number: int) -> _Wish:
+        """A request as tokens; what the task's `generation_kwargs` say goes before `--model_args`."""
         new_tokens = min(int(settings.get("max_gen_toks", _DEFAULT_NEW_TOKENS)), self.max_length - 1)
         prompt = [self.tokenizer.bos_id, *self.tokenizer.encode_ids(context)][-(self.max_length - new_tokens) :]
         temperature = float(settings.get("temperature", self.arguments.temperature))
@@ -269,16 +280,36 @@ class Adapter:
             self.arguments.seed,
             self.tokenizer.eos_id,
         )
-        with self._precision():
-            row = hash_int(number, *prompt) >> 1  # an int64
-            ids = sample(self.model, [prompt], how, [row])[0].tolist()[len(prompt) :]
+        until = settings.get("until") or []
+        row = hash_int(number, *prompt) >> 1  # an int64
+        return _Wish(prompt, how, row, [until] if isinstance(until, str) else list(until))
+
+    def _generate(self, wishes: dict[str, _Wish]) -> Iterator[tuple[str, str]]:
+        """Texts by key, those with the same settings together; a text does not depend on its batch."""
+        alike: dict[Sampling, list[str]] = {}
+        for key, wish in wishes.items():
+            alike.setdefault(dataclasses.replace(wish.how, context_length=0), []).append(key)
+        at_once = max(1, self._batch_tokens() // self.max_length)
+        for how, names in alike.items():
+            # Rows of about the same length waste the least.
+            names.sort(key=lambda name: -len(wishes[name].prompt))
+            for start in range(0, len(names), at_once):
+                batch = {name: wishes[name] for name in names[start : start + at_once]}
+                lengths = tuple(cast(int, wish.how.context_length) for wish in batch.values())
+                together = dataclasses.replace(how, context_length=lengths)
+                prompts, rows = ([getattr(wish, field) for wish in batch.values()] for field in ("prompt", "row"))
+                with self._precision():
+                    ids = sample(self.model, prompts, together, rows)
+                for (name, wish), row in zip(batch.items(), ids, strict=True):
+                    yield name, self._text(row.tolist()[len(wish.prompt) :], wish.until)
+
+    def _text(self, ids: list[int], until: Sequence[str]) -> str:
+        """What was written, up to the end token or a stop string."""
         if self.tokenizer.eos_id in ids:
             ids = ids[: ids.index(self.tokenizer.eos_id)]
         text = self.tokenizer.decode(ids)
-        until = settings.get("until") or []
-        for stop in [until] if isinstance(until, str) else until:
-            if stop:
-                text = text.split(stop)[0]
+        for stop in filter(None, until):
+            text = text.split(stop)[0]
         return text
 
     # --- the rest -----------------------------------------------------------------------------------------------------

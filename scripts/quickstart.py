@@ -330,6 +330,7 @@ def summarise(
     if Path(python).is_relative_to(ROOT):
         python = str(Path(python).relative_to(ROOT))
     for line in (
+        f"{python} scripts/chat.py --ckpt_path {mdm['export']}",
         f"{python} scripts/info.py {mdm['export']}",
         f"{python} scripts/quickstart.py --steps {flags.steps * 4} --out {out}-longer",
         f"{python} scripts/quickstart.py --text YOUR.txt --out {out}-yours",

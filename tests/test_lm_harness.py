@@ -102,6 +102,23 @@ def test_generation_stops_where_it_is_told(models, kind):
     assert first != second
 
 
+@pytest.mark.parametrize("kind", ["arm", "mdm"])
+def test_generations_share_batches_and_do_not_depend_on_them(models, kind, tmp_path):
+    wishes = [
+        (
+            f"{'KING ' * (number % 4)}speak, {number}:",
+            {"max_gen_toks": 12 + 4 * (number % 2), "do_sample": True, "temperature": 1.0},
+        )
+        for number in range(7)
+    ]
+    found = [adapter(kind, models[kind], batch_size=size).generate_until(asked(*wishes)) for size in (1, 3, 64)]
+    assert found[0] == found[1] == found[2] and len(set(found[0])) == 7
+    # Half of them kept: the rest is written behind them, in the order of the requests.
+    kept = adapter(kind, models[kind], tmp_path)
+    assert kept.generate_until(asked(*wishes[::2])) == found[0][::2]
+    assert kept.generate_until(asked(*wishes)) == found[0]
+
+
 def lines(folder: Path) -> dict[str, int]:
     return {path.name: path.read_text().count("\n") for path in folder.glob("*.jsonl")}
 
