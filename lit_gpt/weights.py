@@ -165,7 +165,14 @@ def load_tokenizer(
         FileNotFoundError: it is not there.
         ValueError: it has more tokens than the model.
     """
-    tokenizer = Tokenizer(given or (record.tokenizer.get("source") if record else None) or DEFAULT_SOURCE)
+    recorded = record.tokenizer.get("source") if record else None
+    try:
+        tokenizer = Tokenizer(given or recorded or DEFAULT_SOURCE)
+    except FileNotFoundError as error:
+        if given:
+            raise
+        whose = "which the checkpoint was trained with" if recorded else "the default, since the checkpoint names none"
+        raise FileNotFoundError(f"{error} ({whose}; {flag} names another)") from error
     if tokenizer.vocab_size > model.config.padded_vocab_size:
         raise ValueError(
             f"{tokenizer.source} has {tokenizer.vocab_size} tokens, {path} knows "
