@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_gpt.cli import parse, run
+from lit_gpt.eval_args import AnswerFlags
 
 if TYPE_CHECKING:
     from lit_gpt.answering import Answerer, Question
@@ -30,43 +31,17 @@ _CFG = 0.1  # published, for both rounds
 
 
 @dataclass
-class Flags:
+class Flags(AnswerFlags):
     """Flags of the GSM8K evaluation."""
 
-    ckpt_path: str = ""
-    """The checkpoint: an export, a run folder or checkpoint, or a published file."""
-    model: str | None = None
-    """Size in millions, such as 1028, for checkpoints that do not say; without it their shapes tell."""
     data: str = "data/gsm8k/test.jsonl"
     """The questions: JSON lines with question and target."""
-    output: str | None = None
-    """Where the answers go, a .jsonl; by default out/gsm8k/{checkpoint}.jsonl."""
-    existing: str = "continue"
-    """What to do with answers that are there: continue, refuse or overwrite."""
-    steps: int = 256
-    """MDM: denoising steps of each round."""
-    length: int = 256
-    """Tokens of question, thought and answer together."""
     cfg1: float | None = None
     """MDM: guidance in the first round; 0.1 unless given."""
     cfg2: float | None = None
     """MDM: guidance in the second round; 0.1 unless given."""
     temperature: float = 0.1
     """0 takes the likeliest token; 1 samples from the model's distribution."""
-    algorithm: str = "greedy"
-    """MDM: greedy (published, also spelt greddy), origin, threshold or entropy."""
-    batch_size: int = 64
-    """Questions that are answered at once; changes speed and memory, never an answer."""
-    seed: int = 1234
-    """Of the sampling."""
-    limit: int | None = None
-    """Only the first so many questions."""
-    tokenizer: str | None = None
-    """A folder or a name on the hub; by default the checkpoint's own."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N."""
-    dtype: str = "auto"
-    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_gpt.cli import parse, run
+from lit_gpt.eval_args import AnswerFlags
 
 if TYPE_CHECKING:
     from lit_gpt.answering import Answerer, Question
@@ -29,41 +30,19 @@ _CFG = 0.8  # published
 
 
 @dataclass
-class Flags:
+class Flags(AnswerFlags):
     """Flags of the reversal evaluation."""
 
     qs_type: str = "ntd"
     """ntd (taught from name to description) or dtn (from description to name)."""
-    ckpt_path: str = ""
-    """The checkpoint: an export, a run folder or checkpoint, or a published file."""
-    model: str | None = None
-    """Size in millions, such as 1028, for checkpoints that do not say; without it their shapes tell."""
     data_dir: str = "data/reverse_experiments/june_version_7921032488"
     """The folder with the questions."""
-    output: str | None = None
-    """Where the answers go, a .jsonl; by default out/reverse/{checkpoint}-{qs_type}.jsonl."""
-    existing: str = "continue"
-    """What to do with answers that are there: continue, refuse or overwrite."""
     steps: int = 32
     """MDM: denoising steps."""
     length: int = 52
     """Tokens of question and answer together."""
     cfg: float | None = None
     """MDM: guidance; 0.8 unless given."""
-    algorithm: str = "greedy"
-    """MDM: greedy (published, also spelt greddy), origin, threshold or entropy."""
-    batch_size: int = 64
-    """Questions that are answered at once; changes speed and memory, never an answer."""
-    seed: int = 1234
-    """Of what is random in the sampling: which tokens are revealed first, with origin."""
-    limit: int | None = None
-    """Only the first so many questions of each direction."""
-    tokenizer: str | None = None
-    """A folder or a name on the hub; by default the checkpoint's own."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N."""
-    dtype: str = "auto"
-    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 Decisions: every answer is on the disk with its verdict as soon as it is there, and what is there is not asked again
 (`result_file`); a question's number decides its random stream, so neither the batch nor the number of processes changes
 an answer; of several processes each answers its share of a batch, and the first one writes. May import completion,
-lm_adapter, result_file, sampling, runtime, weights and below.
+eval_args, lm_adapter, result_file, sampling, runtime, weights and below.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 from lit_gpt.cli import warn
 from lit_gpt.completion import Writer
+from lit_gpt.eval_args import AnswerFlags
 from lit_gpt.export import SUFFIX
 from lit_gpt.lm_adapter import evaluation_dtype
 from lit_gpt.result_file import EXISTING, ResultFile
@@ -64,7 +65,7 @@ def read_questions(path: Path, fields: Sequence[str]) -> list[Question]:
     return questions
 
 
-def check_flags(flags: Any, at_least_one: Sequence[str]) -> None:
+def check_flags(flags: AnswerFlags, at_least_one: Sequence[str]) -> None:
     """Refuse what is wrong with the shared flags alone, all of it at once.
 
     Args:
@@ -116,7 +117,7 @@ class Answerer:
     """float32 or bfloat16 (autocast)."""
 
     @classmethod
-    def load(cls, flags: Any) -> Answerer:
+    def load(cls, flags: AnswerFlags) -> Answerer:
         """Load what the flags say: ckpt_path, model, tokenizer, device and dtype, for contexts of `length`.
 
         Raises:
@@ -152,7 +153,7 @@ class Answerer:
         """A prompt as fine-tuning reads it: bos, then the text's tokens."""
         return [self.writer.tokenizer.bos_id, *self.writer.tokenizer.encode_ids(text)]
 
-    def warn_of_flags(self, flags: Any, prompts: Sequence[str]) -> None:
+    def warn_of_flags(self, flags: AnswerFlags, prompts: Sequence[str]) -> None:
         """Name flags that this kind of model has no use for, and say how many prompts `length` is too short for."""
         if self.kind == "arm":
             for name in ("steps", "algorithm"):

@@ -1,6 +1,7 @@
-"""What `--model_args` may say when a checkpoint is evaluated: names, defaults and which kind of model they are for.
+"""What may be said when a checkpoint is evaluated: `--model_args`, and the flags of evaluations by written answers.
 
-Historic spellings end here (`greddy`). Imports nothing of the package.
+Names, defaults and which kind of model they are for; historic spellings end here (`greddy`). Imports nothing of the
+package, and nothing heavy, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -50,6 +51,38 @@ class ModelArgs:
     """MDM: denoising steps of generate_until; by default one per new token."""
     alg: str = "greedy"
     """MDM: sampling algorithm of generate_until."""
+
+
+@dataclass
+class AnswerFlags:
+    """Flags of an evaluation by written answers, whatever is asked."""
+
+    ckpt_path: str = ""
+    """The checkpoint: an export, a run folder or checkpoint, or a published file."""
+    model: str | None = None
+    """Size in millions, such as 1028, for checkpoints that do not say; without it their shapes tell."""
+    output: str | None = None
+    """Where the answers go, a .jsonl; by default it is named after the checkpoint, in out/."""
+    existing: str = "continue"
+    """What to do with answers that are there: continue, refuse or overwrite."""
+    steps: int = 256
+    """MDM: denoising steps."""
+    length: int = 256
+    """Tokens of question and answer together."""
+    algorithm: str = "greedy"
+    """MDM: greedy (published, also spelt greddy), origin, threshold or entropy."""
+    batch_size: int = 64
+    """Questions that are answered at once; changes speed and memory, never an answer."""
+    seed: int = 1234
+    """Of what is random in the sampling."""
+    limit: int | None = None
+    """Only the first so many questions of a file."""
+    tokenizer: str | None = None
+    """A folder or a name on the hub; by default the checkpoint's own."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
 
 
 _MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "steps", "alg"}

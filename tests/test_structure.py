@@ -152,7 +152,7 @@ def test_slow_libraries_are_imported_late(path):
 def test_scripts_show_help_without_torch(path):
     if path.parent.name == "benchmarks":
         pytest.skip("benchmarks compare libraries, and load them")
-    quick = {"config", "cli", "train_config", "schedule", "naming"}
+    quick = {"config", "cli", "train_config", "eval_args", "schedule", "naming"}
     early = {name for name in imports(tree(path), into_functions=False)}
     assert "torch" not in {name.split(".")[0] for name in early}
     assert {name.split(".")[1] for name in early if name.startswith("lit_gpt.")} <= quick
