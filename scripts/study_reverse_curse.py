@@ -46,7 +46,6 @@ FORWARD = ("{name} is", "Everybody knows that {name} is", "The person called {na
 BACKWARD = ("{description} is", "The name of {description} is", "Ask {description} and you meet")
 """The phrasings; the first of each is asked. A completion follows behind a space and ends with a full stop."""
 
-_CHECKPOINTS = 6
 _VOCABULARY = 1000
 _WORDS_OF_A_KIND = 40
 _JOBS = (
@@ -90,20 +89,22 @@ it has learnt to answer that question about other people.
 class Flags:
     """Flags of the study."""
 
-    people: int = 300
+    people: int = 600
     """How many are invented; of every second one both orders are read."""
-    arm_steps: int = 3000
+    arm_steps: int = 500
     """Optimizer steps of the ARM."""
-    mdm_steps: int = 12000
+    mdm_steps: int = 14000
     """Optimizer steps of the MDM, which learns from fewer tokens of a text at a time."""
     batch_size: int = 128
     """Texts of a step."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     """Peak, of both models."""
     n_layer: int = 2
     """Blocks."""
     n_embd: int = 128
     """Width."""
+    checkpoints: int = 5
+    """How often each model is asked, the end included."""
     sampling_steps: int = 16
     """Denoising steps of an answer."""
     seed: int = 1234
@@ -117,7 +118,7 @@ class Flags:
 def main() -> None:
     """Every stage in turn, then the report."""
     flags = parse(Flags, None, __doc__)
-    low = {"people": 20, "arm_steps": 1, "mdm_steps": 1, "batch_size": 1, "sampling_steps": 1}
+    low = {"people": 20, "arm_steps": 1, "mdm_steps": 1, "batch_size": 1, "checkpoints": 1, "sampling_steps": 1}
     problems = [
         f"--{name} {getattr(flags, name)}: at least {least}"
         for name, least in low.items()
@@ -220,10 +221,10 @@ class Study:
         """
         flags = self.flags
         steps = flags.arm_steps if kind == "arm" else flags.mdm_steps
-        names = ("batch_size", "learning_rate", "sampling_steps")
+        names = ("batch_size", "learning_rate", "checkpoints", "sampling_steps")
         settings = self.settings | {name: getattr(flags, name) for name in names} | {"steps": steps}
         stage, done = self._stage(kind, f"{3 + KINDS.index(kind)}/4 train the {kind.upper()} and ask it", settings)
-        interval = max(1, -(-steps // _CHECKPOINTS))
+        interval = max(1, -(-steps // flags.checkpoints))
         train = [
             *("sft/finetune_mdm_reverse.py", "--pretrain_path", self.out / "start" / f"{kind}.safetensors"),
             *("--data_file", self.out / "facts" / "all_prompts_train.jsonl", "--max_steps", steps),
