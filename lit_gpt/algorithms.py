@@ -76,7 +76,8 @@ def entropy(candidates: Candidates) -> Tensor:
     jointly. Always at least one. Source: EB-Sampler (Ben-Hamu et al. 2025, arXiv 2505.24857).
     """
     assert candidates.entropy is not None
-    sorted_entropy, order = candidates.entropy.sort(dim=1, stable=True)
+    # A broken model's NaNs are revealed like any other: sampling goes on to its end, where it is refused.
+    sorted_entropy, order = candidates.entropy.nan_to_num(nan=0.0, posinf=torch.inf).sort(dim=1, stable=True)
     # In rising order the largest of the first n is the n-th: what the others sum to is the sum before it.
     finite = sorted_entropy.nan_to_num(posinf=0.0)
     before = finite.double().cumsum(1) - finite

@@ -215,4 +215,5 @@ class _Board:
         """An array on the device, without waiting for it."""
         tensor = torch.from_numpy(values)
         # A copy from memory that is not pinned waits until the device has done all that was asked of it before.
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+        tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return tensor.to(self.device, non_blocking=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Entries that are summed before the search: two short searches in place of one over the whole vocabulary.
+# Entries that are looked at together: two short searches in place of one over the whole vocabulary.
 _BLOCK = 128
 
 
@@ -59,7 +59,7 @@ def draw(
 
     Args:
         chunks: logits (n, V) in the order of the positions; may be overwritten.
-        uniforms: (N,) float64 in [0, 1); None at temperature 0.
+        uniforms: (N,) float64 in [0, 1); unused at temperature 0, where None will do.
         how: temperature and filters.
         vocab_size: K; ids from here on are never drawn.
         forbidden: (N,) bool and a token id that may not be drawn where it is True.
@@ -72,10 +72,18 @@ def draw(
         logits = chunk[:, :vocab_size]
         if forbidden is not None:
             logits[:, forbidden[1]].masked_fill_(forbidden[0][part], -torch.inf)
-        best, likeliest = logits.max(1)
-        total = logits.logsumexp(1)
+        likeliest = _likeliest(logits)
+        best = logits.gather(1, likeliest)
+        # The logsumexp, which would look for the largest logit once more.
+        shares = (logits - best).exp_()
+        total = shares.sum(1).log_() + best.squeeze(1)
         totals.append(total)
-        chosen = likeliest if uniforms is None else _invert(_weights(logits, best, how), uniforms[part])
+        if how.temperature == 0:
+            chosen = likeliest.squeeze(1)
+        else:
+            assert uniforms is not None
+            weights = shares if how.temperature == 1 else ((logits - best) / how.temperature).exp_()
+            chosen = _invert(_filtered(weights, how), uniforms[part])
         tokens.append(chosen)
         picked = logits.gather(1, chosen[:, None]).squeeze(1)
         confidences.append((picked.double() - total.double()).exp())
@@ -86,9 +94,19 @@ def draw(
     return Drawn(torch.cat(tokens), torch.cat(confidences), torch.cat(entropy_parts) if entropies else None, finite)
 
 
-def _weights(logits: Tensor, best: Tensor, how: Drawing) -> Tensor:
-    """Unnormalised probabilities (n, K) at a temperature, 0 where filtered out."""
-    weights = ((logits - best[:, None]) / how.temperature).exp_()
+def _likeliest(logits: Tensor) -> Tensor:
+    """Where each row's largest logit is, (n, 1); the first one among equals."""
+    if logits.size(1) % _BLOCK:
+        return logits.argmax(1, keepdim=True)
+    # Two steps: on a CPU an index costs six times the maximum (120 rows of 32000: 2.1 ms, 0.3 ms).
+    blocks = logits.unflatten(1, (-1, _BLOCK))
+    block = blocks.amax(2).argmax(1, keepdim=True)
+    inner = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK)).squeeze(1)
+    return block * _BLOCK + inner.argmax(1, keepdim=True)
+
+
+def _filtered(weights: Tensor, how: Drawing) -> Tensor:
+    """Unnormalised probabilities (n, K), those filtered out set to 0."""
     if 0 < how.top_k < weights.size(1):
         least = weights.topk(how.top_k, dim=1).values[:, -1:]
         weights = weights.masked_fill(weights < least, 0.0)
@@ -115,7 +133,7 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The token at which the cumulative weight passes u times the total, (n,)."""
     padded = torch.nn.functional.pad(weights, (0, -weights.size(1) % _BLOCK)).view(len(weights), -1, _BLOCK)
     sums = padded.sum(2, dtype=torch.float64).cumsum(1)
-    target = uniforms.to(sums.device)[:, None] * sums[:, -1:]
+    target = uniforms[:, None] * sums[:, -1:]
     block = torch.searchsorted(sums, target, right=True).clamp(max=sums.size(1) - 1)
     inner = padded.gather(1, block[..., None].expand(-1, 1, _BLOCK)).squeeze(1).double().cumsum(1)
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)

@@ -1,8 +1,8 @@
 """A device that is only played: it computes on the CPU, and notes whenever the host has to wait for it.
 
-Its tensors say that they are on torch's `meta` device. As on a GPU, an operation takes tensors of one device only (or
-scalars); a result whose shape depends on values, a value that the host asks for, and a copy that is not told to go on by
-itself make the host wait.
+Its tensors say that they are on a device that torch knows by name only. As on a GPU, an operation takes tensors of one
+device only (or scalars); a result whose shape depends on values, a value that the host asks for, and a copy that is not
+told to go on by itself make the host wait.
 """
 
 from __future__ import annotations
@@ -25,11 +25,19 @@ class FarTensor(Tensor):
 
     @staticmethod
     def __new__(cls, near: Tensor) -> FarTensor:
-        far = Tensor._make_wrapper_subclass(
-            cls, near.size(), strides=near.stride(), dtype=near.dtype, device=FarDevice.device
-        )
+        # torch takes it for a tensor of its `meta` device, the one without memory that is always there.
+        far = Tensor._make_wrapper_subclass(cls, near.size(), strides=near.stride(), dtype=near.dtype, device="meta")
         far.near = near
         return far
+
+    @property
+    def device(self) -> torch.device:
+        """What Python code sees."""
+        return FarDevice.device
+
+    def tolist(self) -> Any:
+        """As a list, which the host waits for."""
+        return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, *_: Any) -> Any:
@@ -39,6 +47,7 @@ class FarTensor(Tensor):
 class FarDevice(TorchDispatchMode):
     """While it is entered, the device is there; `waits` names the operations that made the host wait."""
 
+    # A name that torch's autocast knows; no wheel of torch can compute there.
     device = torch.device("xla:0")
 
     def __init__(self) -> None:
@@ -50,10 +59,11 @@ class FarDevice(TorchDispatchMode):
         name = func.overloadpacket.__name__
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         far = [isinstance(tensor, FarTensor) for tensor in tensors]
-        to_device = kwargs.get("device") == self.device
+        to_device = kwargs.get("device") in (self.device, torch.device("meta"))
         copied = name in ("_to_copy", "copy_") and ("device" in kwargs or len(set(far)) > 1)
-        if copied and any(far) or copied and to_device:
-            if not (to_device or far[0]) or not (kwargs.get("non_blocking") or args[2:3] == (True,)):
+        if copied and (to_device or any(far)):
+            arrives = to_device or isinstance(args[0], FarTensor) and name == "copy_"
+            if not (arrives and (kwargs.get("non_blocking") or args[2:3] == (True,))):
                 self.waits.append(name)
         else:
             assert not any(far) or all(one or not own.dim() for one, own in zip(far, tensors, strict=True)), (

@@ -27,6 +27,7 @@ from lit_gpt.sampling import (
     sample,
     sample_states,
 )
+from tests.far_device import FarDevice, FarTensor
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
 from tests.small_models import scaled_model
 
@@ -241,8 +242,7 @@ def test_entropy_and_forbidden_tokens() -> None:
     torch.testing.assert_close(drawn.entropy[0], torch.tensor(math.log(3)))
     p = torch.tensor([1.0, 2.0]).softmax(0)
     torch.testing.assert_close(drawn.entropy[1], -(p * p.log()).sum())
-    with pytest.raises(ValueError, match="no finite numbers"):
-        draw(iter([logits * torch.nan]), torch.zeros(2), Drawing(0.0), 3)
+    assert bool(drawn.finite) and not bool(draw(iter([logits * torch.nan]), torch.zeros(2), Drawing(0.0), 3).finite)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
@@ -579,3 +579,104 @@ def test_wrong_new_settings_are_refused_together() -> None:
         assert words in str(caught.value)
     with pytest.raises(ValueError, match="cache is 'all': choose from none, prefix, dual"):
         Sampling(8, cache="all")
+
+
+def test_the_likeliest_token_is_the_first_of_its_equals() -> None:
+    logits = torch.randint(0, 5, (64, 1280), generator=torch.Generator().manual_seed(1)).float()
+    drawn = draw(iter(logits.split(20)), None, Drawing(0.0), 1280)
+    assert drawn.token_ids.tolist() == [row.index(max(row)) for row in logits.tolist()]
+    torch.testing.assert_close(drawn.confidence, logits.double().softmax(1).amax(1), rtol=1e-5, atol=0)
+
+
+def test_a_row_that_stops_early_needs_no_more_blocks() -> None:
+    """Whole blocks behind an end token are filled at once; with remasking a block ends with its steps all the same."""
+    stop, settings = commonest(TransEncoder), {"block_length": 4, "remask": 0.3, "early_stop": True}
+    for row in range(10):
+        *_, state = sample_states(tiny(TransEncoder), [[3]], Sampling(20, steps=5, stop_id=stop, **settings), [row])
+        assert state.step <= 5 and int(state.input_ids.max()) < TINY.vocab_size
+
+
+@pytest.mark.parametrize("algorithm", ["origin", "greedy", "threshold", "entropy", "arm"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_broken_model_writes_nothing(algorithm: str, temperature: float) -> None:
+    model = tiny(GPT if algorithm == "arm" else TransEncoder)
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = torch.nan
+    settings = Sampling(20, "origin" if algorithm == "arm" else algorithm, 4, temperature)
+    with pytest.raises(ValueError, match="no finite numbers: its weights are damaged or it diverged"):
+        sample(model, PROMPTS, settings)
+    # Whoever looks at the tokens of a step is told at once.
+    states = sample_states(model, PROMPTS, settings)
+    assert len(next(states).tokens()) == 3
+    with pytest.raises(ValueError, match="no finite numbers"):
+        next(states).tokens()
+
+
+# Waiting for the device: the host hands over one step after the other
+
+WAITING = {
+    **SETTINGS,
+    "plain": {},
+    "greedy": {"algorithm": "greedy", "temperature": 0.0},
+    "greedy, filters": {"algorithm": "greedy", "top_k": 7, "top_p": 0.5},
+    "origin, filters": {"top_k": 7, "top_p": 0.5, "stop_id": 7, "min_new_tokens": 4},
+    "greedy, min_new_tokens": {"algorithm": "greedy", "stop_id": 7, "min_new_tokens": 4},
+    "greedy, early stop": {"algorithm": "greedy", "stop_id": 7, "early_stop": True},
+    "remask in blocks": {"remask": 0.3, "block_length": 5, "cache": "prefix", "refresh": 2},
+    "greedy, dual": {"algorithm": "greedy", "block_length": 4, "cache": "dual", "refresh": 3},
+}  # fmt: skip
+
+
+def asks_the_model(settings: Sampling) -> bool:
+    """Whether the model decides how much is left to do, which the host then has to be told."""
+    return settings.early_stop or settings.algorithm in ("threshold", "entropy")
+
+
+@pytest.mark.parametrize("lengths", [(20, 17, 32), (20, 16, 18)], ids=["ragged", "even"])
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.5])
+@pytest.mark.parametrize("name", WAITING)
+def test_no_step_waits_for_the_device(name: str, cfg_scale: float, lengths: tuple[int, ...]) -> None:
+    settings = Sampling(lengths, steps=8, cfg_scale=cfg_scale, **WAITING[name])
+    expected = list(sample_states(tiny(TransEncoder), PROMPTS, settings))
+    far = FarDevice()
+    found, waits = [], []
+    with far:
+        for state in sample_states(tiny(TransEncoder).to(far.device), PROMPTS, settings):
+            waits.append(len(far.waits))
+            found.append(state)
+        waits.append(len(far.waits))
+    per_step = [after - before for before, after in itertools.pairwise(waits)]
+    # The last look is at the flag that says whether all logits were finite.
+    assert set(per_step[:-1]) <= ({0, 1} if asks_the_model(settings) else {0}) and per_step[-1] == 1, far.waits
+    for one, other in zip(found, expected, strict=True):
+        assert isinstance(one.input_ids, FarTensor) and torch.equal(one.input_ids.near, other.input_ids)
+        # Attention there is another kernel.
+        assert isinstance(one.confidence, FarTensor)
+        torch.testing.assert_close(one.confidence.near, other.confidence, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("wait", [bool, int, lambda x: x.tolist(), Tensor.cpu, Tensor.nonzero, lambda x: x[x > 0]])
+def test_the_played_device_sees_who_waits(wait) -> None:
+    with FarDevice() as far:
+        one = torch.ones(1).to(far.device, non_blocking=True)
+        one = (one + 1).cumsum(0).index_select(0, torch.zeros_like(one, dtype=torch.int64))
+        assert not far.waits
+        wait(one)
+        assert far.waits
+        with pytest.raises(AssertionError, match="different devices"):
+            one + torch.ones(1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in WAITING if not asks_the_model(Sampling(8, **WAITING[name]))])
+def test_no_step_waits_for_a_gpu(name: str) -> None:
+    settings = Sampling((20, 17, 32), steps=8, **WAITING[name])
+    model = tiny(TransEncoder).cuda()
+    count = len(list(sample_states(model, PROMPTS, settings)))
+    states = sample_states(model, PROMPTS, settings)
+    next(states)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(itertools.islice(states, count - 1))) == count - 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -42,7 +42,7 @@ LAYERS = [
         "mt_bench_table",
         "judge_client",
     },
-    {"packed_format", "text_sources", "canvas", "algorithms", "drawing"},
+    {"packed_format", "text_sources", "canvas", "algorithms", "drawing", "clock"},
     {"layers", "diffusion", "naming", "checkpoint_files", "packed_dataset", "sft_sources", "speed_monitor"},
     # What scripts besides training use, and nothing of the package above needs.
     {"launcher", "stages", "display", "preparation_plan", "eval_cache", "result_file", "judging"},
