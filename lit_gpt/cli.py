@@ -125,10 +125,17 @@ def show_warnings() -> None:
     """Let `logging.getLogger("lit_gpt").warning(...)` of lower modules appear as `warning: ...` lines, once."""
     logger = logging.getLogger("lit_gpt")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _Console()
         handler.setFormatter(logging.Formatter("warning: %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
+
+
+class _Console(logging.Handler):
+    """Writes to what is stderr at the moment of writing."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:

@@ -106,7 +106,7 @@ class RowWatch:
 
     def see(self, state: State) -> bool:
         """Take in the next state; returns whether it shows something new."""
-        ids = state.input_ids[self._row][state.key_mask[self._row]].tolist()[self._start :]
+        ids = state.tokens()[self._row].tolist()[self._start :]
         changed = ids != self._ids
         before = zip(self._ids, self._since, strict=True) if self._ids else [(None, 0)] * len(ids)
         self._since = [since if token == old else state.step for token, (old, since) in zip(ids, before, strict=True)]
