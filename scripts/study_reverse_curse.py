@@ -1,6 +1,6 @@
 r"""The reversal curse in a quarter of an hour: does a model that read "name is description" know who the description is?
 
-    python scripts/study_reverse_curse.py                                   12 minutes on two CPU cores
+    python scripts/study_reverse_curse.py                                   10 minutes on two CPU cores with bf16
     python scripts/study_reverse_curse.py --people 60 --arm_steps 50 --mdm_steps 50 --out quick       a short look
 
 Invents people; of all of them it writes down "name is description" in some phrasings, of one half also "description is
