@@ -48,16 +48,17 @@ def test_a_run_learns_validates_and_exports(folder, script):
 
 def test_kill_and_resume_is_bit_identical(folder, tmp_path_factory):
     """Killed at random moments again and again, the run ends as the unbroken one does, optimizer and log included."""
-    settings = {"max_steps": 120, "save_interval": 7, "log_interval": 5}
+    # Steps take milliseconds: the last kill must come well before the end.
+    settings = {"max_steps": 400, "save_interval": 7, "log_interval": 5}
     whole = tmp_path_factory.mktemp("whole")
     make_data(whole / "data")
     train_alone("train_mdm_rl.py", whole, **settings, ssl_ratio=0.3)
     moments = random.Random(5)
-    for step in (15, 40, 70, 95):
+    for step in (15, 90, 170, 250):
         process = start("train_mdm_rl.py", folder, **settings, ssl_ratio=0.3)
         reached = (line for line in process.stdout if (at := re.search(r"step (\d+):", line)) and int(at[1]) >= step)
         assert next(reached, None), process.stderr.read()
-        time.sleep(moments.random() * 0.2)
+        time.sleep(moments.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     train_alone("train_mdm_rl.py", folder, **settings, ssl_ratio=0.3)
