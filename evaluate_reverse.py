@@ -121,13 +121,9 @@ def answer(answerer: Answerer, how: Sampling, questions: list[Question]) -> list
 
     prompts = [answerer.prompt_ids(question["prompt"]) for question in questions]
     rows = [2 * question["index"] + DIRECTIONS.index(question["direction"]) for question in questions]
-    tokenizer = answerer.writer.tokenizer
     answers = []
     for question, prompt, ids in zip(questions, prompts, answerer.complete(prompts, rows, how), strict=True):
-        new = [] if ids is None else ids[len(prompt) :]
-        if tokenizer.eos_id in new:
-            new = new[: new.index(tokenizer.eos_id)]
-        text, reference = tokenizer.decode(new), question["completion"]
+        text, reference = answerer.text_behind(prompt, ids), question["completion"]
         verdict = {"correct": is_right(reference, text), "bleu": character_bleu(reference, text)}
         answers.append({**question, "generation": text, **verdict})
     return answers

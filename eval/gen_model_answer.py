@@ -229,12 +229,8 @@ def _answers(answerer: Answerer, questions: Sequence[Question], sampling: Sampli
     prompts = [_prompt(answerer, question, sampling) for question in questions]
     # A row's number decides its random stream: the question's own, so that the batch does not matter.
     rows = [question.question_id for question in questions]
-    tokenizer, texts = answerer.writer.tokenizer, []
-    for prompt, row in zip(prompts, answerer.complete(prompts, rows, sampling), strict=True):
-        ids = (row or prompt)[len(prompt) :]
-        ids = ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids
-        texts.append(tokenizer.decode(ids).strip())
-    return texts
+    finished = answerer.complete(prompts, rows, sampling)
+    return [answerer.text_behind(prompt, ids).strip() for prompt, ids in zip(prompts, finished, strict=True)]
 
 
 def _from_first(todo: list[Question], processes: int) -> list[Question]:

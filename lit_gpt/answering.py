@@ -153,6 +153,12 @@ class Answerer:
         """A prompt as fine-tuning reads it: bos, then the text's tokens."""
         return [self.writer.tokenizer.bos_id, *self.writer.tokenizer.encode_ids(text)]
 
+    def text_behind(self, prompt: list[int], ids: list[int] | None) -> str:
+        """What a finished row, from `complete`, says behind its prompt, up to the end token; nothing for None."""
+        new = (ids or prompt)[len(prompt) :]
+        tokenizer = self.writer.tokenizer
+        return tokenizer.decode(new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new)
+
     def warn_of_flags(self, flags: AnswerFlags, prompts: Sequence[str]) -> None:
         """Name flags that this kind of model has no use for, and say how many prompts `length` is too short for."""
         if self.kind == "arm":

@@ -45,8 +45,8 @@ class Recipe:
     """The name of the run and its folder."""
     suffix: str
     """What the exported model's name ends with."""
-    fixed_length: bool = False
-    """Whether all rows are padded to the same length."""
+    varying_length: bool = True
+    """Whether a group is cut to its longest row; False pads all rows to the same length."""
 
 
 def finetune(recipe: Recipe, flags: FinetuneConfig) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def finetune(recipe: Recipe, flags: FinetuneConfig) -> dict[str, Any]:
             "pretrained": str(flags.pretrain_path),
         },
         export_name=f"{_stem(flags.pretrain_path)}-{recipe.suffix}",
-        varying_length=not recipe.fixed_length,
+        varying_length=recipe.varying_length,
     )
     return trainer.fit(fabric, experiment, flags, Path(flags.out_dir) / name)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -28,7 +26,7 @@ from lit_gpt.gsm8k import extract_answer, is_small_arithmetic, normalised, same_
 from lit_gpt.sampling import Sampling
 from lit_gpt.tokenizer import Tokenizer
 from tests.small_models import export_both
-from tests.training_runs import environment
+from tests.training_runs import environment, kill_after_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "evaluate_gsm8k.py")
@@ -368,13 +366,7 @@ def test_a_killed_evaluation_goes_on(folder, evaluating, tmp_path):
     words = ("--data", str(tmp_path / "many.jsonl"), "--batch_size", "1", "--steps", "30", "--output")
     broken, whole = tmp_path / "broken.jsonl", tmp_path / "whole.jsonl"
     command = [sys.executable, SCRIPT, *flags_of(folder, "mdm", *words, str(broken))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-    end = time.monotonic() + 60
-    while not (broken.exists() and broken.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_after_lines(command, broken, 3)
     there = broken.read_bytes()
     assert 3 <= there.count(b"\n") < 40
     # A kill may tear a line.

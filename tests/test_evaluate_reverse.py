@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -22,7 +18,7 @@ from lit_gpt.sampling import Sampling, sample
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.weights import load_model
 from tests.small_models import export_both
-from tests.training_runs import environment
+from tests.training_runs import kill_after_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "evaluate_reverse.py")
@@ -203,13 +199,7 @@ def test_a_killed_evaluation_goes_on(models, evaluating, tmp_path):
     words = ("--qs-type", "dtn", "--batch_size", "1", "--length", "64", "--steps", "30", "--output")
     broken, whole = tmp_path / "broken.jsonl", tmp_path / "whole.jsonl"
     command = [sys.executable, SCRIPT, *flags_of(models, tmp_path, "mdm", *words, str(broken))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-    end = time.monotonic() + 60
-    while not (broken.exists() and broken.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_after_lines(command, broken, 3)
     assert 3 <= broken.read_bytes().count(b"\n") < 32
     code, out, _ = evaluating("mdm", *words, str(broken))
     assert code == 0 and "of 32 questions were answered already" in out

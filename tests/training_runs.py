@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,17 @@ def train_alone(script: str, folder: Path, code: int = 0, **flags: object) -> tu
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, out + err
     return out, err
+
+
+def kill_after_lines(command: list[str], path: Path, count: int) -> None:
+    """Start a command and kill it, without warning, as soon as a file has so many lines."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    end = time.monotonic() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
