@@ -296,7 +296,7 @@ def test_files_of_another_preparation_are_refused(tmp_path, prepare):
         ("a.jsonl", b"[1]\n", "a.jsonl: cannot be read"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl"),
         ("a.jsonl", b'{"text": ""}\n', "hold no documents with text"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 900)[:-20], "a.jsonl.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 900, mtime=0)[:-20], "a.jsonl.gz: cannot be read"),
         ("a.parquet", b"PAR1 no", "a.parquet: cannot be read"),
         ("a.txt", b"text", "expected one of .parquet, .jsonl"),
     ],
