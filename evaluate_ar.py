@@ -18,7 +18,7 @@ from lit_gpt.cli import run
 
 def main() -> None:
     """Hand over to the harness."""
-    from lit_gpt import lm_harness
+    from lit_gpt.evaluation import lm_harness
 
     lm_harness.evaluate("ar", sys.argv[1:])
 

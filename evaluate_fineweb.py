@@ -25,7 +25,7 @@ from lit_gpt.cli import parse, run, warn
 if TYPE_CHECKING:
     import numpy as np
 
-    from lit_gpt.likelihood import Likelihood, Request
+    from lit_gpt.likelihood.loglikelihood import Likelihood, Request
 
 _ROWS_AT_ONCE = 1024
 
@@ -71,10 +71,10 @@ def main() -> None:
 
     import torch
 
-    from lit_gpt.eval_cache import EvalCache, request_key
-    from lit_gpt.lm_adapter import DEFAULT_CACHE, evaluation_dtype
-    from lit_gpt.runtime import choose_device, join_processes
-    from lit_gpt.weights import load_model, state_hash
+    from lit_gpt.checkpoints.weights import load_model, state_hash
+    from lit_gpt.devices import choose_device, join_processes
+    from lit_gpt.evaluation.lm_adapter import DEFAULT_CACHE, evaluation_dtype
+    from lit_gpt.evaluation.result_cache import EvalCache, request_key
 
     rank, processes = join_processes()
     device = choose_device(flags.device)
@@ -143,8 +143,8 @@ def read_rows(folder: Path, crawl: str, length: int, vocab_size: int) -> tuple[i
         FileNotFoundError: neither packed tokens nor an old token list are there.
         ValueError: they are damaged, too short, or hold ids that the model does not know.
     """
-    from lit_gpt.packed_dataset import open_validation
-    from lit_gpt.token_list import read_token_list
+    from lit_gpt.data.packed_dataset import open_validation
+    from lit_gpt.data.pickled_tokens import read_token_list
 
     packed, old = folder / crawl, folder / f"{crawl}.pkl"
     if packed.is_dir():
@@ -169,7 +169,7 @@ def read_rows(folder: Path, crawl: str, length: int, vocab_size: int) -> tuple[i
 
 def row_request(kind: str, row: np.ndarray, number: int) -> Request:
     """An ARM needs a first token to start from; an MDM scores all. Each row has noise of its own."""
-    from lit_gpt.likelihood import Request
+    from lit_gpt.likelihood.loglikelihood import Request
 
     ids = tuple(row.tolist())
     return Request(ids[:1], ids[1:], number) if kind == "arm" else Request((), ids, number)
@@ -178,8 +178,8 @@ def row_request(kind: str, row: np.ndarray, number: int) -> Request:
 def score_rows(model: Any, requests: Sequence[Request], flags: Flags) -> Iterator[tuple[int, Likelihood]]:
     """Results as they come."""
     from lit_gpt.diffusion import EPS
-    from lit_gpt.likelihood import Method, Reader, arm_likelihoods, mdm_likelihoods
-    from lit_gpt.reading import model_logits
+    from lit_gpt.likelihood.loglikelihood import Method, Reader, arm_likelihoods, mdm_likelihoods
+    from lit_gpt.model.logits import model_logits
 
     config, device = model.config, next(model.parameters()).device
     max_tokens = flags.batch_size * min(flags.length, config.block_size)

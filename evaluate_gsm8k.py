@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_gpt.cli import parse, run
-from lit_gpt.eval_args import AnswerFlags
+from lit_gpt.evaluation.settings import AnswerFlags
 
 if TYPE_CHECKING:
-    from lit_gpt.answering import Answerer, Question
-    from lit_gpt.sampling import Sampling
+    from lit_gpt.evaluation.generated_answers import Answerer, Question
+    from lit_gpt.sampling.settings import Sampling
 
 _CFG = 0.1  # published, for both rounds
 
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dataclasses import replace
 
-    from lit_gpt.answering import (
+    from lit_gpt.devices import join_processes
+    from lit_gpt.evaluation.generated_answers import (
         Answerer,
         AnswerFile,
         accuracy,
@@ -61,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         read_questions,
     )
     from lit_gpt.files import file_sha256
-    from lit_gpt.runtime import join_processes
 
     check_flags(flags, ("steps", "length", "batch_size", "limit"))
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once.
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def samplings(flags: Flags, cfg_scale: float) -> Sampling:
     """How a round is sampled; the end token is the tokenizer's, and comes with it."""
-    from lit_gpt.sampling import Sampling
+    from lit_gpt.sampling.settings import Sampling
 
     return Sampling(flags.length, flags.algorithm, flags.steps, flags.temperature, cfg_scale, flags.seed)
 
@@ -110,7 +110,7 @@ def answer(answerer: Answerer, rounds: list[Sampling], questions: list[Question]
 
     A question that leaves no room has the empty text. A first text that, tokenized again, leaves none stands as it is.
     """
-    from lit_gpt.gsm8k import extract_answer, same_answer
+    from lit_gpt.evaluation.gsm8k import extract_answer, same_answer
 
     decode = answerer.writer.tokenizer.decode
     # Each round has a random stream of its own.

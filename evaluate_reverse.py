@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_gpt.cli import parse, run
-from lit_gpt.eval_args import AnswerFlags
+from lit_gpt.evaluation.settings import AnswerFlags
 
 if TYPE_CHECKING:
-    from lit_gpt.answering import Answerer, Question
-    from lit_gpt.sampling import Sampling
+    from lit_gpt.evaluation.generated_answers import Answerer, Question
+    from lit_gpt.sampling.settings import Sampling
 
 _CFG = 0.8  # published
 
@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from dataclasses import replace
 
-    from lit_gpt.answering import Answerer, AnswerFile, check_flags, checkpoint_name, guidance
+    from lit_gpt.devices import join_processes
+    from lit_gpt.evaluation.generated_answers import Answerer, AnswerFile, check_flags, checkpoint_name, guidance
+    from lit_gpt.evaluation.reversal import FILES
     from lit_gpt.files import file_sha256
-    from lit_gpt.reversal import FILES
-    from lit_gpt.runtime import join_processes
-    from lit_gpt.sampling import Sampling
+    from lit_gpt.sampling.settings import Sampling
 
     if flags.qs_type not in FILES:
         raise ValueError(f"--qs_type {flags.qs_type}: choose ntd (name to description) or dtn (description to name)")
@@ -91,7 +91,7 @@ def question_files(folder: Path, qs_type: str) -> tuple[Path, Path]:
     Raises:
         FileNotFoundError: they are not there; the line says where they come from.
     """
-    from lit_gpt.reversal import FILES, SOURCE
+    from lit_gpt.evaluation.reversal import FILES, SOURCE
 
     paths = [folder / name for name in FILES[qs_type]]
     missing = [path.name for path in paths if not path.is_file()]
@@ -105,8 +105,8 @@ def question_files(folder: Path, qs_type: str) -> tuple[Path, Path]:
 
 def read_both(paths: tuple[Path, Path], limit: int | None) -> list[Question]:
     """The questions of both directions, each with its `direction`."""
-    from lit_gpt.answering import read_questions
-    from lit_gpt.reversal import DIRECTIONS
+    from lit_gpt.evaluation.generated_answers import read_questions
+    from lit_gpt.evaluation.reversal import DIRECTIONS
 
     return [
         {"direction": direction, **question}
@@ -117,7 +117,7 @@ def read_both(paths: tuple[Path, Path], limit: int | None) -> list[Question]:
 
 def answer(answerer: Answerer, how: Sampling, questions: list[Question]) -> list[dict[str, Any]]:
     """Ask questions and judge what is written behind them, up to the end token; nothing where there is no room."""
-    from lit_gpt.reversal import DIRECTIONS, character_bleu, is_right
+    from lit_gpt.evaluation.reversal import DIRECTIONS, character_bleu, is_right
 
     prompts = [answerer.prompt_ids(question["prompt"]) for question in questions]
     rows = [2 * question["index"] + DIRECTIONS.index(question["direction"]) for question in questions]
@@ -131,8 +131,8 @@ def answer(answerer: Answerer, how: Sampling, questions: list[Question]) -> list
 
 def report(qs_type: str, answers: list[dict[str, Any]]) -> None:
     """Accuracies with their confidence intervals, then the last line."""
-    from lit_gpt.answering import accuracy, accuracy_line
-    from lit_gpt.reversal import DIRECTIONS
+    from lit_gpt.evaluation.generated_answers import accuracy, accuracy_line
+    from lit_gpt.evaluation.reversal import DIRECTIONS
 
     same, reverse = ([one for one in answers if one["direction"] == direction] for direction in DIRECTIONS)
     print(f"same direction: {accuracy_line(same)}\nreverse: {accuracy_line(reverse)}")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import parse, run
 
 if TYPE_CHECKING:
-    from lit_gpt.packed_dataset import PackedMixture
+    from lit_gpt.data.packed_dataset import PackedMixture
 
 VOCABULARY = 32000
 FAR = 10**9
@@ -60,7 +60,7 @@ def measure(flags: Flags, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lit_gpt.packed_dataset import open_mixture
+    from lit_gpt.data.packed_dataset import open_mixture
 
     paths = make_files(flags, folder)
     weights = {"train_slim": 0.7, "train_star": 0.3}
@@ -108,7 +108,7 @@ def measure(flags: Flags, folder: Path) -> None:
 
 def read_steps(data: PackedMixture, rows: int, steps: int) -> None:
     """Read steps of so many rows the way the trainer does, in micro batches of 8."""
-    from lit_gpt.batching import Group, StepLayout, prefetched_steps
+    from lit_gpt.data.batching import Group, StepLayout, prefetched_steps
 
     layout = StepLayout(rows, group_size=1, micro_batch_size=8, first_row=0, device_rows=rows)
     block = Group(data.block_length - 1, 1.0)
@@ -120,7 +120,7 @@ def make_files(flags: Flags, folder: Path) -> list[Path]:
     """Packed files of random tokens, seven of ten in the first set."""
     import numpy as np
 
-    from lit_gpt.packed_dataset import PackedDatasetBuilder
+    from lit_gpt.data.packed_format import PackedDatasetBuilder
 
     blocks = max(1, flags.megabytes * 1_000_000 // (2 * flags.block_length * flags.files))
     generator = np.random.default_rng(0)

@@ -27,8 +27,8 @@ from benchmarks.common import OwnProcess, print_table
 from lit_gpt.cli import parse, run
 
 if TYPE_CHECKING:
-    from lit_gpt.layers import Transformer
-    from lit_gpt.likelihood import Likelihood, Method, Request
+    from lit_gpt.likelihood.loglikelihood import Likelihood, Method, Request
+    from lit_gpt.model.layers import Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 MC_DRAWS = 128
@@ -61,8 +61,8 @@ def main() -> None:
     import torch
 
     from benchmarks.likelihood_baseline import build_model, timed_requests
-    from lit_gpt.runtime import keep_freed_memory
-    from lit_gpt.weights import load_model, load_tokenizer
+    from lit_gpt.checkpoints.weights import load_model, load_tokenizer
+    from lit_gpt.devices import keep_freed_memory
 
     keep_freed_memory()
     model, record = load_model(flags.ckpt, kind="mdm")
@@ -107,7 +107,7 @@ def next_line_ids(tokenizer: Any, count: int) -> list[tuple[list[int], list[list
 
 def cut(questions: Sequence[tuple[list[int], list[list[int]]]], length: int, context: int = 128) -> list[Request]:
     """All answers of all questions: `length` tokens of each behind at most `context` of the question's."""
-    from lit_gpt.likelihood import Request
+    from lit_gpt.likelihood.loglikelihood import Request
 
     return [
         Request(tuple(prefix[-context:]), tuple(ids[1 : 1 + length]))
@@ -118,8 +118,8 @@ def cut(questions: Sequence[tuple[list[int], list[list[int]]]], length: int, con
 
 def estimates(model: Transformer, requests: Sequence[Request], method: Method) -> list[Likelihood]:
     """Ours, in the order of the requests."""
-    from lit_gpt.likelihood import Reader, mdm_likelihoods
-    from lit_gpt.reading import model_logits
+    from lit_gpt.likelihood.loglikelihood import Reader, mdm_likelihoods
+    from lit_gpt.model.logits import model_logits
 
     reader = Reader(model_logits(model), model.config.mask_id, model.config.vocab_size, MAX_TOKENS)
     found = dict(mdm_likelihoods(reader, requests, method))
@@ -143,7 +143,7 @@ def speed_at_equal_error(
     plain: OwnProcess, model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags
 ) -> None:
     """Time to a standard error no larger than that of mc with 128 draws, by length of the target."""
-    from lit_gpt.likelihood import Method
+    from lit_gpt.likelihood.loglikelihood import Method
 
     print(f"## Time to the standard error of mc with {MC_DRAWS} samples\n")
     rows: list[list[str]] = []
@@ -188,7 +188,7 @@ def variance_at_equal_passes(
     model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags
 ) -> None:
     """mc's variance over exact's, for every length from 2 to 40, at the passes of one sweep over all levels."""
-    from lit_gpt.likelihood import Method
+    from lit_gpt.likelihood.loglikelihood import Method
 
     print("\n## Variance at equal numbers of passes\n")
     rows, worst = [], math.inf
@@ -209,7 +209,7 @@ def same_values(
     names: list[str], plain: OwnProcess, model: Transformer, requests: list[Request], rounds: int
 ) -> list[str]:
     """The row of a published procedure on some requests: times, and that the values agree."""
-    from lit_gpt.likelihood import Method
+    from lit_gpt.likelihood.loglikelihood import Method
 
     greedy = "greedy" in names[1]
     work = (
@@ -226,7 +226,7 @@ def same_values(
 
 def last_words(tokenizer: Any, count: int) -> list[Request]:
     """LAMBADA's passages and their last words, cut to what the quickstart's model reads."""
-    from lit_gpt.likelihood import Request
+    from lit_gpt.likelihood.loglikelihood import Request
 
     requests = []
     for line in (ROOT / "data" / "lambada" / "test.jsonl").read_text().splitlines()[:count]:
@@ -238,7 +238,7 @@ def last_words(tokenizer: Any, count: int) -> list[Request]:
 
 def errors_by_passes(model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags) -> None:
     """Standard error against passes for some lengths, as a table and a plot."""
-    from lit_gpt.likelihood import Method
+    from lit_gpt.likelihood.loglikelihood import Method
 
     lengths, counts = (2, 4, 8, 16, 40), (2, 4, 8, 16, 32, 64, 128, 256, 512)
     curves: dict[str, list[tuple[float, float]]] = {}

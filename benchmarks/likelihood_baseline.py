@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_gpt.diffmodel import TransEncoder
-from lit_gpt.layers import Transformer
-from lit_gpt.weights import load_model
+from lit_gpt.checkpoints.weights import load_model
+from lit_gpt.model.bidirectional import TransEncoder
+from lit_gpt.model.layers import Transformer
 
 BATCH = 16
 Pair = tuple[list[int], list[int]]

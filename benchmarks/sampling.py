@@ -85,10 +85,11 @@ def timed_batches(size: int, flags: Flags, plain: bool) -> Callable[[Way], float
     import torch
 
     from benchmarks import sampling_baseline
-    from lit_gpt.diffmodel import TransEncoder
-    from lit_gpt.model import GPT
-    from lit_gpt.runtime import keep_freed_memory
-    from lit_gpt.sampling import Sampling, sample
+    from lit_gpt.devices import keep_freed_memory
+    from lit_gpt.model.bidirectional import TransEncoder
+    from lit_gpt.model.causal import GPT
+    from lit_gpt.sampling.samplers import sample
+    from lit_gpt.sampling.settings import Sampling
 
     if not plain:
         keep_freed_memory()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_gpt.layers import Transformer
+from lit_gpt.model.layers import Transformer
 
 
 @torch.no_grad()

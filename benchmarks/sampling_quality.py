@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import parse, run
 
 if TYPE_CHECKING:
-    from lit_gpt.layers import Transformer
+    from lit_gpt.model.layers import Transformer
 
 PROMPT = 8
 FASTER = 1.4  # the paper's claim: an MDM matches a cached ARM at so many times its speed
@@ -59,9 +59,9 @@ class Point:
 def main() -> None:
     """Sample, judge, print."""
     flags = parse(Flags, None, __doc__)
-    from lit_gpt.runtime import keep_freed_memory
+    from lit_gpt.checkpoints.weights import load_model
+    from lit_gpt.devices import keep_freed_memory
     from lit_gpt.tokenizer import Tokenizer
-    from lit_gpt.weights import load_model
 
     keep_freed_memory()
     models = {}
@@ -95,7 +95,8 @@ def main() -> None:
 
 def print_divergence(mdm: Transformer, judge: Transformer, prompts: list[list[int]], context: int) -> None:
     """How far the block caches lead from the same sampler without them: same random numbers, tokens compared."""
-    from lit_gpt.sampling import Sampling, sample
+    from lit_gpt.sampling.samplers import sample
+    from lit_gpt.sampling.settings import Sampling
 
     settings: dict[str, Any] = {"algorithm": "greedy", "steps": 64, "temperature": 0.7, "block_length": 16}
 
@@ -146,7 +147,8 @@ def measure(
     settings: dict[str, Any],
 ) -> Point:
     """Write all texts in batches of 16, and judge them."""
-    from lit_gpt.sampling import Sampling, sample
+    from lit_gpt.sampling.samplers import sample
+    from lit_gpt.sampling.settings import Sampling
 
     how = Sampling(**settings)
     sample(model, prompts[:1], how)
@@ -162,8 +164,8 @@ def measure(
 
 def judged(judge: Transformer, texts: Sequence[Sequence[int]]) -> tuple[float, float]:
     """Perplexity of what follows the prompts under the judge, and the share of distinct pairs of neighbours."""
-    from lit_gpt.likelihood import Reader, Request, arm_likelihoods
-    from lit_gpt.reading import model_logits
+    from lit_gpt.likelihood.loglikelihood import Reader, Request, arm_likelihoods
+    from lit_gpt.model.logits import model_logits
 
     reader = Reader(model_logits(judge), judge.config.mask_id, judge.config.vocab_size, 8192)
     requests = [Request(tuple(text[:PROMPT]), tuple(text[PROMPT:])) for text in texts]

@@ -1,7 +1,7 @@
 """The training steps that `training_speed.py` compares, and what they all work on: one batch, one count of useful FLOPs.
 
 Each step is forward, backward, clipping to norm 1 and AdamW on the same batch at the same shape, built as its own project
-builds it: ours as `lit_gpt.trainer` does, litgpt's as its pretrain.py (compiled model, plain AdamW), transformers' as its
+builds it: ours as `lit_gpt.training.loop` does, litgpt's as its pretrain.py (compiled model, plain AdamW), transformers' as its
 Trainer (eager, fused AdamW).
 
 B batch, T tokens, L layers, C width, V vocabulary.
@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import baseline
-from lit_gpt import diffusion, kernels
+from lit_gpt import diffusion
 from lit_gpt.config import Config
-from lit_gpt.diffmodel import TransEncoder
-from lit_gpt.layers import Transformer
-from lit_gpt.model import GPT
-from lit_gpt.noise import Stream, uniform_grid
-from lit_gpt.runtime import keep_freed_memory
+from lit_gpt.devices import keep_freed_memory
+from lit_gpt.model import kernels
+from lit_gpt.model.bidirectional import TransEncoder
+from lit_gpt.model.causal import GPT
+from lit_gpt.model.layers import Transformer
+from lit_gpt.randomness import Stream, uniform_grid
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Step = Callable[[Batch], float]

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import Interrupted, parse, run, warn
 
 if TYPE_CHECKING:
-    from lit_gpt.judge_client import Judge, JudgeError
-    from lit_gpt.judging import JudgePrompt, Match
-    from lit_gpt.mt_bench import Bench, Question, Turns
-    from lit_gpt.result_file import ResultFile
+    from lit_gpt.evaluation.mt_bench.bench import Bench, Question, Turns
+    from lit_gpt.evaluation.mt_bench.judge_client import Judge, JudgeError
+    from lit_gpt.evaluation.mt_bench.judging import JudgePrompt, Match
+    from lit_gpt.evaluation.result_file import ResultFile
 
 # So many failures in a row, or one of each thread, and the server is taken for gone.
 _FAILURES_IN_A_ROW = 3
@@ -72,9 +72,9 @@ def main() -> None:
     flags = parse(Flags, None, __doc__)
     _check(flags)
 
-    from lit_gpt.judging import line_key, read_judgments, system_prompts_hash, unjudged
-    from lit_gpt.mt_bench import Bench
-    from lit_gpt.result_file import ResultFile
+    from lit_gpt.evaluation.mt_bench.bench import Bench
+    from lit_gpt.evaluation.mt_bench.judging import line_key, read_judgments, system_prompts_hash, unjudged
+    from lit_gpt.evaluation.result_file import ResultFile
 
     bench = Bench(flags.bench_name)
     matches, prompts = _matches(flags, bench)
@@ -88,7 +88,7 @@ def main() -> None:
     if flags.dry_run:
         return
 
-    from lit_gpt.judge_client import Judge
+    from lit_gpt.evaluation.mt_bench.judge_client import Judge
 
     judge = Judge(flags.judge_model, flags.max_tokens)
     if sys.stdin.isatty() and not flags.yes:
@@ -106,9 +106,9 @@ def main() -> None:
 
 def _check(flags: Flags) -> None:
     """Refuse what is wrong with the flags alone, all of it at once."""
-    from lit_gpt.judging import TURNS
-    from lit_gpt.mt_bench import MODES
-    from lit_gpt.result_file import EXISTING
+    from lit_gpt.evaluation.mt_bench.bench import MODES
+    from lit_gpt.evaluation.mt_bench.judging import TURNS
+    from lit_gpt.evaluation.result_file import EXISTING
 
     problems = []
     for name, known in (("mode", MODES), ("turns", TURNS), ("existing", EXISTING)):
@@ -126,8 +126,8 @@ def _check(flags: Flags) -> None:
 
 def _matches(flags: Flags, bench: Bench) -> tuple[list[Match], dict[str, JudgePrompt]]:
     """All that is to be judged, whether it has been or not; and the judge's prompts."""
-    from lit_gpt.judging import Material, groups, make_matches, read_judge_prompts
-    from lit_gpt.mt_bench import read_answers, read_questions
+    from lit_gpt.evaluation.mt_bench.bench import read_answers, read_questions
+    from lit_gpt.evaluation.mt_bench.judging import Material, groups, make_matches, read_judge_prompts
 
     questions = read_questions(bench.questions)[: flags.first_n]
     models = bench.models(flags.model_list)
@@ -146,7 +146,7 @@ def _matches(flags: Flags, bench: Bench) -> tuple[list[Match], dict[str, JudgePr
 
 def _check_answers(path: Path, answers: dict[int, Turns], questions: Sequence[Question]) -> None:
     """Refuse an answer file that lacks some of the questions."""
-    from lit_gpt.mt_bench import some
+    from lit_gpt.evaluation.mt_bench.bench import some
 
     missing = [question.question_id for question in questions if question.question_id not in answers]
     if missing:
@@ -158,8 +158,8 @@ def _check_answers(path: Path, answers: dict[int, Turns], questions: Sequence[Qu
 
 def _references(flags: Flags, bench: Bench, questions: Sequence[Question]) -> dict[int, Turns]:
     """The reference answers, where a question needs one."""
-    from lit_gpt.judging import WITH_REFERENCE
-    from lit_gpt.mt_bench import read_answers, some
+    from lit_gpt.evaluation.mt_bench.bench import read_answers, some
+    from lit_gpt.evaluation.mt_bench.judging import WITH_REFERENCE
 
     path = Path(flags.reference_file) if flags.reference_file else bench.references(flags.judge_model)
     needed = [question.question_id for question in questions if question.category in WITH_REFERENCE]
@@ -179,7 +179,7 @@ def _references(flags: Flags, bench: Bench, questions: Sequence[Question]) -> di
 
 def _say_cost(flags: Flags, matches: Sequence[Match], todo: Sequence[Match]) -> None:
     """What is to be judged, and what it takes."""
-    from lit_gpt.judging import CHARACTERS_PER_TOKEN, cost
+    from lit_gpt.evaluation.mt_bench.judging import CHARACTERS_PER_TOKEN, cost
 
     requests, tokens_in, tokens_out = cost(todo, flags.max_tokens)
     print(
@@ -206,8 +206,8 @@ def _judge_all(flags: Flags, judge: Judge, todo: Sequence[Match], judgments: Res
     """
     from tqdm import tqdm
 
-    from lit_gpt.judge_client import JudgeError, JudgeRefused, Reply, in_threads
-    from lit_gpt.judging import judgment_line
+    from lit_gpt.evaluation.mt_bench.judge_client import JudgeError, JudgeRefused, Reply, in_threads
+    from lit_gpt.evaluation.mt_bench.judging import judgment_line
 
     def work(match: Match) -> list[Reply]:
         return [judge(match.prompt.system, text) for text in match.user_prompts]
@@ -246,7 +246,7 @@ def _judge_all(flags: Flags, judge: Judge, todo: Sequence[Match], judgments: Res
 
 def _warn_of_gaps(todo: Sequence[Match], judgments: ResultFile, cut: Sequence[Match]) -> None:
     """Name judgments that hold no rating, and those that the limit of tokens cut."""
-    from lit_gpt.judging import is_unrated, line_key
+    from lit_gpt.evaluation.mt_bench.judging import is_unrated, line_key
 
     keys = {match.key: match for match in todo}
     unrated = [line for line in judgments.results if line_key(line) in keys and is_unrated(line)]

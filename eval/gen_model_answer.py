@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import Interrupted, parse, run, warn
 
 if TYPE_CHECKING:
-    from lit_gpt.answering import Answerer
-    from lit_gpt.mt_bench import Question
-    from lit_gpt.result_file import ResultFile
-    from lit_gpt.sampling import Sampling
+    from lit_gpt.evaluation.generated_answers import Answerer
+    from lit_gpt.evaluation.mt_bench.bench import Question
+    from lit_gpt.evaluation.result_file import ResultFile
+    from lit_gpt.sampling.settings import Sampling
 
 Value = TypeVar("Value")
 
@@ -81,16 +81,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(Flags, argv, __doc__)
     _check(flags)
 
-    from lit_gpt.mt_bench import Bench, read_questions
-    from lit_gpt.sampling import Sampling
+    from lit_gpt.evaluation.mt_bench.bench import Bench, read_questions
+    from lit_gpt.sampling.settings import Sampling
 
     bench = Bench(flags.bench_name)
     questions = read_questions(bench.questions, flags.question_begin, flags.question_end)
     path = Path(flags.answer_file) if flags.answer_file else bench.answers(flags.model_id)
     sampling = Sampling(flags.max_new_token, steps=flags.steps, cfg_scale=flags.cfg_scale)
 
-    from lit_gpt.result_file import ResultFile
-    from lit_gpt.runtime import join_processes
+    from lit_gpt.devices import join_processes
+    from lit_gpt.evaluation.result_file import ResultFile
 
     rank, processes = join_processes()
     answerer = _load(flags)
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(flags: Flags) -> None:
     """Refuse what is wrong with the flags alone, all of it at once; name those without an effect."""
-    from lit_gpt.result_file import EXISTING
+    from lit_gpt.evaluation.result_file import EXISTING
 
     problems = []
     for flag, value, known in (
@@ -149,12 +149,12 @@ def _check(flags: Flags) -> None:
 
 def _load(flags: Flags) -> Answerer:
     """The model and its tokenizer; `--model-id` is a size only where the checkpoint says none."""
-    from lit_gpt.answering import Answerer
-    from lit_gpt.completion import Writer
-    from lit_gpt.export import SUFFIX, read_record
-    from lit_gpt.lm_adapter import evaluation_dtype
-    from lit_gpt.runtime import choose_device
-    from lit_gpt.weights import load_model, load_tokenizer
+    from lit_gpt.checkpoints.export import SUFFIX, read_record
+    from lit_gpt.checkpoints.weights import load_model, load_tokenizer
+    from lit_gpt.devices import choose_device
+    from lit_gpt.evaluation.generated_answers import Answerer
+    from lit_gpt.evaluation.lm_adapter import evaluation_dtype
+    from lit_gpt.ui.completion import Writer
 
     device = choose_device(flags.device)
     dtype = evaluation_dtype(flags.dtype, device)
@@ -167,7 +167,7 @@ def _load(flags: Flags) -> Answerer:
 
 def _fitting(answerer: Answerer, sampling: Sampling, questions: Sequence[Question], rank: int) -> Sampling:
     """Settings that the model can follow: no context longer than it reads. Names questions without room for an answer."""
-    from lit_gpt.mt_bench import some
+    from lit_gpt.evaluation.mt_bench.bench import some
 
     limit, wanted = answerer.writer.model.config.block_size, sampling.context_length
     assert isinstance(wanted, int)
@@ -200,8 +200,8 @@ def _answer_all(
     """Answer a batch in each process, gather, write, until all is done; `answers` is the first process's."""
     from tqdm import tqdm
 
-    from lit_gpt.mt_bench import answer_line
-    from lit_gpt.runtime import join_processes
+    from lit_gpt.devices import join_processes
+    from lit_gpt.evaluation.mt_bench.bench import answer_line
 
     rank, processes = join_processes()
     # Where the bar is no terminal's, a line of it every half minute will do.

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import parse, run, warn
 
 if TYPE_CHECKING:
-    from lit_gpt.mt_bench import Bench, Line
+    from lit_gpt.evaluation.mt_bench.bench import Bench, Line
 
 
 @dataclass
@@ -48,8 +48,8 @@ def main() -> None:
     """Read, count, print, draw."""
     flags = parse(Flags, None, __doc__)
 
-    from lit_gpt.judging import read_judgments
-    from lit_gpt.mt_bench import MODES, Bench
+    from lit_gpt.evaluation.mt_bench.bench import MODES, Bench
+    from lit_gpt.evaluation.mt_bench.judging import read_judgments
 
     if flags.mode not in MODES:
         raise ValueError(f"--mode {flags.mode}: choose from {', '.join(MODES)}")
@@ -89,8 +89,8 @@ def _of_models(path: Path, lines: list[Line], flags: Flags) -> list[Line]:
 
 def _show_ratings(bench: Bench, lines: Sequence[Line], flags: Flags) -> None:
     """Tables by turn and by category, and the picture."""
-    from lit_gpt.mt_bench import read_questions
-    from lit_gpt.mt_bench_table import aligned, by_category, model_scores
+    from lit_gpt.evaluation.mt_bench.bench import read_questions
+    from lit_gpt.evaluation.mt_bench.tables import aligned, by_category, model_scores
 
     scores = model_scores(lines)
     header = ("model", "first turn", "second turn", "average", "rated", "without rating")
@@ -113,7 +113,7 @@ def _show_ratings(bench: Bench, lines: Sequence[Line], flags: Flags) -> None:
         return
 
     from lit_gpt.files import make_folder
-    from lit_gpt.plots import plot_radar
+    from lit_gpt.ui.plots import plot_radar
 
     picture = Path(flags.radar) if flags.radar else bench.folder / "radar.png"
     make_folder(picture.parent)
@@ -123,8 +123,8 @@ def _show_ratings(bench: Bench, lines: Sequence[Line], flags: Flags) -> None:
 
 def _show_pairs(lines: Sequence[Line], flags: Flags) -> None:
     """The table of wins."""
-    from lit_gpt.judging import is_unrated
-    from lit_gpt.mt_bench_table import aligned, records
+    from lit_gpt.evaluation.mt_bench.judging import is_unrated
+    from lit_gpt.evaluation.mt_bench.tables import aligned, records
 
     found = records(lines, flags.baseline_model if flags.mode == "pairwise-baseline" else None)
     header = ("model", "win", "loss", "tie", "win_rate", "loss_rate", "win_rate_adjusted")

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_gpt.config import Config
-    from lit_gpt.diffmodel import TransEncoder
-    from lit_gpt.model import GPT
+    from lit_gpt.model.bidirectional import TransEncoder
+    from lit_gpt.model.causal import GPT
     from lit_gpt.tokenizer import Tokenizer
 
 __all__ = ["GPT", "Config", "Tokenizer", "TransEncoder"]
 
 _HOMES = {
     "Config": "lit_gpt.config",
-    "GPT": "lit_gpt.model",
+    "GPT": "lit_gpt.model.causal",
     "Tokenizer": "lit_gpt.tokenizer",
-    "TransEncoder": "lit_gpt.diffmodel",
+    "TransEncoder": "lit_gpt.model.bidirectional",
 }
 
 

@@ -1,22 +1,5 @@
-"""The masked diffusion model (MDM): a bidirectional transformer that fills in [MASK].
+"""The published import path of `lit_gpt.model.bidirectional.TransEncoder`."""
 
-It differs from the ARM in two facts: every token sees every other, and the embedding has one more row, for [MASK], whose
-id is the padded vocabulary size and which the head cannot predict. May import layers and config only.
-"""
+from lit_gpt.model.bidirectional import TransEncoder
 
-from __future__ import annotations
-
-from lit_gpt.config import Config
-from lit_gpt.layers import Transformer
-
-
-class TransEncoder(Transformer):
-    """Predicts every masked token from all tokens that are not: logits (B, T, V), position i predicts token i."""
-
-    kind = "mdm"
-    causal = False
-
-    @classmethod
-    def embedding_rows(cls, config: Config) -> int:
-        """The head's rows and one for [MASK]."""
-        return config.padded_vocab_size + 1
+__all__ = ["TransEncoder"]

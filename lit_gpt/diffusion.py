@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_gpt.noise import Stream, hash_tensor, uniform
+from lit_gpt.randomness import Stream, hash_tensor, uniform
 
 EPS = 1e-3
 """Smallest masking probability in training (published value): keeps the weight 1/p below 1000."""

@@ -17,16 +17,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run
-from lit_gpt.train_config import PretrainConfig
+from lit_gpt.training.settings import PretrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, describe, fit."""
     flags = parse(PretrainConfig, argv, __doc__)
 
-    from lit_gpt.model import GPT
-    from lit_gpt.objectives import NextToken
-    from lit_gpt.pretraining import Recipe, pretrain
+    from lit_gpt.model.causal import GPT
+    from lit_gpt.training.objectives import NextToken
+    from lit_gpt.training.pretraining import Recipe, pretrain
 
     recipe = Recipe(
         model_class=GPT,

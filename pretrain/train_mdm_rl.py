@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run
-from lit_gpt.train_config import PretrainConfig
+from lit_gpt.training.settings import PretrainConfig
 
 
 @dataclass
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, describe, fit."""
     flags = parse(Flags, argv, __doc__)
 
-    from lit_gpt.diffmodel import TransEncoder
-    from lit_gpt.objectives import MaskedDiffusion
-    from lit_gpt.pretraining import MDM_GROUP_SIZES, Recipe, pretrain
+    from lit_gpt.model.bidirectional import TransEncoder
+    from lit_gpt.training.objectives import MaskedDiffusion
+    from lit_gpt.training.pretraining import MDM_GROUP_SIZES, Recipe, pretrain
 
     recipe = Recipe(
         model_class=TransEncoder,

@@ -58,16 +58,16 @@ class Flags:
 
 def main() -> None:
     """Parse, load, then one completion or many."""
-    from lit_gpt.sampling_flags import chosen, with_sampling
+    from lit_gpt.sampling.flags import chosen, with_sampling
 
     flags: Any = parse(with_sampling(Flags), None, __doc__)
     _check(flags)
 
     from rich.console import Console
 
-    from lit_gpt.completion import Writer
-    from lit_gpt.sampling import Sampling
-    from lit_gpt.terminal import Manner, Session
+    from lit_gpt.sampling.settings import Sampling
+    from lit_gpt.ui.completion import Writer
+    from lit_gpt.ui.terminal import Manner, Session
 
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once; the end token is the
     # tokenizer's, and the writer puts it in.
@@ -108,7 +108,7 @@ def _check(flags: Any) -> None:
 
 def _warn_of_unused(flags: Any, kind: str) -> None:
     """Name flags that this kind of model has no use for (guidance of an ARM is an error of the sampler)."""
-    from lit_gpt.sampling_flags import unused
+    from lit_gpt.sampling.flags import unused
 
     for name in [*unused(flags, kind), *(["snapshots"] if flags.snapshots and kind == "arm" else [])]:
         if name != "cfg_scale":

@@ -35,7 +35,7 @@ def main() -> None:
     if not flags.path:
         fail("which file or folder? python scripts/info.py PATH")
 
-    from lit_gpt.describe import describe, to_json
+    from lit_gpt.ui.info import describe, to_json
 
     described = describe(flags.path)
     print(to_json(described)) if flags.json else _show(described)

@@ -267,7 +267,7 @@ class _Packing:
     """A crawl's files while they are written."""
 
     def __init__(self, flags: FinewebFlags, tokenizer: Tokenizer, folder: Path, identity: dict[str, Any]) -> None:
-        from lit_gpt.packed_format import PackedDatasetBuilder
+        from lit_gpt.data.packed_format import PackedDatasetBuilder
 
         self._flags, self._tokenizer, self._folder, self._identity = flags, tokenizer, folder, identity
         self._chunk_size = identity["chunk_size"]

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import Interrupted, parse, run
 
 if TYPE_CHECKING:
-    from lit_gpt.preparation import Outcome, Plan, Progress
+    from lit_gpt.data.preparation import Outcome, Progress
+    from lit_gpt.data.preparation_plan import Plan
 
 # Seconds between two lines where there is no terminal to draw a bar on.
 _LINE_EVERY_S = 30.0
@@ -62,14 +63,14 @@ class PrepareFlags:
 
 def main() -> None:
     """Check the flags, pack, say what came out."""
-    from lit_gpt.text_sources import join_sources
+    from lit_gpt.data.text_sources import join_sources
 
     flags = parse(PrepareFlags, join_sources(sys.argv[1:]), __doc__)
     _check(flags)
 
-    from lit_gpt.preparation import prepare
-    from lit_gpt.preparation_plan import Plan
-    from lit_gpt.text_sources import TextRules, available_cores, find_sources
+    from lit_gpt.data.preparation import prepare
+    from lit_gpt.data.preparation_plan import Plan
+    from lit_gpt.data.text_sources import TextRules, available_cores, find_sources
     from lit_gpt.tokenizer import Tokenizer
 
     plan = Plan(

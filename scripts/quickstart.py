@@ -27,8 +27,8 @@ from lit_gpt.cli import parse, run, warn
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lit_gpt.plots import LossCurve
-    from lit_gpt.stages import Stage
+    from lit_gpt.pipeline import Stage
+    from lit_gpt.ui.plots import LossCurve
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"arm": "train_ar.py", "mdm": "train_mdm.py"}
@@ -165,7 +165,7 @@ def train(kind: str, flags: Flags, out: Path, settings: dict[str, Any], console:
     stage, done = _stage(out, kind, settings, console, f"{number}/6 train the {NAMES[kind]}")
     if done is not None:
         return done
-    from lit_gpt.display import TrainingProgress
+    from lit_gpt.ui.display import TrainingProgress
 
     folder = stage.folder
     flag_values = {
@@ -201,7 +201,7 @@ def train(kind: str, flags: Flags, out: Path, settings: dict[str, Any], console:
 
 def loss_curve(kind: str, result: dict[str, Any]) -> LossCurve:
     """The losses in a run's CSV."""
-    from lit_gpt.plots import LossCurve
+    from lit_gpt.ui.plots import LossCurve
 
     with open(result["metrics"], newline="") as file:
         rows = list(csv.DictReader(file))
@@ -222,7 +222,7 @@ def draw_losses(results: dict[str, dict[str, Any]], out: Path) -> None:
         return
 
     from lit_gpt.config import Config
-    from lit_gpt.plots import plot_losses, short_count
+    from lit_gpt.ui.plots import plot_losses, short_count
 
     tokens = short_count(results["arm"]["total_tokens"])
     size = Config.from_dict(results["arm"]["config"]).size_in_millions
@@ -240,23 +240,25 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
     if done is not None:
         return done
 
-    from lit_gpt import plots, sampling
-    from lit_gpt.display import Denoising, indented
+    from lit_gpt.checkpoints.weights import load_model
+    from lit_gpt.sampling import samplers
+    from lit_gpt.sampling.settings import Sampling
     from lit_gpt.tokenizer import Tokenizer
-    from lit_gpt.weights import load_model
+    from lit_gpt.ui import plots
+    from lit_gpt.ui.display import Denoising, indented
 
     tokenizer = Tokenizer(out / "tokenizer")
     validation = (out / "text" / "validation.txt").read_text()
     prompt = validation.lstrip().split("\n", 1)[0] + "\n" if flags.prompt is None else flags.prompt
     ids = tokenizer.encode_ids(prompt)
-    how = sampling.Sampling(
+    how = Sampling(
         flags.block_size, "origin", flags.sampling_steps, flags.temperature, seed=flags.seed, stop_id=tokenizer.eos_id
     )
     texts, rates = {}, {}
     for kind in KINDS:
         model, _ = load_model(settings["models"][kind]["export"], kind=kind)
         started = time.perf_counter()
-        states = list(sampling.sample_states(model, [ids], how))
+        states = list(samplers.sample_states(model, [ids], how))
         rates[kind] = (flags.block_size - len(ids)) / (time.perf_counter() - started)
         texts[kind] = tokenizer.decode(states[-1].tokens()[0])
         console.print(f"  a sample of the {NAMES[kind]}, {rates[kind]:,.0f} tokens/s:", style="bold")
@@ -275,7 +277,7 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
 
 def show_denoising(denoising: Any, console: Console) -> None:
     """Text emerging from masks: moving on a terminal, some snapshots elsewhere."""
-    from lit_gpt.display import print_snapshots
+    from lit_gpt.ui.display import print_snapshots
 
     if not console.is_terminal:
         print_snapshots(denoising, console, _SNAPSHOTS)
@@ -347,7 +349,7 @@ def _stage(
     out: Path, name: str, settings: dict[str, Any], console: Console, title: str
 ) -> tuple[Stage, dict[str, Any] | None]:
     """Announce a stage; also its result if an earlier run has finished it."""
-    from lit_gpt.stages import Stage
+    from lit_gpt.pipeline import Stage
 
     stage = Stage(out / name, dict(settings))
     done = stage.begin()
@@ -357,7 +359,7 @@ def _stage(
 
 def _script(script: str, *arguments: object, console: Console | None = None, watch: Any = None) -> None:
     """Run one of our scripts and show what it prints."""
-    from lit_gpt.stages import run_script
+    from lit_gpt.pipeline import run_script
 
     def show(line: str) -> None:
         if console is not None and not line.startswith(("error: ", "train with: ")):

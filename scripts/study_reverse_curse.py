@@ -30,7 +30,7 @@ from lit_gpt.cli import parse, run
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lit_gpt.stages import Stage
+    from lit_gpt.pipeline import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("arm", "mdm")
@@ -184,10 +184,10 @@ class Study:
         arguments = ["scripts/train_tokenizer.py", "--source_path", texts, "--destination_path", stage.folder]
         self._run([*arguments, "--document", "line", "--vocab_size", _VOCABULARY])
 
+        from lit_gpt.checkpoints.export import WeightsRecord, export_weights
         from lit_gpt.config import Config
-        from lit_gpt.diffmodel import TransEncoder
-        from lit_gpt.export import WeightsRecord, export_weights
-        from lit_gpt.model import GPT
+        from lit_gpt.model.bidirectional import TransEncoder
+        from lit_gpt.model.causal import GPT
         from lit_gpt.tokenizer import Tokenizer
 
         tokenizer = Tokenizer(stage.folder)
@@ -273,7 +273,7 @@ class Study:
         self, name: str, title: str, settings: dict[str, Any] | None = None
     ) -> tuple[Stage, dict[str, Any] | None]:
         """Announce a stage; also its result if an earlier run has finished it."""
-        from lit_gpt.stages import Stage
+        from lit_gpt.pipeline import Stage
 
         stage = Stage(self.out / name, dict(self.settings if settings is None else settings))
         done = stage.begin()
@@ -282,7 +282,7 @@ class Study:
 
     def _run(self, command: list[Any]) -> list[str]:
         """Run one of our scripts, show what it prints, and return it."""
-        from lit_gpt.stages import run_script
+        from lit_gpt.pipeline import run_script
 
         lines: list[str] = []
 
@@ -351,10 +351,10 @@ def answered(lines: list[str]) -> dict[str, float]:
 
 def write_report(flags: Flags, commands: list[str], results: dict[str, list[dict[str, Any]]], console: Console) -> None:
     """A table, a picture and the commands, for people."""
-    from lit_gpt.answering import wilson_interval
+    from lit_gpt.evaluation.generated_answers import wilson_interval
     from lit_gpt.files import make_folder
-    from lit_gpt.plots import plot_shares
-    from lit_gpt.provenance import commit
+    from lit_gpt.ui.plots import plot_shares
+    from lit_gpt.versions import commit
 
     folder = Path(flags.docs)
     make_folder(folder)

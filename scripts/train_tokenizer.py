@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import parse, run, warn
 
 if TYPE_CHECKING:
-    from lit_gpt.text_sources import Source, TextRules
+    from lit_gpt.data.text_sources import Source, TextRules
 
 # SentencePiece keeps all sentences in memory, about ten times their size.
 _MOST_BYTES = 1 << 30
@@ -48,7 +48,7 @@ class TokenizerFlags:
 
 def main() -> None:
     """Read, learn, write."""
-    from lit_gpt.text_sources import join_sources
+    from lit_gpt.data.text_sources import join_sources
 
     flags = parse(TokenizerFlags, join_sources(sys.argv[1:]), __doc__)
     if not flags.source_path or not flags.destination_path:
@@ -56,8 +56,8 @@ def main() -> None:
     if flags.document not in ("file", "line"):
         raise ValueError(f"--document {flags.document}: expected file or line")
 
+    from lit_gpt.data.text_sources import TextRules, find_sources
     from lit_gpt.files import make_folder, write_file
-    from lit_gpt.text_sources import TextRules, find_sources
     from lit_gpt.tokenizer import Tokenizer
 
     sources = find_sources(flags.source_path)
@@ -72,7 +72,7 @@ def main() -> None:
 
 def sentences(sources: list[Source], rules: TextRules) -> Iterator[str]:
     """The lines of all documents, long ones in parts, up to a fixed number of bytes."""
-    from lit_gpt.text_sources import Position, read_batches
+    from lit_gpt.data.text_sources import Position, read_batches
 
     taken = 0
     for batch in read_batches(sources, rules, Position()):

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
 
-    from lit_gpt.canvas import State
-    from lit_gpt.completion import Request as Wish
-    from lit_gpt.completion import Writer
     from lit_gpt.config import Config
+    from lit_gpt.sampling.sequence import State
+    from lit_gpt.ui.completion import Request as Wish
+    from lit_gpt.ui.completion import Writer
 
 PAGE = Path(__file__).with_name("web_page.html")
 _MOST_STEPS = 4096
@@ -81,7 +81,7 @@ def main() -> None:
     except ImportError as error:
         fail(f"{error.name} is not installed: ./setup.sh web")
 
-    from lit_gpt.runtime import choose_device
+    from lit_gpt.devices import choose_device
 
     choose_device(flags.device)
     checkpoints = find_checkpoints(flags.models)
@@ -133,8 +133,9 @@ def _inspect(path: Path) -> Described:
     import torch
     from safetensors import safe_open
 
-    from lit_gpt.checkpoint_files import clean_names
-    from lit_gpt.weights import infer_config, infer_kind, of_family, read_record
+    from lit_gpt.checkpoints.export import read_record
+    from lit_gpt.checkpoints.run_files import clean_names
+    from lit_gpt.checkpoints.weights import infer_config, infer_kind, of_family
 
     if record := read_record(path):
         return record.kind, record.config
@@ -147,7 +148,7 @@ def _inspect(path: Path) -> Described:
 @lru_cache(maxsize=2)
 def load(path: str, changed_ns: int, tokenizer: str | None, device: str | None) -> Writer:
     """A checkpoint's model and tokenizer; the last two stay in memory, unless a file has changed meanwhile."""
-    from lit_gpt.completion import Writer
+    from lit_gpt.ui.completion import Writer
 
     return Writer.load(path, tokenizer=tokenizer, device=device)
 
@@ -162,8 +163,8 @@ def controls() -> list[dict[str, Any]]:
         Name, type, default (None: none, or the page decides), choices, help, and the kind of model (`only`) and the
         algorithm (`with`) that alone have a use for it.
     """
-    from lit_gpt import sampling
-    from lit_gpt.sampling_flags import settings
+    from lit_gpt.sampling import settings as sampling_settings
+    from lit_gpt.sampling.flags import settings
 
     length = "Tokens of the finished row, prompt included; a text with gaps keeps its own."
     fields = [
@@ -174,9 +175,9 @@ def controls() -> list[dict[str, Any]]:
     for name, written, default, text in fields:
         kind = next((word for word in written.replace("|", " ").split() if word in _FORM_TYPES), None)
         only = re.match(r"(MDM|ARM)(?:, (\w+))?: |(MDM|ARM), (?=with )", text)
-        choices = list(getattr(sampling, f"{name.upper()}S", ())) if kind == "str" else []
+        choices = {"algorithm": sampling_settings.ALGORITHM_NAMES, "cache": sampling_settings.CACHES}.get(name, ())
         if kind is not None:
-            result.append({"name": name, "type": kind, "default": default, "choices": choices})
+            result.append({"name": name, "type": kind, "default": default, "choices": list(choices)})
             result[-1] |= {"only": (only[1] or only[3]).lower() if only else None, "with": only[2] if only else None}
             result[-1]["help"] = text[only.end() if only else 0 :].replace("`", "")
     return result
@@ -230,7 +231,7 @@ class Job:
 
     def step(self) -> dict[str, Any] | None:
         """The next state, or None; a change is [position, text or None for a mask, confidence, token id]."""
-        from lit_gpt.display import token_texts
+        from lit_gpt.ui.display import token_texts
 
         state = next(self._states, None)
         if state is None:
@@ -296,7 +297,7 @@ class Server:
             ValueError: whatever the user can get wrong.
             OSError: a file has gone.
         """
-        from lit_gpt.sampling import Sampling
+        from lit_gpt.sampling.settings import Sampling
 
         name, prompt = str(wanted.get("checkpoint")), wanted.get("prompt", "")
         if name not in self._checkpoints:

@@ -19,16 +19,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run
-from lit_gpt.train_config import FinetuneConfig
+from lit_gpt.training.settings import FinetuneConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, describe, fit."""
     flags = parse(FinetuneConfig, argv, __doc__)
 
-    from lit_gpt.finetuning import Recipe, finetune
-    from lit_gpt.objectives import NextResponseToken
-    from lit_gpt.sft_sources import SHAREGPT
+    from lit_gpt.data.sft_formats import SHAREGPT
+    from lit_gpt.training.finetuning import Recipe, finetune
+    from lit_gpt.training.objectives import NextResponseToken
 
     recipe = Recipe(
         kind="arm",

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run
-from lit_gpt.train_config import FinetuneConfig
+from lit_gpt.training.settings import FinetuneConfig
 
 
 @dataclass
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, describe, fit."""
     flags = parse(Flags, argv, __doc__)
 
-    from lit_gpt.finetuning import MDM_GROUP_SIZES, Recipe, finetune
-    from lit_gpt.objectives import MaskedResponse
-    from lit_gpt.sft_sources import SHAREGPT
+    from lit_gpt.data.sft_formats import SHAREGPT
+    from lit_gpt.training.finetuning import MDM_GROUP_SIZES, Recipe, finetune
+    from lit_gpt.training.objectives import MaskedResponse
 
     recipe = Recipe(
         kind="mdm",

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run
-from lit_gpt.train_config import FinetuneConfig
+from lit_gpt.training.settings import FinetuneConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     defaults = {"epochs": 10, "batch_size": 64, "out_dir": "workdir/reverse"}
     flags = parse(FinetuneConfig, argv, __doc__, defaults=defaults)
 
-    from lit_gpt.finetuning import MDM_GROUP_SIZES, Recipe, finetune
-    from lit_gpt.objectives import MaskedResponse, NextResponseToken
-    from lit_gpt.sft_sources import REVERSE
+    from lit_gpt.data.sft_formats import REVERSE
+    from lit_gpt.training.finetuning import MDM_GROUP_SIZES, Recipe, finetune
+    from lit_gpt.training.objectives import MaskedResponse, NextResponseToken
 
     masked = {"seed": flags.seed, "global_batch_size": flags.batch_size}
     recipe = Recipe(

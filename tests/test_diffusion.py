@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lit_gpt import diffusion
-from lit_gpt.noise import Stream, uniform_grid
+from lit_gpt.randomness import Stream, uniform_grid
 
 
 def test_times_fill_every_stratum_once_a_step():

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import Tokenizer
-from tests.small_tokenizers import convert, train_small
+from tests.support.small_tokenizers import convert, train_small
 
 TEXTS = [
     "",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_gpt.layers import Transformer
+from lit_gpt.model.layers import Transformer
 
 Model = TypeVar("Model", bound=Transformer)
 

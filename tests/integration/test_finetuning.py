@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_gpt.checkpoints.export import WeightsRecord, export_weights
 from lit_gpt.config import Config
-from lit_gpt.diffmodel import TransEncoder
-from lit_gpt.export import WeightsRecord, export_weights
-from lit_gpt.model import GPT
-from lit_gpt.noise import hash_int
-from lit_gpt.reversal import FILES as QUESTION_FILES
-from lit_gpt.sft_sources import GSM8K, SHAREGPT
+from lit_gpt.data.sft_formats import GSM8K, SHAREGPT
+from lit_gpt.evaluation.reversal import FILES as QUESTION_FILES
+from lit_gpt.model.bidirectional import TransEncoder
+from lit_gpt.model.causal import GPT
+from lit_gpt.randomness import hash_int
 from scripts.train_tokenizer import train as train_tokenizer
-from tests.training_runs import ROOT, environment, final_state, losses, run_words, start_words, words
+from tests.support.training_runs import ROOT, environment, final_state, losses, run_words, start_words, words
 
 SCRIPTS = ("finetune_ar", "finetune_mdm", "finetune_mdm_gsm8k", "finetune_mdm_reverse")
 FLAGS = {"learning_rate": 3e-3, "min_lr": 3e-4, "precision": "32-true", "bs": 16, "cache_dir": "cache", "workers": 1}

@@ -14,7 +14,17 @@ import time
 import pytest
 import torch
 
-from tests.training_runs import command, environment, final_state, losses, make_data, metrics, start, train, train_alone
+from tests.support.training_runs import (
+    command,
+    environment,
+    final_state,
+    losses,
+    make_data,
+    metrics,
+    start,
+    train,
+    train_alone,
+)
 
 
 @pytest.fixture

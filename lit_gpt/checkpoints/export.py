@@ -1,0 +1,189 @@
+"""Exported weights: safetensors files that describe themselves.
+
+Decisions: the metadata is one JSON value under one key (safetensors writes several keys in random order, and equal
+models should be equal files); the same record (kind, config, tokenizer, and what the run says of itself) stands in
+`run.json`, in a checkpoint's marker and in an export; a run never replaces another run's file unless told to.
+May import checkpoint_files, files and config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_gpt.checkpoints.run_files import clean_names
+from lit_gpt.config import Config
+from lit_gpt.files import SaveError, cannot_write, make_folder, sync_folder
+
+METADATA_KEY = "smdm"
+SUFFIX = ".safetensors"
+KINDS = ("arm", "mdm")
+
+
+@dataclass(frozen=True)
+class WeightsRecord:
+    """What weights say of themselves."""
+
+    kind: str
+    """`arm` or `mdm`."""
+    config: Config
+    """Shape of the model."""
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    """Where the tokenizer came from, and its hash; empty if unknown."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """Everything else: run_id, name, settings, result ..."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; `from_dict` reads them back."""
+        return {**self.run, "kind": self.kind, "config": self.config.to_dict(), "tokenizer": self.tokenizer}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> WeightsRecord:
+        """Read a run's record, a marker's or an export's.
+
+        Raises:
+            ValueError: kind or config is missing or unknown.
+        """
+        kind, config = values.get("kind"), values.get("config")
+        if kind not in KINDS or not isinstance(config, dict):
+            raise ValueError(f"the record names no known kind and config (kind {kind!r})")
+        run = {key: value for key, value in values.items() if key not in ("kind", "config", "tokenizer")}
+        return cls(kind, Config.from_dict(config), values.get("tokenizer") or {}, run)
+
+    @property
+    def run_id(self) -> str | None:
+        """The run that made the weights."""
+        return self.run.get("run_id")
+
+
+def read_record(path: Path | str) -> WeightsRecord | None:
+    """An exported file's record; None for safetensors of other programs and released ones.
+
+    Raises:
+        ValueError: the file is truncated or no safetensors, or its record is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        return WeightsRecord.from_dict(json.loads(metadata[METADATA_KEY]))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a record that cannot be read: {error}") from error
+
+
+def claim_export(models_dir: Path, name: str, run_id: str, overwrite: bool) -> Path:
+    """Refuse, before the first step, an export that could not be written at the end.
+
+    Args:
+        models_dir: made if it is missing.
+        name: from `naming.export_name`.
+        run_id: of the run that asks.
+        overwrite: whether another run's file may be replaced.
+
+    Returns:
+        The file that the export will be.
+
+    Raises:
+        ValueError: another run's file has that name.
+        SaveError: the folder cannot be written.
+    """
+    make_folder(models_dir)
+    path = models_dir / f"{name}{SUFFIX}"
+    for leftover in models_dir.glob(f"{path.name}.{_tag(run_id)}.tmp"):
+        leftover.unlink(missing_ok=True)
+    if not overwrite and path.exists() and not _belongs_to(path, run_id):
+        raise ValueError(
+            f"{path} exists and is another run's: move it, give --overwrite true to replace it at the end of this run, "
+            "or another --models_dir"
+        )
+    return path
+
+
+def export_weights(
+    models_dir: Path,
+    name: str,
+    state: dict[str, Tensor],
+    record: WeightsRecord | dict[str, Any],
+    overwrite: bool = False,
+) -> Path:
+    """Write weights as flat float32 safetensors with their record, durably.
+
+    Args:
+        models_dir: where to.
+        name: without `.safetensors`.
+        state: parameters by the published names, any dtype and device.
+        record: what they are; its run_id decides whose file of that name may be replaced.
+        overwrite: whether another run's may, too.
+
+    Returns:
+        The file: `{name}.safetensors`, or `{name}-2.safetensors` (3 ...) if another run's file has appeared there.
+
+    Raises:
+        SaveError: it could not be written; nothing is left of it.
+    """
+    record = record if isinstance(record, WeightsRecord) else WeightsRecord.from_dict(record)
+    tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in clean_names(state).items()}
+    metadata = {METADATA_KEY: json.dumps(record.to_dict(), sort_keys=True)}
+    run_id = record.run_id or ""
+    target = models_dir / f"{name}{SUFFIX}"
+    make_folder(models_dir)
+    temporary = target.with_name(f"{target.name}.{_tag(run_id)}.tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        target = _give_name(temporary, target, run_id, overwrite)
+        sync_folder(models_dir)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    except SafetensorError as error:
+        raise SaveError(f"cannot write {target}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return target
+
+
+def _give_name(temporary: Path, target: Path, run_id: str, overwrite: bool) -> Path:
+    """Put a whole file under its name, or under a free one beside another run's file."""
+    number = 1
+    wanted = target
+    while not overwrite and not (target.exists() and _belongs_to(target, run_id)):
+        try:
+            # Unlike a rename, a link never replaces what appeared a moment ago.
+            os.link(temporary, target)
+            return target
+        except OSError as error:
+            if not isinstance(error, FileExistsError) and not target.exists():
+                break  # a file system without links
+            number += 1
+            target = wanted.with_name(f"{wanted.stem}-{number}{SUFFIX}")
+    os.replace(temporary, target)
+    return target
+
+
+def _belongs_to(path: Path, run_id: str) -> bool:
+    """Whether an exported file is a run's own."""
+    try:
+        record = read_record(path)
+    except ValueError:
+        return False
+    return bool(run_id) and record is not None and record.run_id == run_id
+
+
+def _tag(run_id: str) -> str:
+    return hashlib.sha256(run_id.encode()).hexdigest()[:8]

@@ -1,0 +1,236 @@
+"""Saving and restoring a training run through Fabric, on one device, with DDP and with FSDP2.
+
+Decisions: one file for every strategy, streamed to the disk and hashed on the way (Fabric's own saving builds a copy in
+memory and writes it by way of the system's temporary folder); a checkpoint of one strategy loads under another; a save
+that fails on the first process fails on all, with the last good checkpoint named. How files are named, marked and
+found is in `checkpoint_files`, whose functions are offered here too. May import runtime, checkpoint_files, files,
+naming and config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from lit_gpt import devices
+from lit_gpt.checkpoints.names import export_name, run_name
+from lit_gpt.checkpoints.run_files import (
+    PUBLISHED_KEYS,
+    CheckpointInfo,
+    clean_names,
+    differences,
+    list_checkpoints,
+    marker_path,
+    new_marker,
+    newest_complete,
+    open_checkpoint,
+    open_torch_file,
+    read_run_record,
+    remove_checkpoints,
+    remove_older,
+    remove_temporary,
+    write_run_record,
+)
+from lit_gpt.files import FileStamp, SaveError, folder_lock, make_folder, read_json_object, write_file, write_json
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = [
+    "CheckpointInfo",
+    "SaveError",
+    "check_state",
+    "differences",
+    "export_name",
+    "list_checkpoints",
+    "load_checkpoint",
+    "make_folder",
+    "newest_complete",
+    "open_checkpoint",
+    "read_run_record",
+    "remove_checkpoints",
+    "remove_temporary",
+    "run_lock",
+    "run_name",
+    "save_checkpoint",
+    "write_run_record",
+]
+
+run_lock = folder_lock
+
+
+# --- saving -------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    fabric: Fabric, run_dir: Path, state: dict[str, Any], record: dict[str, Any], keep: int | None = None
+) -> Path:
+    """Write a checkpoint, then delete older ones; every process calls it.
+
+    Args:
+        fabric: one device, DDP, or FSDP2 (ModelParallelStrategy).
+        run_dir: exists; its lock is held by the first process.
+        state: model and optimizer as Fabric set them up, and plain values: hparams, iter_num (micro steps), step_count
+            (optimizer steps) ...
+        record: what the run is, as JSON values (kind, config, tokenizer, run_id, settings ...); it goes into the file
+            and into the marker.
+        keep: how many checkpoints up to this one stay; None or 0 keeps all.
+
+    Returns:
+        The .pth file.
+
+    Raises:
+        SaveError: the disk is full, not writable ...; on every process. Earlier checkpoints are untouched and no
+            temporary file is left.
+    """
+    missing = [key for key in PUBLISHED_KEYS if key not in state]
+    assert not missing, f"state lacks {missing}"
+    content = {**_gather(fabric, state), "record": record}
+
+    def work() -> Path:
+        path = Path(run_dir) / f"iter-{state['iter_num']:06d}-ckpt.pth"
+        _write(path, content, state["step_count"], state["iter_num"], record)
+        if keep:
+            remove_older(path, keep)
+        return path
+
+    path = devices.on_rank_zero(fabric, work)
+    assert isinstance(path, Path)
+    return path
+
+
+def _gather(fabric: Fabric, state: dict[str, Any]) -> dict[str, Any]:
+    """Replace model and optimizer by whole state dicts; the values count on the first process only."""
+    module = _module(state["model"])
+    if _is_sharded(module):
+        from torch.distributed.checkpoint import state_dict as sharded
+
+        options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        optimizer = getattr(state["optimizer"], "optimizer", state["optimizer"])
+        model_state: Any = sharded.get_model_state_dict(module, options=options)
+        optimizer_state: Any = sharded.get_optimizer_state_dict(module, optimizer, options=options)
+    elif fabric.is_global_zero:
+        model_state, optimizer_state = module.state_dict(), state["optimizer"].state_dict()
+    else:
+        model_state, optimizer_state = {}, {}
+    return {**state, "model": dict(model_state), "optimizer": optimizer_state}
+
+
+def _write(path: Path, content: dict[str, Any], step: int, iter_num: int, record: dict[str, Any]) -> None:
+    """The file, then its marker; between the two a marker of an earlier file of that name knows both."""
+    json.dumps(record)  # fails here, before anything is written, if a value is no JSON
+
+    def announce(stamp: FileStamp) -> None:
+        if path.exists() and marker_path(path).exists():
+            with contextlib.suppress(ValueError, OSError):
+                earlier = read_json_object(marker_path(path))
+                write_json(marker_path(path), {**earlier, "successor": new_marker(step, iter_num, record, stamp)})
+
+    try:
+        # HashingFile has what torch.save needs of a file: write and flush.
+        stamp = write_file(path, lambda file: torch.save(content, cast(IO[bytes], file)), announce)
+        write_json(marker_path(path), new_marker(step, iter_num, record, stamp))
+    except SaveError as error:
+        raise SaveError(f"{error}; {_last_good(path)}") from error
+
+
+def _last_good(failed: Path) -> str:
+    """What a user still has after a failed save."""
+    found = newest_complete(failed.parent, lambda line: None)
+    return f"the last good checkpoint is {found.path}" if found else "there is no earlier checkpoint"
+
+
+# --- restoring ----------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(fabric: Fabric, checkpoint: CheckpointInfo | Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Restore model and optimizer in place; every process calls it.
+
+    A checkpoint of one strategy loads under another: optimizer states by parameter number and by name are both read.
+
+    Args:
+        fabric: as in `save_checkpoint`.
+        checkpoint: what `newest_complete` found, or a path.
+        state: `model` and `optimizer` as Fabric set them up.
+
+    Returns:
+        Everything else in the file: hparams, iter_num, step_count, record ...
+
+    Raises:
+        ValueError: it does not fit the model (the first parameter that does not is named), or is no checkpoint.
+    """
+    path = checkpoint.path if isinstance(checkpoint, CheckpointInfo) else open_checkpoint(Path(checkpoint)).path
+    content = open_torch_file(path)
+    module = _module(state["model"])
+    optimizer = getattr(state["optimizer"], "optimizer", state["optimizer"])
+    model_state = clean_names(content["model"])
+    check_state(path, model_state, {name: tuple(value.shape) for name, value in module.state_dict().items()})
+    try:
+        if _is_sharded(module):
+            fabric.load(path, {"model": state["model"], "optimizer": state["optimizer"]}, weights_only=True)
+        else:
+            module.load_state_dict(model_state)
+            # torch keeps tensors that need no conversion as they are: copies, lest they hang on the mapped file.
+            optimizer.load_state_dict(_copied(_by_number(content["optimizer"], module, optimizer)))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"checkpoint {path}: its optimizer state does not fit this model ({error})") from error
+    return {key: value for key, value in content.items() if key not in ("model", "optimizer")}
+
+
+def check_state(source: Path | str, state: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
+    """Compare a file's parameters with a model's.
+
+    Raises:
+        ValueError: a parameter is missing, unknown or of another shape; the first is named.
+    """
+    for name, shape in expected.items():
+        if name not in state:
+            raise ValueError(f"{source} does not fit the model: {name} is missing (another model or kind?)")
+        if tuple(state[name].shape) != shape:
+            raise ValueError(
+                f"{source} does not fit the model: {name} has shape {list(state[name].shape)}, expected {list(shape)}"
+            )
+    unknown = [name for name in state if name not in expected]
+    if unknown:
+        raise ValueError(f"{source} does not fit the model: {len(unknown)} unknown parameters, the first {unknown[0]}")
+
+
+def _module(model: Any) -> nn.Module:
+    """The module that Fabric wrapped."""
+    module = getattr(model, "module", model)
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 holds the parameters."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def _by_number(saved: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state dict with parameters by number, as torch's optimizers read it; FSDP keeps them by name."""
+    if not any(isinstance(key, str) for group in saved["param_groups"] for key in group["params"]):
+        return saved
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    number = {name: index for index, name in enumerate(ordered)}
+    groups = [{**group, "params": sorted(number[name] for name in group["params"])} for group in saved["param_groups"]]
+    return {"state": {number[name]: value for name, value in saved["state"].items()}, "param_groups": groups}
+
+
+def _copied(value: Any) -> Any:
+    """A nested value with all tensors cloned."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""Text to batches: the packed format, its preparation, fine-tuning data, batching."""

@@ -1,0 +1,210 @@
+"""From sample numbers to a device's micro batches.
+
+Step s (from 0) trains on samples s * B ... s * B + B - 1 of the data set, in that order. A *group* is a fixed run of
+consecutive rows of a step; what the published recipe decides per micro batch (a random length, one denominator) is
+decided per group, from sample numbers alone. So neither the number of devices nor the micro batch changes the loss: a
+micro batch may hold several groups or part of one. May import noise-level modules and packed_dataset's Sample.
+
+B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lit_gpt.data.packed_dataset import Extent, Sample
+
+
+class Dataset(Protocol):
+    """What training reads: sample k is a pure function of k."""
+
+    block_length: int
+
+    def __getitem__(self, k: int) -> Sample: ...
+
+    def extent(self, k: int) -> Extent:
+        """Tokens of sample k and of its prompt, without reading them."""
+        ...
+
+    def epochs(self, samples: int) -> float:
+        """How often `samples` samples go through the data."""
+        ...
+
+    def describe(self) -> str:
+        """One line for the console: files, blocks, tokens."""
+        ...
+
+
+class ValidationData(Protocol):
+    """What validation reads: a finite number of sequences."""
+
+    block_length: int
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """What an objective decides for one group of rows."""
+
+    length: int
+    """Rows are cut to this many input tokens."""
+    denominator: float
+    """The group's loss is its weighted sum of cross-entropies divided by this."""
+
+
+class GroupRule(Protocol):
+    """Decides a `Group` from the step, the group's number in it, and its rows' token counts."""
+
+    def __call__(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
+        """Decide one group."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch of one device."""
+
+    tokens: Tensor
+    """(B, T + 1) int64: T input tokens and the one after them."""
+    lengths: Tensor
+    """(B,) int64: how many tokens of the row are real; behind them is padding."""
+    prompt_lengths: Tensor
+    """(B,) int64: how many tokens at the row's start are given; none in pretraining."""
+    cuts: Tensor
+    """(B,) int64: how many input tokens the row's group keeps; below T where a longer group shares the micro batch."""
+    rows: Tensor
+    """(B,) int64: the rows' numbers in the step's global batch (in validation: of the sequence)."""
+    row_weights: Tensor
+    """(B,) float64: 1 / (denominator * groups in the step)."""
+    step: int
+    """Optimizer step, from 0."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device."""
+        names = ("tokens", "lengths", "prompt_lengths", "cuts", "rows", "row_weights")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """How a step's rows are laid out; the same on every device but for `first_row`."""
+
+    global_batch_size: int
+    """Rows of a step, over all devices."""
+    group_size: int
+    """Rows of a group; divides the global batch."""
+    micro_batch_size: int
+    """Rows of a micro batch; the last one of a device may be smaller."""
+    first_row: int
+    """This device's first row."""
+    device_rows: int
+    """This device's number of rows."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro batches of a step on this device."""
+        return -(-self.device_rows // self.micro_batch_size)
+
+
+def with_micro_batch(layout: StepLayout, size: int) -> StepLayout:
+    """The same layout in micro batches of another size."""
+    return replace(layout, micro_batch_size=min(size, layout.device_rows))
+
+
+def largest_group(global_batch_size: int, group_size: int) -> int:
+    """The largest divisor of the batch that is at most the published group size."""
+    return next(size for size in range(min(group_size, global_batch_size), 0, -1) if global_batch_size % size == 0)
+
+
+def step_batches(dataset: Dataset, rule: GroupRule, layout: StepLayout, step: int) -> list[Batch]:
+    """This device's micro batches of one step.
+
+    Args:
+        dataset: the training data.
+        rule: the objective's decision per group.
+        layout: rows, groups, micro batches.
+        step: optimizer step, from 0.
+
+    Returns:
+        The batches, on the CPU.
+    """
+    first_sample = step * layout.global_batch_size
+    groups: dict[int, Group] = {}
+    batches = []
+    end = layout.first_row + layout.device_rows
+    for start in range(layout.first_row, end, layout.micro_batch_size):
+        rows = range(start, min(start + layout.micro_batch_size, end))
+        for index in {row // layout.group_size for row in rows} - groups.keys():
+            members = range(index * layout.group_size, (index + 1) * layout.group_size)
+            groups[index] = rule(step, index, [dataset.extent(first_sample + row) for row in members])
+        own = [groups[row // layout.group_size] for row in rows]
+        samples = [dataset[first_sample + row] for row in rows]
+        batches.append(_collate(samples, own, rows, layout.global_batch_size // layout.group_size, step))
+    return batches
+
+
+def _collate(samples: list[Sample], groups: list[Group], rows: range, groups_per_step: int, step: int) -> Batch:
+    """Stack samples, cut to the longest group among them."""
+    longest = max(group.length for group in groups)
+    tokens = np.stack([sample.tokens[: longest + 1] for sample in samples])
+    weights = [1.0 / (group.denominator * groups_per_step) for group in groups]
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        lengths=torch.tensor([sample.length for sample in samples]),
+        prompt_lengths=torch.tensor([sample.prompt_length for sample in samples]),
+        cuts=torch.tensor([group.length for group in groups]),
+        rows=torch.arange(rows.start, rows.stop),
+        row_weights=torch.tensor(weights, dtype=torch.float64),
+        step=step,
+    )
+
+
+def prefetched_steps(
+    dataset: Dataset, rule: GroupRule, layout: StepLayout, steps: range
+) -> Iterator[tuple[int, list[Batch]]]:
+    """`step_batches` of each step, read by a thread one step ahead of training.
+
+    A sample costs microseconds (memory-mapped), so one thread is enough; it hides a slow disk.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader") as reader:
+        ahead = None
+        for step in steps:
+            current = ahead or reader.submit(step_batches, dataset, rule, layout, step)
+            ahead = reader.submit(step_batches, dataset, rule, layout, step + 1) if step + 1 < steps.stop else None
+            yield step, current.result()
+
+
+def validation_batches(
+    dataset: ValidationData, count: int, micro_batch_size: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """A device's share of the first `count` validation sequences, whole rows.
+
+    Every device gets the same number of batches, because sharded models meet in every forward pass; rows that fill up the
+    last ones repeat sequence 0 with weight 0.
+
+    Args:
+        dataset: validation sequences.
+        count: how many are validated on, over all devices.
+        micro_batch_size: rows of a batch.
+        rank: this device.
+        world_size: devices.
+    """
+    block = Group(length=dataset.block_length - 1, denominator=1.0)
+    per_round = micro_batch_size * world_size
+    for start in range(0, count, per_round):
+        first = start + rank * micro_batch_size
+        rows = range(first, first + micro_batch_size)
+        samples = [dataset[row if row < count else 0] for row in rows]
+        batch = _collate(samples, [block] * len(samples), rows, 1, step=0)
+        yield replace(batch, row_weights=(batch.rows < count).double())

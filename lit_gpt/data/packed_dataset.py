@@ -1,0 +1,366 @@
+"""Reading packed tokens: any sample of any epoch by its number, from memory maps.
+
+Decisions: the data position of a run is one number k, and sample k is a pure function of (files, weights, seed, k). In
+a mixture k falls on data set d, index j, by a deterministic rule that keeps every set's count within two samples of its
+share; set d's epoch is j // n_d, and each epoch is a pseudo-random permutation computed on the fly, so nothing grows
+with the corpus and seeking costs nothing. What pads the end of a series is never a real token: a manifest says where it
+begins, and without one it is the trailing run of one repeated token. May import files, noise and packed_format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lit_gpt.data.packed_format import HEADER_BYTES, PackedDatasetBuilder, read_header
+from lit_gpt.files import read_json_object
+from lit_gpt.randomness import Stream, permute_index
+
+__all__ = [
+    "Extent",
+    "PackedDatasetBuilder",
+    "PackedMixture",
+    "PackedSeries",
+    "Sample",
+    "open_mixture",
+    "open_validation",
+]
+
+# Memory maps that stay open: far below the usual limit of 1024 descriptors, with thousands of files.
+_OPEN_FILES = 64
+# A block with a single real token predicts nothing.
+_LEAST_REAL_TOKENS = 2
+# Bytes at a file's start and end that tell whether its content changed.
+_FINGERPRINT_BYTES = 4096
+
+
+class Extent(NamedTuple):
+    """How long a sample is."""
+
+    length: int
+    """Tokens that are real; the rest is padding."""
+    prompt_length: int = 0
+    """Leading tokens that are given; pretraining has none."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One block of tokens."""
+
+    tokens: np.ndarray
+    """(block_length,) int64."""
+    length: int
+    """How many tokens are real; the rest is padding."""
+    prompt_length: int = 0
+    """Leading tokens that are given; pretraining has none."""
+
+
+class PackedSeries:
+    """One data set: the blocks of some files, in order.
+
+    Args:
+        files: packed files; those that share a name but for the counter form one series with one padded end.
+        block_length: tokens of a block; blocks do not cross files.
+        vocab_size: ids must lie below.
+
+    Raises:
+        ValueError: a foreign or truncated file, a chunk smaller than a block, ids beyond the vocabulary.
+    """
+
+    def __init__(self, files: Sequence[Path], block_length: int, vocab_size: int) -> None:
+        self.block_length, self.vocab_size = block_length, vocab_size
+        self.chunks = [read_header(path) for path in files]
+        for chunk in self.chunks:
+            if chunk.size < block_length:
+                raise ValueError(
+                    f"{chunk.path}: a chunk of {chunk.size} tokens is smaller than a block of {block_length}: pack "
+                    f"with --chunk_size of at least {block_length}, or train with a smaller --block_size"
+                )
+        self._maps: OrderedDict[int, np.memmap] = OrderedDict()
+        self.real_tokens = [self._count_real(index) for index in range(len(files))]
+        # A chunk holds size // block_length blocks; the padded end of a series holds fewer, the last one partly filled.
+        per_file = [
+            min(
+                chunk.size // block_length,
+                (real - _LEAST_REAL_TOKENS) // block_length + 1 if real >= _LEAST_REAL_TOKENS else 0,
+            )
+            for chunk, real in zip(self.chunks, self.real_tokens, strict=True)
+        ]
+        self._ends = np.cumsum(per_file)
+        if len(self):
+            self[0]  # a foreign vocabulary is better refused before training starts
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        file, first, real = self._locate(index)
+        tokens = np.array(self._map(file)[first : first + self.block_length], dtype=np.int64)
+        self._check_vocabulary(tokens, file, first)
+        return Sample(tokens, real)
+
+    def length(self, index: int) -> int:
+        """Real tokens of a block, without reading it."""
+        return self._locate(index)[2]
+
+    def _locate(self, index: int) -> tuple[int, int, int]:
+        """File number, first token in it, real tokens of the block."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        before = int(self._ends[file - 1]) if file else 0
+        first = (index - before) * self.block_length
+        return file, first, min(self.block_length, self.real_tokens[file] - first)
+
+    def _map(self, file: int) -> np.memmap:
+        if file in self._maps:
+            self._maps.move_to_end(file)
+            return self._maps[file]
+        if len(self._maps) >= _OPEN_FILES:
+            self._maps.popitem(last=False)
+        try:
+            opened = self._maps[file] = self.chunks[file].open()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.chunks[file].path}: changed or gone since it was opened ({error})") from error
+        return opened
+
+    def _check_vocabulary(self, tokens: np.ndarray, file: int, first: int) -> None:
+        largest, smallest = int(tokens.max()), int(tokens.min())
+        if largest >= self.vocab_size or smallest < 0:
+            wrong = largest if largest >= self.vocab_size else smallest
+            position = first + int(np.flatnonzero(tokens == wrong)[0])
+            chunk = self.chunks[file]
+            raise ValueError(
+                f"{chunk.path}: offset {HEADER_BYTES + position * chunk.dtype.itemsize} holds token {wrong}, but the "
+                f"model's vocabulary has {self.vocab_size} tokens: the data was packed with another tokenizer; give "
+                "--vocab_size"
+            )
+
+    def _count_real(self, file: int) -> int:
+        """Tokens of a file before its padding."""
+        chunk = self.chunks[file]
+        recorded = _manifest_tokens(chunk.path)
+        if recorded is not None:
+            return min(recorded, chunk.size)
+        following = self.chunks[file + 1].path if file + 1 < len(self.chunks) else None
+        if following is not None and _series_name(following) == _series_name(chunk.path):
+            return chunk.size
+        tokens = chunk.open()
+        different = np.flatnonzero(tokens[::-1] != tokens[-1])
+        run = int(different[0]) if len(different) else chunk.size
+        # A single last token is as likely a document's end as padding.
+        return chunk.size - run if run > 1 else chunk.size
+
+    def fingerprint(self) -> str:
+        """sha256 over names, headers and both ends of every file."""
+        digest = hashlib.sha256(str(self.block_length).encode())
+        for chunk, real in zip(self.chunks, self.real_tokens, strict=True):
+            digest.update(f"{chunk.path.name}:{chunk.dtype.str}:{chunk.size}:{real};".encode())
+            with chunk.path.open("rb") as file:
+                digest.update(file.read(_FINGERPRINT_BYTES))
+                file.seek(-min(_FINGERPRINT_BYTES, chunk.path.stat().st_size), 2)
+                digest.update(file.read())
+        return digest.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Data loader workers open their own maps."""
+        return {**self.__dict__, "_maps": OrderedDict()}
+
+
+class PackedMixture:
+    """Endless training data: several data sets by weight, each in a new order every epoch.
+
+    Args:
+        sets: data sets with their names.
+        weights: positive; shares of the samples.
+        seed: decides the orders.
+    """
+
+    def __init__(self, sets: Mapping[str, PackedSeries], weights: Sequence[float], seed: int) -> None:
+        assert len(sets) == len(weights) and all(weight > 0 for weight in weights)
+        self.names, self.sets, self.weights, self.seed = list(sets), list(sets.values()), list(weights), seed
+        self.block_length = self.sets[0].block_length
+        self._root = _split_tree(weights)
+
+    def assign(self, k: int) -> tuple[int, int]:
+        """Data set of sample k, and how many earlier samples went to that set.
+
+        The sets are the leaves of a binary tree. Where a share of a node's samples goes left, its first n samples have
+        sent round(share * n) there, and sample n goes left where that steps up. Exact in whole numbers for any k. A
+        set's count differs from its share of k by at most 0.5 with two sets and by less than 1.7 with any number: the
+        tree is Huffman's, in which the errors of a set's ancestors count less as the Fibonacci numbers grow.
+        """
+        node = self._root
+        while isinstance(node, _Split):
+            left = node.sent_left(k)
+            if node.sent_left(k + 1) > left:
+                node, k = node.left, left
+            else:
+                node, k = node.right, k - left
+        return node, k
+
+    def locate(self, k: int) -> tuple[int, int]:
+        """Data set and block number of sample k."""
+        index, position = self.assign(k)
+        epoch, place = divmod(position, len(self.sets[index]))
+        return index, permute_index(place, len(self.sets[index]), self.seed, int(Stream.DATA_ORDER), index, epoch)
+
+    def __getitem__(self, k: int) -> Sample:
+        index, block = self.locate(k)
+        return self.sets[index][block]
+
+    def extent(self, k: int) -> Extent:
+        """Real tokens of sample k, without reading them."""
+        index, block = self.locate(k)
+        return Extent(self.sets[index].length(block))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over what decides content and order, the seed apart."""
+        parts = [f"{name}:{weight!r}:{one.fingerprint()}" for name, weight, one in self._described()]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+    def epochs(self, samples: int) -> float:
+        """How often the most repeated data set is gone through in `samples` samples."""
+        total = sum(self.weights)
+        return max(samples * weight / total / len(one) for _, weight, one in self._described())
+
+    def describe(self) -> str:
+        """One line for the console."""
+        parts = [
+            f"{name} {len(one)} blocks, {sum(one.real_tokens):,} tokens in {len(one.chunks)} file(s), weight {weight:g}"
+            for name, weight, one in self._described()
+        ]
+        return "; ".join(parts)
+
+    def _described(self) -> list[tuple[str, float, PackedSeries]]:
+        return list(zip(self.names, self.weights, self.sets, strict=True))
+
+
+@dataclass(frozen=True)
+class _Split:
+    """An inner node of the mixture's tree."""
+
+    share: Fraction
+    """Of the node's samples, those that go left."""
+    left: _Split | int
+    right: _Split | int
+
+    def sent_left(self, samples: int) -> int:
+        """How many of the node's first samples go left: share * samples, rounded."""
+        denominator = self.share.denominator
+        return (2 * samples * self.share.numerator + denominator) // (2 * denominator)
+
+
+def _split_tree(weights: Sequence[float]) -> _Split | int:
+    """Huffman's tree over the sets: the two lightest nodes are joined until one is left."""
+    # The decimal that the user typed, not the binary number nearest to it.
+    nodes: list[tuple[Fraction, int, _Split | int]] = [(Fraction(str(w)), i, i) for i, w in enumerate(weights)]
+    heapq.heapify(nodes)
+    while len(nodes) > 1:
+        lighter, heavier = heapq.heappop(nodes), heapq.heappop(nodes)
+        total = lighter[0] + heavier[0]
+        first = min(lighter[1], heavier[1])
+        heapq.heappush(nodes, (total, first, _Split(heavier[0] / total, heavier[2], lighter[2])))
+    return nodes[0][2]
+
+
+def find_files(folder: Path, prefix: str) -> list[Path]:
+    """The packed files `{prefix}*.bin` of a folder, by name."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if path.name.startswith(prefix) and path.suffix == ".bin" and path.is_file())
+
+
+def open_mixture(
+    folder: Path, weights: Mapping[str, float], block_length: int, vocab_size: int, seed: int
+) -> PackedMixture:
+    """Open training data by file prefix.
+
+    Args:
+        folder: where the files lie.
+        weights: prefix to weight; sets of weight 0 need not exist.
+        block_length: tokens of a block (the model's block size and one).
+        vocab_size: ids must lie below.
+        seed: decides the order.
+
+    Raises:
+        ValueError: no data, or data that does not fit; says where it looked and how to make it.
+    """
+    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+        raise ValueError(f"--data_weights {dict(weights)}: expected weights of at least 0, one of them above 0")
+    sets: dict[str, PackedSeries] = {}
+    for prefix in (prefix for prefix, weight in weights.items() if weight > 0):
+        files = find_files(folder, prefix)
+        if not files:
+            missing = "" if folder.is_dir() else " (there is no such folder)"
+            raise ValueError(
+                f"no training data: looked for {folder / prefix}*.bin{missing}; make it with "
+                "python scripts/prepare_text.py --source_path TEXT --tokenizer_path TOKENIZER "
+                f"--destination_path {folder} --prefix {prefix}, or give --data_dir"
+            )
+        sets[prefix] = PackedSeries(files, block_length, vocab_size)
+        if not len(sets[prefix]):
+            raise ValueError(f"{folder / prefix}*.bin: the {len(files)} file(s) hold no real tokens, only padding")
+    return PackedMixture(sets, [weights[prefix] for prefix in sets], seed)
+
+
+def open_validation(
+    folder: Path, block_length: int, vocab_size: int, prefix: str = "validation"
+) -> PackedSeries | None:
+    """The validation blocks in file order, or None where there are none; arguments and errors as `open_mixture`."""
+    files = find_files(folder, prefix)
+    series = PackedSeries(files, block_length, vocab_size) if files else None
+    return series if series is not None and len(series) else None
+
+
+def recorded_tokenizer(folder: Path, prefixes: Sequence[str]) -> dict[str, Any]:
+    """What the data's manifest says of its tokenizer: source, fingerprint, vocab_size; empty without a manifest.
+
+    A source that lies in the data's own folder is given as a path from here.
+    """
+    for prefix in prefixes:
+        path = folder / f"{prefix}.manifest.json"
+        if path.is_file():
+            found = dict(read_json_object(path).get("tokenizer", {}))
+            if (folder / str(found.get("source"))).exists():
+                found["source"] = str(folder / found["source"])
+            return found
+    return {}
+
+
+def _series_name(path: Path) -> str:
+    """A file's name without its counter."""
+    return path.name.rpartition("_")[0]
+
+
+def _manifest_tokens(path: Path) -> int | None:
+    """Real tokens of a file according to the manifest of its series (`files: {name: {tokens: n}}`)."""
+    manifest = path.with_name(f"{_series_name(path)}.manifest.json")
+    if not manifest.is_file():
+        return None
+    try:
+        entry = _read_manifest(manifest, manifest.stat().st_mtime_ns).get("files", {}).get(path.name)
+        return None if entry is None else int(entry["tokens"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{manifest}: not a manifest of scripts/prepare_text.py ({error}); make it again or delete it"
+        ) from None
+
+
+_manifests: dict[tuple[Path, int], dict[str, Any]] = {}
+
+
+def _read_manifest(path: Path, stamp: int) -> dict[str, Any]:
+    """Parse a manifest once, not once per file of its series."""
+    if (path, stamp) not in _manifests:
+        _manifests[path, stamp] = read_json_object(path)
+    return _manifests[path, stamp]

@@ -1,0 +1,173 @@
+"""What a preparation of packed tokens makes, and what its destination may hold already.
+
+Decisions: a plan's identity is everything that decides the bytes of its files, names of folders and the number of cores
+apart; manifests and progress records hold it, so that the same plan is found finished or goes on, and another one is
+refused before anything is touched. The tokenizer is copied beside the files, so that a manifest needs no path of the
+machine that made it. May import tokenizer, text_sources and files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.data.text_sources import Source, TextRules
+from lit_gpt.files import HashingFile, make_folder, read_json_object, write_file
+from lit_gpt.tokenizer import Tokenizer
+
+VALIDATION_PREFIX = "validation"
+TOKENIZER_FOLDER = "tokenizer"
+# Raised when a change of the code changes the files.
+_VERSION = 1
+_REMEDY = "--overwrite replaces it, or give another --destination_path"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be packed, and where to."""
+
+    sources: list[Source]
+    rules: TextRules
+    tokenizer: Tokenizer
+    destination: Path
+    prefix: str = "train_slim"
+    """Of the files' names."""
+    chunk_size: int = 2049 * 1024
+    """Tokens per file."""
+    validation_fraction: float = 0.0
+    """Share of the documents, chosen by their hash, that goes to files named validation."""
+
+    @property
+    def prefixes(self) -> list[str]:
+        """The series that are written."""
+        return [self.prefix, VALIDATION_PREFIX] if self.validation_fraction else [self.prefix]
+
+    @property
+    def progress_path(self) -> Path:
+        """The record of an unfinished run."""
+        return self.destination / f"{self.prefix}.progress.json"
+
+    def manifest_path(self, prefix: str) -> Path:
+        """The manifest of a series."""
+        return self.destination / f"{prefix}.manifest.json"
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Of all sources, on the disk."""
+        return sum(source.path.stat().st_size for source in self.sources)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the files' bytes; JSON."""
+        sources = hashlib.sha256("\n".join(source.identity() for source in self.sources).encode())
+        return {
+            "version": _VERSION,
+            "tokenizer": self.tokenizer.fingerprint,
+            "chunk_size": self.chunk_size,
+            "document": self.rules.document,
+            "text_field": self.rules.text_field,
+            "skip_subsets": list(self.rules.skip_subsets),
+            "validation_fraction": self.validation_fraction,
+            "source_files": len(self.sources),
+            "source_bytes": self.source_bytes,
+            "source_identity": sources.hexdigest(),
+        }
+
+    def finished(self) -> dict[str, dict[str, Any]] | None:
+        """The manifests by prefix, if an earlier run has made exactly this and its files are all there; else None."""
+        manifests = {}
+        for prefix in self.prefixes:
+            path = self.manifest_path(prefix)
+            if not path.is_file():
+                return None
+            manifests[prefix] = read_json_object(path)
+            if manifests[prefix].get("made_from") != self.identity:
+                return None
+            if not all((self.destination / name).is_file() for name in manifests[prefix]["files"]):
+                return None
+        return manifests
+
+    def clear_destination(self, overwrite: bool) -> dict[str, Any] | None:
+        """Refuse or remove what another run left in the destination.
+
+        Args:
+            overwrite: remove it.
+
+        Returns:
+            The record of an interrupted run of this very plan, to go on from; None to begin.
+
+        Raises:
+            ValueError: the destination holds something else; names it and the remedy.
+        """
+        record = read_json_object(self.progress_path) if self.progress_path.is_file() else None
+        if record is not None and (differences := self._differences(record)):
+            if not overwrite:
+                raise ValueError(f"{self.progress_path}: an unfinished run with {differences}: {_REMEDY}")
+            record = None
+        files = [path for prefix in self.prefixes for path in self._own_files(prefix)]
+        manifests = [path for prefix in self.prefixes if (path := self.manifest_path(prefix)).is_file()]
+        if not overwrite:
+            for path in manifests:
+                if differences := self._differences(read_json_object(path)):
+                    raise ValueError(f"{path}: another result, with {differences}: {_REMEDY}")
+            if files and not manifests and record is None:
+                raise ValueError(f"{files[0]}: of another preparation: {_REMEDY}")
+        leftovers = [p for p in self.destination.glob("*.tmp") if p.name.startswith(tuple(self.prefixes))]
+        if record is None:
+            leftovers += [*files, self.progress_path]
+        for path in manifests + leftovers:
+            path.unlink(missing_ok=True)
+        return record
+
+    def copy_tokenizer(self, overwrite: bool) -> None:
+        """Put the tokenizer beside the files, where training finds it by the manifest.
+
+        Raises:
+            ValueError: another tokenizer is there, which other files need or which only `overwrite` would replace.
+        """
+        folder = self.destination / TOKENIZER_FOLDER
+        if folder.is_dir() and any(folder.iterdir()):
+            if Tokenizer(folder).fingerprint == self.tokenizer.fingerprint:
+                return
+            own = {self.manifest_path(prefix) for prefix in self.prefixes}
+            users = sorted(set(self.destination.glob("*.manifest.json")) - own)
+            if users:
+                raise ValueError(
+                    f"{folder}: another tokenizer, which {users[0].name} needs; use that one, or give another "
+                    "--destination_path"
+                )
+            if not overwrite:
+                raise ValueError(f"{folder}: another tokenizer: {_REMEDY}")
+            for path in folder.iterdir():
+                path.unlink()
+        make_folder(folder)
+        model, *settings = self.tokenizer.files
+        named = [(model, "tokenizer.json" if model.suffix == ".json" else "tokenizer.model")]
+        for path, name in named + [(path, path.name) for path in settings]:
+            write_file(folder / name, partial(_write_bytes, path.read_bytes()))
+
+    def _own_files(self, prefix: str) -> list[Path]:
+        """The packed files of a series; a file that only looks like one of them is refused."""
+        own = re.compile(re.escape(prefix) + r"_\d{10}\.bin")
+        files = sorted(path for path in self.destination.glob("*.bin") if path.name.startswith(prefix))
+        foreign = next((path for path in files if not own.fullmatch(path.name)), None)
+        if foreign is not None:
+            raise ValueError(
+                f"{foreign}: training would read this file as part of {prefix}; move it, or give another "
+                "--destination_path or --prefix"
+            )
+        return files
+
+    def _differences(self, found: dict[str, Any]) -> str:
+        """What a manifest or record was made from that this plan is not."""
+        made_from = found.get("made_from") or {}
+        names = [name for name, value in self.identity.items() if made_from.get(name) != value]
+        return ", ".join(f"{name} {made_from.get(name)} instead of {self.identity[name]}" for name in names)
+
+
+def _write_bytes(content: bytes, file: HashingFile) -> None:
+    file.write(content)

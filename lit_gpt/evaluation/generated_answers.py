@@ -1,0 +1,329 @@
+"""Questions from a file to answers in a file: what evaluations by generated text share.
+
+Decisions: every answer is on the disk with its verdict as soon as it is there, and what is there is not asked again
+(`result_file`); a question's number decides its random stream, so neither the batch nor the number of processes changes
+an answer; of several processes each answers its share of a batch, and the first one writes. May import completion,
+eval_args, lm_adapter, result_file, sampling, runtime, weights and below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_gpt.checkpoints.export import SUFFIX
+from lit_gpt.checkpoints.weights import state_hash
+from lit_gpt.cli import warn
+from lit_gpt.devices import choose_device, is_out_of_memory, join_processes
+from lit_gpt.evaluation.lm_adapter import evaluation_dtype
+from lit_gpt.evaluation.result_file import EXISTING, ResultFile
+from lit_gpt.evaluation.settings import AnswerFlags
+from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.settings import Sampling
+from lit_gpt.tokenizer import valid_text
+from lit_gpt.ui.completion import Writer
+
+Question = dict[str, Any]
+"""JSON values; an answer is a question with more of them, `correct` (a bool) among these."""
+
+
+def read_questions(path: Path, fields: Sequence[str]) -> list[Question]:
+    """Questions from JSON lines: the named fields of each, and its `index` in the file, from 0.
+
+    Args:
+        path: the file, which must exist.
+        fields: what every line must have, as text that is not blank.
+
+    Raises:
+        ValueError: a line is no such object (file and line), or there is none.
+    """
+    expected = "expected {" + ", ".join(f'"{field}": text' for field in fields) + "}"
+    questions: list[Question] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is not JSON ({error}): {expected}") from error
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}:{number} holds a JSON {type(value).__name__}: {expected}")
+            for field in fields:
+                if not isinstance(value.get(field), str) or not value[field].strip():
+                    found = json.dumps(value[field])[:60] if field in value else f"only {', '.join(value) or 'nothing'}"
+                    raise ValueError(f"{path}:{number} has no text in {field} (found {found}): {expected}")
+            questions.append({"index": len(questions), **{field: valid_text(value[field]) for field in fields}})
+    if not questions:
+        raise ValueError(f"{path} holds no question: {expected} on each line")
+    return questions
+
+
+def check_flags(flags: AnswerFlags, at_least_one: Sequence[str]) -> None:
+    """Refuse what is wrong with the shared flags alone, all of it at once.
+
+    Args:
+        flags: with `ckpt_path` and `existing`.
+        at_least_one: names of flags whose value, if any, is a count.
+
+    Raises:
+        ValueError: names every wrong flag.
+    """
+    problems = [] if flags.ckpt_path else ["--ckpt_path is missing: name the checkpoint"]
+    for name in at_least_one:
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name} {value}: expected at least 1")
+    if flags.existing not in EXISTING:
+        problems.append(f"--existing {flags.existing}: choose from {', '.join(EXISTING)}")
+    if flags.output is not None and Path(flags.output).suffix != ".jsonl":
+        problems.append(f"--output {flags.output}: expected a file that ends in .jsonl")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def checkpoint_name(ckpt_path: str) -> str:
+    """A checkpoint's name without its suffix, for the file of its answers; a run's has the run's name before it."""
+    path = Path(ckpt_path)
+    name = path.name.removesuffix(SUFFIX).removesuffix(".pth")
+    return f"{path.parent.name}-{name}" if name.startswith("iter-") else name
+
+
+def guidance(flag: str, given: float | None, kind: str, default: float) -> float:
+    """The scale of guidance: as given; by default the published one for an MDM, none for an ARM.
+
+    Raises:
+        ValueError: it was given to an ARM.
+    """
+    if given is None:
+        return default if kind == "mdm" else 0.0
+    if given and kind == "arm":
+        raise ValueError(f"--{flag} {given:g} needs an MDM, and this checkpoint is an ARM: leave it out")
+    return given
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A checkpoint that completes prompts."""
+
+    writer: Writer
+    dtype: str
+    """float32 or bfloat16 (autocast)."""
+
+    @classmethod
+    def load(cls, flags: AnswerFlags) -> Answerer:
+        """Load what the flags say: ckpt_path, model, tokenizer, device and dtype, for contexts of `length`.
+
+        Raises:
+            FileNotFoundError: no such checkpoint or tokenizer.
+            ValueError: as `Writer.load`; the model cannot read so long a context; no such device or dtype.
+        """
+        device = choose_device(flags.device)
+        dtype = evaluation_dtype(flags.dtype, device)
+        writer = Writer.load(flags.ckpt_path, flags.model, flags.tokenizer, str(device))
+        limit = writer.model.config.block_size
+        if flags.length > limit:
+            raise ValueError(
+                f"--length {flags.length}: this model reads at most {limit} tokens, prompt included; lower it"
+            )
+        return cls(writer, dtype)
+
+    @property
+    def kind(self) -> str:
+        """`arm` or `mdm`."""
+        return self.writer.kind
+
+    def identity(self) -> dict[str, Any]:
+        """What decides an answer besides the questions and the sampler's settings, as JSON values."""
+        return {
+            "checkpoint": state_hash(self.writer.model.state_dict()),
+            "kind": self.kind,
+            "config": self.writer.model.config.to_dict(),
+            "tokenizer": self.writer.tokenizer.fingerprint,
+            "dtype": self.dtype,
+        }
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """A prompt as fine-tuning reads it: bos, then the text's tokens."""
+        return [self.writer.tokenizer.bos_id, *self.writer.tokenizer.encode_ids(text)]
+
+    def text_behind(self, prompt: list[int], ids: list[int] | None) -> str:
+        """What a finished row, from `complete`, says behind its prompt, up to the end token; nothing for None."""
+        new = (ids or prompt)[len(prompt) :]
+        tokenizer = self.writer.tokenizer
+        return tokenizer.decode(new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new)
+
+    def warn_of_flags(self, flags: AnswerFlags, prompts: Sequence[str]) -> None:
+        """Name flags that this kind of model has no use for, and say how many prompts `length` is too short for."""
+        if self.kind == "arm":
+            for name in ("steps", "algorithm"):
+                if getattr(flags, name) != getattr(type(flags), name):
+                    warn(f"--{name} has no effect: this checkpoint is an ARM")
+        long = sum(len(self.prompt_ids(prompt)) >= flags.length for prompt in prompts)
+        if long:
+            warn(f"{long} of {len(prompts)} questions leave no room in --length {flags.length}: they count as wrong")
+
+    def complete(self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling) -> list[list[int] | None]:
+        """Complete a batch of prompts.
+
+        Args:
+            prompts: token ids of each.
+            rows: each row's number, as `sampling.sample`.
+            sampling: with one context length for all.
+
+        Returns:
+            Each finished row's ids, prompt included; None where the prompt leaves no room for a token.
+
+        Raises:
+            ValueError: the batch does not fit into memory.
+        """
+        length = sampling.context_length
+        assert isinstance(length, int)
+        finished: list[list[int] | None] = [None] * len(prompts)
+        has_room = [number for number, prompt in enumerate(prompts) if len(prompt) < length]
+        if not has_room:
+            return finished
+        model = self.writer.model
+        kind = next(model.parameters()).device.type
+        try:
+            with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+                ids = sample(model, [prompts[n] for n in has_room], sampling, [rows[n] for n in has_room])
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"{len(has_room)} rows of {length} tokens do not fit into memory: give a smaller --batch_size"
+            ) from error
+        for number, row in zip(has_room, ids, strict=True):
+            finished[number] = row.tolist()
+        return finished
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """Where the answers go, and how."""
+
+    path: Path
+    """Ends in `.jsonl`."""
+    settings: dict[str, Any]
+    """Everything that changes an answer, as JSON values."""
+    key: tuple[str, ...]
+    """Fields that tell a question from the others."""
+    existing: str
+    """One of `result_file.EXISTING`."""
+    batch_size: int
+    """Questions that a process answers at once."""
+    verdict: tuple[str, ...] = ("correct",)
+    """Fields that every answer has besides."""
+
+    def collect(
+        self, questions: Sequence[Question], answer: Callable[[list[Question]], list[Question]]
+    ) -> list[Question]:
+        """Answer all questions that have no answer yet.
+
+        Args:
+            questions: in the order in which they are asked.
+            answer: a batch of questions (perhaps none) to their answers.
+
+        Returns:
+            The answers to all questions, in their order; nothing on other processes than the first.
+
+        Raises:
+            ValueError, SaveError: as `ResultFile`; on every process.
+        """
+        rank, processes = join_processes()
+        with contextlib.ExitStack() as stack:
+            file: ResultFile | None = None
+            outcome: list[Any] = [[], None]
+            if rank == 0:
+                try:
+                    file = stack.enter_context(ResultFile(self.path, self.settings, self._key_of_answer, self.existing))
+                    outcome[0] = [n for n, question in enumerate(questions) if self._key(question) not in file]
+                except (ValueError, OSError) as error:
+                    outcome[1] = error
+            if processes > 1:
+                torch.distributed.broadcast_object_list(outcome)
+            todo, failure = outcome
+            if failure is not None:
+                raise failure
+            at_once = self.batch_size * processes
+            batches = ([questions[n] for n in todo[at : at + at_once]] for at in range(0, len(todo), at_once))
+            answers = (_everyones(answer(batch[rank::processes]), processes) for batch in batches)
+            if file is not None:
+                return self._keep(file, questions, answers)
+            for _ in answers:
+                pass
+            return []
+
+    def _keep(
+        self, file: ResultFile, questions: Sequence[Question], answers: Iterator[list[Question]]
+    ) -> list[Question]:
+        """Put answers on the disk as they come, with progress; returns those to all questions."""
+        from tqdm import tqdm
+
+        place = {self._key(question): number for number, question in enumerate(questions)}
+        found = {place[self._key(one)]: one for one in file.results if self._key(one) in place}
+        if found:
+            print(f"{len(found)} of {len(questions)} questions were answered already: {self.path}", flush=True)
+        with tqdm(total=len(questions), initial=len(found), desc="questions") as bar:
+            for batch in answers:
+                for one in sorted(batch, key=lambda one: place[self._key(one)]):
+                    file.add(one)
+                    found[place[self._key(one)]] = one
+                bar.set_postfix_str(f"accuracy {accuracy(list(found.values())):.1%}", refresh=False)
+                bar.update(len(batch))
+        return [found[number] for number in range(len(questions))]
+
+    def _key(self, question: Question) -> tuple[Any, ...]:
+        return tuple(question[name] for name in self.key)
+
+    def _key_of_answer(self, answer: Question) -> tuple[Any, ...]:
+        """The key of a line that was read; the KeyError of one that is no answer is `ResultFile`'s to report."""
+        for name in self.verdict:
+            answer[name]
+        return self._key(answer)
+
+
+def _everyones(own: list[Question], processes: int) -> list[Question]:
+    """The answers of all processes."""
+    if processes == 1:
+        return own
+    parts: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(parts, own)
+    return [answer for part in parts for answer in part]
+
+
+def accuracy(answers: Sequence[Question]) -> float:
+    """Share of the answers that are right."""
+    return sum(answer["correct"] for answer in answers) / len(answers)
+
+
+def accuracy_line(answers: Sequence[Question]) -> str:
+    """How many answers are right, their share, and how sure that is."""
+    right = sum(answer["correct"] for answer in answers)
+    low, high = wilson_interval(right, len(answers))
+    return (
+        f"{right} of {len(answers)} right: {right / len(answers):.1%}, 95 % confidence interval {low:.1%} to {high:.1%}"
+    )
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share: (p + z²/2n ± z sqrt(p (1 - p)/n + z²/4n²)) / (1 + z²/n).
+
+    Unlike p ± z sqrt(p (1 - p)/n), it stays within [0, 1] and has a width at 0 and 1.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference"; z is the normal
+    distribution's 97.5 % quantile.
+    """
+    z, share = 1.959963984540054, right / count
+    middle = share + z**2 / (2 * count)
+    reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)

@@ -1,0 +1,351 @@
+"""A checkpoint as lm-evaluation-harness sees it: what the harness asks, answered in batches.
+
+Decisions: all requests of a call are answered together (`likelihood`), and no result depends on which others there are;
+results are kept as they come (`eval_cache`). The context is tokenized alone and with its continuation, bos in both; its
+trailing white space goes to the continuation. May import all of the package but the training loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from lit_gpt import versions
+from lit_gpt.checkpoints.weights import load_model, load_tokenizer, state_hash
+from lit_gpt.cli import warn
+from lit_gpt.devices import choose_device, join_processes
+from lit_gpt.evaluation.result_cache import EvalCache, request_key
+from lit_gpt.evaluation.settings import DTYPES, ModelArgs
+from lit_gpt.likelihood.loglikelihood import Likelihood, Method, Reader, Request, arm_likelihoods, mdm_likelihoods
+from lit_gpt.model.logits import guided, model_logits
+from lit_gpt.randomness import hash_int
+from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.settings import Sampling
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+DEFAULT_CACHE = Path("~/.cache/smdm/evaluation")
+# Tokens of a batch with --batch_size auto: beyond, a CPU's caches are exceeded; on GPUs a batch that does not fit is halved.
+_AUTO_TOKENS = {"cpu": 8192, "cuda": 131072}
+# Results that are put on the disk together.
+_RESULTS_AT_ONCE = 64
+_DEFAULT_NEW_TOKENS = 256  # the harness's own default for max_gen_toks
+_REPORTED_VERSIONS = ("smdm", "torch", "lm_eval", "numpy", "sentencepiece", "tokenizers")
+
+
+def evaluation_dtype(name: str, device: torch.device) -> str:
+    """`float32` or `bfloat16` (autocast): as asked for, or with `auto` bfloat16 on GPUs that have it.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name}: choose from {', '.join(DTYPES)}")
+    if name != "auto":
+        return name
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wish:
+    """A text that is to be written."""
+
+    prompt: list[int]
+    how: Sampling
+    row: int
+    """Decides its random numbers."""
+    until: list[str]
+
+
+class Adapter:
+    """A checkpoint as the harness sees it; `lm_harness` mixes it with the harness's base class.
+
+    Args:
+        kind: `arm` or `mdm`.
+        arguments: from `--model_args`.
+        cache_folder: where results are kept; None keeps none.
+        command: as typed, for the results file.
+    """
+
+    def __init__(self, kind: str, arguments: ModelArgs, cache_folder: Path | None, command: Sequence[str]) -> None:
+        self.kind, self.arguments, self.command = kind, arguments, list(command)
+        self._rank, self._world_size = join_processes()
+        self._device = choose_device(arguments.device)
+        self.model, record = load_model(arguments.ckpt_path, arguments.model_name, kind, self._device)
+        config = self.model.config
+        self.tokenizer = load_tokenizer(
+            arguments.ckpt_path, self.model, record, arguments.tokenizer, "tokenizer=FOLDER"
+        )
+        self.max_length = arguments.max_length or config.block_size
+        self._check()
+        self.dtype = evaluation_dtype(arguments.dtype, self._device)
+        self.method = Method(
+            estimator=arguments.nll_type,
+            mc_num=arguments.mc_num,
+            budget=arguments.budget,
+            cfg_scale=float(arguments.cfg),
+            greedy=arguments.greedy,
+            pad_to=self.max_length if arguments.padding else 0,
+            seed=arguments.seed,
+        )
+        logits_fn = guided(model_logits(self.model), self.method.cfg_scale, config.mask_id)
+        self.reader = Reader(logits_fn, config.mask_id, config.vocab_size, self._batch_tokens(), self._device)
+        self.checkpoint_hash = state_hash(self.model.state_dict())
+        self._cache = EvalCache(cache_folder, self._identity(), self._rank)
+        self._errors: list[float] = []
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Where the tokenizer came from; the harness's cache of prompts asks."""
+        return str(self.tokenizer.source)
+
+    def _check(self) -> None:
+        """Refuse settings that this checkpoint contradicts."""
+        arguments, config = self.arguments, self.model.config
+        if not 2 <= self.max_length <= config.block_size:
+            raise ValueError(f"max_length {self.max_length}: this model reads 2 to {config.block_size} tokens")
+        if arguments.mask_id not in (None, config.mask_id):
+            raise ValueError(f"mask_id {arguments.mask_id}: this model's is {config.mask_id}; leave it out")
+
+    # --- what the harness calls ---------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation given its context, and whether greedy decoding gives it."""
+        pairs = [self._encode(*request.args) for request in requests]
+        cut = sum(len(prefix) + len(target) > self._room for prefix, target in pairs)
+        if cut:
+            warn(
+                f"{cut} of {len(pairs)} requests are longer than {self.max_length} tokens: their beginnings are left out"
+            )
+        if empty := sum(not target for _, target in pairs):
+            warn(f"{empty} of {len(pairs)} continuations are empty: their log-likelihood is 0")
+        results = self._likelihoods([self._fit(*pair) for pair in pairs], disable_tqdm)
+        return [(-result.nll, result.is_greedy) for result in results]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each whole text: the sum over disjoint windows, each behind one token of context."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        owners: list[int] = []
+        pairs: list[Request] = []
+        for number, request in enumerate(requests):
+            ids = self.tokenizer.encode_ids(request.args[0])
+            for window in get_rolling_token_windows(ids, self.tokenizer.bos_id, self._room - 1, 1):
+                prefix, target = make_disjoint_window(window)
+                pairs.append(Request(tuple(prefix), tuple(target)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for number, result in zip(owners, self._likelihoods(pairs, disable_tqdm), strict=True):
+            totals[number] -= result.nll
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes behind each context, up to the first stop string or the end token."""
+        seen: dict[str, int] = {}
+        keys: list[str] = []
+        todo: dict[str, _Wish] = {}
+        for request in requests:
+            context, settings = request.args
+            key = request_key("generate", context, settings)
+            # Repeated requests want other samples: each has a number of its own.
+            seen[key] = number = seen.get(key, -1) + 1
+            keys.append(f"{key}-{number}")
+            if self._cache.get(keys[-1]) is None:
+                todo[keys[-1]] = self._wish(context, settings, number)
+        texts = self._progress(self._generate(todo), len(todo), "generating", disable_tqdm)
+        fresh = dict(self._cache.keep(texts, str, 1))
+        return [fresh[key] if key in fresh else self._cache.get(key) for key in keys]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What goes into the results file beside the harness's own record."""
+        return {
+            **self._identity(),
+            "standard_error_nats": self.error_summary(),
+            "command": self.command,
+            "versions": versions.versions(_REPORTED_VERSIONS),
+            "commit": versions.commit(),
+            "processes": self._world_size,
+        }
+
+    def close(self) -> None:
+        """Say how sure the likelihoods are, and end what was opened."""
+        summary = self.error_summary()
+        if summary["requests"] and not self._rank:
+            effort = {"mc": f", mc_num {self.method.mc_num}", "exact": f", budget {self.method.budget}"}
+            how = f"{self.method.estimator}{effort.get(self.method.estimator, '')}, cfg {self.method.cfg_scale:g}"
+            print(
+                f"likelihoods: {'exact (left to right)' if self.kind == 'arm' else how}, seed {self.method.seed}; the "
+                f"estimator's standard error is {summary['mean']:.4f} nats on average and at most "
+                f"{summary['largest']:.4f} over {summary['requests']} requests"
+            )
+        self._cache.close()
+
+    def error_summary(self) -> dict[str, float | int]:
+        """The estimator's standard errors of this process's likelihoods, nats: mean, largest, and how many there are."""
+        errors = [error for error in self._errors if error == error]
+        return {
+            "mean": sum(errors) / len(errors) if errors else 0.0,
+            "largest": max(errors, default=0.0),
+            "requests": len(self._errors),
+        }
+
+    # --- between processes ----------------------------------------------------------------------------------------------
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all processes, in their order."""
+        parts = [torch.zeros_like(tensor) for _ in range(self._world_size)]
+        torch.distributed.all_gather(parts, tensor)
+        return torch.stack(parts)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The objects of all processes at process `dst`, None elsewhere."""
+        parts = [None] * self._world_size if self._rank == dst else None
+        torch.distributed.gather_object(obj, parts, dst=dst)
+        return parts
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        torch.distributed.barrier()
+
+    # --- likelihoods --------------------------------------------------------------------------------------------------
+
+    @property
+    def _room(self) -> int:
+        """Tokens of prefix and target together: an ARM does not read the last one."""
+        return self.max_length + (self.kind == "arm")
+
+    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and of its continuation."""
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        bos = [self.tokenizer.bos_id]
+        if not stripped:
+            return bos, self.tokenizer.encode_ids(continuation)
+        prefix = bos + self.tokenizer.encode_ids(stripped)
+        return prefix, (bos + self.tokenizer.encode_ids(stripped + continuation))[len(prefix) :]
+
+    def _fit(self, prefix: list[int], target: list[int]) -> Request:
+        """The end of what is too long; an ARM keeps a token before its first target."""
+        target = target[-(self._room - 1) :]
+        return Request(tuple(prefix[-(self._room - len(target)) :]), tuple(target))
+
+    def _likelihoods(self, requests: Sequence[Request], disable_tqdm: bool) -> list[Likelihood]:
+        """Results in the order of the requests, each distinct one computed once, or found in the cache."""
+        keys = [request_key("likelihood", request.prefix, request.target) for request in requests]
+        found: dict[str, Likelihood] = {}
+        todo: dict[str, Request] = {}
+        for key, request in zip(keys, requests, strict=True):
+            known = self._cache.get(key)
+            if not request.target:
+                found[key] = Likelihood(0.0, 0.0, True)
+            elif known is not None:
+                found[key] = Likelihood(*known)
+            else:
+                todo[key] = request
+        if self._cache.path and found and not self._rank:
+            print(f"{len(found)} of {len(set(keys))} results were there already: {self._cache.path}", flush=True)
+        names = list(todo)
+        with self._precision():
+            results = ((names[number], result) for number, result in self._estimate(list(todo.values())))
+            kept = self._cache.keep(results, dataclasses.astuple, _RESULTS_AT_ONCE)
+            found.update(self._progress(kept, len(names), "likelihoods", disable_tqdm))
+        self._errors += [found[key].standard_error for key in keys]
+        return [found[key] for key in keys]
+
+    def _estimate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Likelihood]]:
+        if self.kind == "arm":
+            return arm_likelihoods(self.reader, requests)
+        return mdm_likelihoods(self.reader, requests, self.method)
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    def _wish(self, context: str, settings: dict[str, Any], number: int) -> _Wish:
+        """A request as tokens; what the task's `generation_kwargs` say goes before `--model_args`."""
+        new_tokens = min(int(settings.get("max_gen_toks", _DEFAULT_NEW_TOKENS)), self.max_length - 1)
+        prompt = [self.tokenizer.bos_id, *self.tokenizer.encode_ids(context)][-(self.max_length - new_tokens) :]
+        temperature = float(settings.get("temperature", self.arguments.temperature))
+        if settings.get("do_sample") is False:
+            temperature = 0.0
+        how = Sampling(
+            len(prompt) + new_tokens,
+            self.arguments.alg,
+            self.arguments.steps or new_tokens,
+            temperature,
+            self.method.cfg_scale,
+            self.arguments.seed,
+            self.tokenizer.eos_id,
+        )
+        until = settings.get("until") or []
+        row = hash_int(number, *prompt) >> 1  # an int64
+        return _Wish(prompt, how, row, [until] if isinstance(until, str) else list(until))
+
+    def _generate(self, wishes: dict[str, _Wish]) -> Iterator[tuple[str, str]]:
+        """Texts by key, those with the same settings together; a text does not depend on its batch."""
+        alike: dict[Sampling, list[str]] = {}
+        for key, wish in wishes.items():
+            alike.setdefault(dataclasses.replace(wish.how, context_length=0), []).append(key)
+        at_once = max(1, self._batch_tokens() // self.max_length)
+        for how, names in alike.items():
+            # Rows of about the same length waste the least.
+            names.sort(key=lambda name: -len(wishes[name].prompt))
+            for start in range(0, len(names), at_once):
+                batch = {name: wishes[name] for name in names[start : start + at_once]}
+                lengths = tuple(cast(int, wish.how.context_length) for wish in batch.values())
+                together = dataclasses.replace(how, context_length=lengths)
+                prompts, rows = ([getattr(wish, field) for wish in batch.values()] for field in ("prompt", "row"))
+                with self._precision():
+                    ids = sample(self.model, prompts, together, rows)
+                for (name, wish), row in zip(batch.items(), ids, strict=True):
+                    yield name, self._text(row.tolist()[len(wish.prompt) :], wish.until)
+
+    def _text(self, ids: list[int], until: Sequence[str]) -> str:
+        """What was written, up to the end token or a stop string."""
+        if self.tokenizer.eos_id in ids:
+            ids = ids[: ids.index(self.tokenizer.eos_id)]
+        text = self.tokenizer.decode(ids)
+        for stop in filter(None, until):
+            text = text.split(stop)[0]
+        return text
+
+    # --- the rest -----------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything that decides a result, as JSON values."""
+        arguments = self.arguments
+        known: dict[str, Any] = {
+            "kind": self.kind,
+            "checkpoint": self.checkpoint_hash,
+            "config": self.model.config.to_dict(),
+            "tokenizer_hash": self.tokenizer.fingerprint,
+            "max_length": self.max_length,
+            "dtype": self.dtype,
+            "generation": [arguments.alg, arguments.steps, arguments.temperature],
+        }
+        if self.kind == "arm":
+            return {**known, "estimator": "exact (left to right)", "seed": self.method.seed}
+        method = dataclasses.asdict(self.method)
+        # What the estimator at hand does not use may not split the cache.
+        for name, owner in (("mc_num", "mc"), ("budget", "exact")):
+            if method["estimator"] != owner:
+                del method[name]
+        return {**known, **method}
+
+    def _batch_tokens(self) -> int:
+        size = str(self.arguments.batch_size)
+        if size.startswith("auto"):
+            return _AUTO_TOKENS.get(self._device.type, _AUTO_TOKENS["cuda"])
+        return int(size) * self.max_length
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def _progress(self, work: Iterable[Any], total: int, what: str, disable: bool) -> Iterable[Any]:
+        from tqdm import tqdm
+
+        return tqdm(work, total=total, desc=what, disable=disable or self._rank > 0 or not total)

@@ -1,0 +1,123 @@
+"""lm-evaluation-harness with our models: ARMs as `--model ar`, MDMs as `--model mdlm`.
+
+Decisions: the harness's own command line with all its flags, and its own table. Only its cache is replaced (`eval_cache`):
+it is keyed by request alone, so that another checkpoint or setting would be served stale scores, and it unpickles. May
+import all of the package but the training loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.evaluation.lm_adapter import DEFAULT_CACHE, Adapter
+from lit_gpt.evaluation.settings import ModelArgs, read_model_args, usage
+
+KINDS = {"ar": "arm", "mdlm": "mdm"}
+
+
+@dataclass
+class Session:
+    """One run of the harness's command line."""
+
+    cache_folder: Path | None
+    """Where results are kept; None keeps none."""
+    command: list[str]
+    """As typed, for the results file."""
+    built: list[Adapter] = field(default_factory=list)
+    """The models, as the harness builds them."""
+
+
+@functools.cache
+def registered_models() -> list[Any]:
+    """`ar` and `mdlm` as classes of the harness, registered there once; their attribute `session` says for which run."""
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+
+    def registered(kind: str) -> type:
+        class Registered(Adapter, LM):  # type: ignore[misc]
+            session: Session
+
+            def __init__(self, **values: Any) -> None:
+                LM.__init__(self)
+                arguments = read_model_args(kind, values)
+                Adapter.__init__(self, kind, arguments, self.session.cache_folder, self.session.command)
+                self.session.built.append(self)
+
+            @classmethod
+            def create_from_arg_obj(
+                cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+            ) -> Any:
+                flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+                flags.pop("max_batch_size", None)  # a batch is bounded by its tokens
+                return cls(**{**flags, **arg_dict})
+
+        return Registered
+
+    return [register_model(name)(registered(kind)) for name, kind in KINDS.items()]
+
+
+def evaluate(model: str, argv: Sequence[str]) -> None:
+    """Run the harness's command line with our models, as `evaluate_ar.py` and `evaluate_diff.py` do.
+
+    Args:
+        model: the `--model` that is meant where none is given.
+        argv: the flags as typed; all of the harness's, where `--use_cache` names a folder for our own cache, or `off`.
+
+    Raises:
+        ValueError: the user's mistakes, ours and the harness's.
+    """
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--use_cache", "-c")
+    flags.add_argument("--output_path", "-o")
+    flags.add_argument("--device", default="auto")
+    flags.add_argument("--batch_size", "-b", default=str(ModelArgs.batch_size))
+    flags.add_argument("--model", "-M", default=model)
+    known, rest = flags.parse_known_args([word for word in argv if word != "run"])
+    if {"-h", "--help"} & set(rest):
+        print(usage() + "\n--use_cache FOLDER|off: where finished results are kept (never served to other settings)\n")
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        raise ValueError(
+            f"lm-evaluation-harness is missing ({error}): ./setup.sh eval, or pip install 'smdm[eval]'"
+        ) from None
+    session = Session(_cache_folder(known.use_cache, known.output_path), [sys.argv[0], *argv])
+    for model_class in registered_models():
+        model_class.session = session
+    sys.argv = ["lm_eval", "run", *rest]
+    for name in ("model", "device", "batch_size", "output_path"):
+        if getattr(known, name):
+            sys.argv += [f"--{name}", getattr(known, name)]
+    with _one_line_errors():
+        cli_evaluate()
+    for adapter in session.built:
+        adapter.close()
+
+
+def _cache_folder(use_cache: str | None, output_path: str | None) -> Path | None:
+    """Where results are kept: as asked for, else beside the output, else in the user's cache."""
+    if use_cache is not None:
+        return None if use_cache == "off" else Path(use_cache)
+    if output_path is None:
+        return DEFAULT_CACHE.expanduser()
+    path = Path(output_path)
+    return (path.parent if path.suffix == ".json" else path) / "cache"
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What the harness and its libraries raise for a user's mistakes, as ValueErrors."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (KeyError, DatasetsError, TemplateError, ImportError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error

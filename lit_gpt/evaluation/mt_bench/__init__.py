@@ -1,0 +1,1 @@
+"""MT-bench: questions, answers, judgments and tables, in FastChat's formats."""

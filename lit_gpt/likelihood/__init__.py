@@ -1,0 +1,1 @@
+"""How likely a text is: exact for an ARM, estimated for an MDM."""

@@ -1,0 +1,1 @@
+"""How text is written: settings, the denoising loop, samplers, caches, infilling."""

@@ -1,0 +1,116 @@
+"""Text with gaps: what a person types, as the tokens and [MASK]s that an MDM fills in.
+
+Decisions: a gap is three or more underscores, `___5` one of exactly five tokens; the row ends where the text ends, since
+a person who wants more after it adds a gap. The space before a gap belongs to the gap, because a word's token holds the
+space before it. May import sampling and below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lit_gpt.model.causal import GPT
+from lit_gpt.model.layers import Transformer
+from lit_gpt.sampling.denoising import denoise
+from lit_gpt.sampling.samplers import mdm_logits, sample_states
+from lit_gpt.sampling.sequence import State, context_lengths, masked_canvas
+from lit_gpt.sampling.settings import Sampling
+
+if TYPE_CHECKING:
+    from lit_gpt.tokenizer import Tokenizer
+
+DEFAULT_GAP = 8
+"""Tokens of a gap without a number: a few words."""
+_GAP = re.compile(r"_{3,}(\d*)")
+_ANCHORS = ("\n", "a", ".")
+_NO_GAPS = "an ARM writes from left to right and cannot fill gaps (___): end the prompt with its text, or use an MDM"
+
+
+def has_gaps(text: str) -> bool:
+    """Whether a text has a gap."""
+    return _GAP.search(text) is not None
+
+
+def split_gaps(text: str, gap: int = DEFAULT_GAP) -> list[str | int]:
+    """A text's pieces in their order: what is written as strings, gaps as their numbers of tokens.
+
+    Args:
+        text: such as `the ___ sat on the ___3`.
+        gap: tokens of a gap without a number.
+
+    Raises:
+        ValueError: a gap of no token.
+    """
+    pieces: list[str | int] = []
+    start = 0
+    for found in _GAP.finditer(text):
+        size = int(found[1]) if found[1] else gap
+        if size < 1:
+            raise ValueError(f"the gap {found[0]} has {size} tokens: at least 1 is needed")
+        pieces += [text[start : found.start()].removesuffix(" "), size]
+        start = found.end()
+    return [piece for piece in (*pieces, text[start:]) if piece]
+
+
+def infill_row(text: str, tokenizer: Tokenizer, mask_id: int, gap: int = DEFAULT_GAP) -> list[int]:
+    """Token ids of a text, `mask_id` at its gaps; a text without gaps gives the tokenizer's ids.
+
+    Args:
+        text: see `split_gaps`.
+        tokenizer: of the model.
+        mask_id: id of [MASK].
+        gap: tokens of a gap without a number.
+
+    Raises:
+        ValueError: a gap of no token.
+    """
+    row: list[int] = []
+    for piece in split_gaps(text, gap):
+        if isinstance(piece, int):
+            row += [mask_id] * piece
+        else:
+            row += _continuation(tokenizer, piece) if row else tokenizer.encode_ids(piece)
+    return row
+
+
+def infill_states(
+    model: Transformer, rows: Sequence[Sequence[int] | Tensor], sampling: Sampling, numbers: Sequence[int] | None = None
+) -> Iterator[State]:
+    """`sampling.sample_states`, for rows that may hold [MASK] anywhere: those positions are filled in.
+
+    Args:
+        model: an MDM, or an ARM if no row holds [MASK].
+        rows: token ids and [MASK]s; [MASK] follows up to the context length.
+        sampling: how.
+        numbers: each row's number, the `rows` of `sample_states`.
+
+    Raises:
+        ValueError: [MASK] for an ARM; else as `sample_states`.
+    """
+    config = model.config
+    ids = [torch.as_tensor(row, dtype=torch.int64).cpu() for row in rows]
+    gaps = [row == config.mask_id for row in ids]
+    if not any(bool(gap.any()) for gap in gaps):
+        return sample_states(model, ids, sampling, numbers)
+    if isinstance(model, GPT):
+        raise ValueError(_NO_GAPS)
+    # [MASK] is no token of a prompt: any token stands in for it where prompts are checked.
+    given = [row.masked_fill(gap, 0) for row, gap in zip(ids, gaps, strict=True)]
+    lengths = context_lengths(given, sampling.context_length, config)
+    canvas = masked_canvas(ids, lengths, config.mask_id, numbers, next(model.parameters()).device)
+    return denoise(mdm_logits(model, sampling), canvas, sampling, config.vocab_size)
+
+
+def _continuation(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that goes on within a row: without the space that a tokenizer puts before a whole text."""
+    for anchor in _ANCHORS:
+        before = tokenizer.encode_ids(anchor)
+        ids = tokenizer.encode_ids(anchor + text)
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+    return tokenizer.encode_ids(text)

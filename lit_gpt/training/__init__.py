@@ -1,0 +1,1 @@
+"""What is learnt and how: objectives, schedule, settings, the one loop, validation, loggers."""

@@ -1,0 +1,147 @@
+"""What the four fine-tuning scripts share: the checkpoint to start from, the prepared examples, steps and names.
+
+A script says which data, which objective and which published numbers; this module turns them and the flags into an
+`Experiment` and hands it to `trainer.fit`. May import everything below the scripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_gpt import devices
+from lit_gpt.checkpoints import weights
+from lit_gpt.data import sft_dataset
+from lit_gpt.data.sft_dataset import Preparation, SftDataset
+from lit_gpt.data.sft_formats import Source
+from lit_gpt.model.layers import Transformer
+from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.training import loop
+from lit_gpt.training.experiment import Experiment
+from lit_gpt.training.objectives import Objective
+from lit_gpt.training.settings import FinetuneConfig
+
+# A run may be too short for its recipe's warmup; then it ends in the middle (ours: the published runs are longer).
+_LARGEST_WARMUP = 0.5
+MDM_GROUP_SIZES = ((50, 16), (1000, 8), (float("inf"), 4))
+"""Published micro batches by size in millions; they fix which rows are averaged together, not memory."""
+
+
+@dataclass
+class Recipe:
+    """What makes one fine-tuning script different from the next."""
+
+    kind: str | None
+    """Of the model: `arm` or `mdm`; None for either."""
+    source: Source
+    """The data's format."""
+    max_length: int
+    """Tokens of the longest example, unless the model reads fewer."""
+    objective: Callable[[Transformer, int], Objective]
+    """Builds what is learnt, from the model and the row's length in tokens."""
+    group_sizes: tuple[tuple[float, int], ...]
+    """(largest size in millions, rows of a group), ascending; the published micro batches."""
+    warmup_steps: Callable[[int], int]
+    """The run's steps to those of linear warmup."""
+    run_name: Callable[[Transformer], str]
+    """The name of the run and its folder."""
+    suffix: str
+    """What the exported model's name ends with."""
+    varying_length: bool = True
+    """Whether a group is cut to its longest row; False pads all rows to the same length."""
+
+
+def finetune(recipe: Recipe, flags: FinetuneConfig) -> dict[str, Any]:
+    """Run one fine-tuning from flags to exported model.
+
+    Raises:
+        ValueError, FileNotFoundError: anything a user can get wrong, with the remedy.
+    """
+    _check(flags)
+    path = Path(flags.data_file or recipe.source.path)
+    if not path.is_file():
+        # Before a large checkpoint is loaded.
+        raise FileNotFoundError(sft_dataset.missing(recipe.source, path))
+    model, record = weights.load_model(flags.pretrain_path, flags.model, recipe.kind)
+    model.train()
+    tokenizer = weights.load_tokenizer(flags.pretrain_path, model, record, flags.tokenizer)
+    config = model.config
+    row_length = min(recipe.max_length, config.block_size)
+    fabric = devices.start_fabric(flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision)
+    data = _data(recipe, flags, path, tokenizer, row_length)
+    for line in sft_dataset.left_out_lines(data.info, row_length):
+        fabric.print(line)
+    steps = flags.max_steps or _steps(data, flags)
+    warmup = flags.warmup_steps
+    if warmup is None:
+        warmup = min(recipe.warmup_steps(steps), int(steps * _LARGEST_WARMUP))
+    group_size = next(rows for limit, rows in recipe.group_sizes if config.size_in_millions <= limit)
+    settings = flags.settings() | {"kind": model.kind, "model": config.to_dict(), "data": data.fingerprint}
+    settings |= {"pretrained": weights.state_hash(model.state_dict()), "group_size": group_size}
+    settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
+    name = recipe.run_name(model)
+    experiment = Experiment(
+        name=name,
+        model=model,
+        objective=recipe.objective(model, row_length),
+        train_data=data,
+        val_data=None,
+        group_size=group_size,
+        max_steps=steps,
+        warmup_steps=warmup,
+        settings=settings,
+        record={
+            "tokenizer": {"source": tokenizer.source, "fingerprint": tokenizer.fingerprint},
+            "pretrained": str(flags.pretrain_path),
+        },
+        export_name=f"{_stem(flags.pretrain_path)}-{recipe.suffix}",
+        varying_length=recipe.varying_length,
+    )
+    return loop.fit(fabric, experiment, flags, Path(flags.out_dir) / name)
+
+
+def _check(flags: FinetuneConfig) -> None:
+    """Collect what is wrong with the flags before anything is opened."""
+    problems = flags.problems()
+    if not flags.pretrain_path:
+        problems.append(
+            "--pretrain_path is missing: the checkpoint to start from, such as models/mdm-170M-10e18.safetensors"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _data(recipe: Recipe, flags: FinetuneConfig, path: Path, tokenizer: Tokenizer, row_length: int) -> SftDataset:
+    """The examples, prepared now or earlier."""
+    plan = Preparation(
+        source=recipe.source,
+        path=path,
+        tokenizer=tokenizer,
+        max_length=row_length,
+        max_malformed=flags.max_malformed,
+        workers=flags.workers,
+        cache=Path(flags.cache_dir) if flags.cache_dir else sft_dataset.DEFAULT_CACHE,
+    )
+    return SftDataset(sft_dataset.prepare(plan), row_length, tokenizer.eos_id, flags.seed)
+
+
+def _steps(data: SftDataset, flags: FinetuneConfig) -> int:
+    """int(examples * epochs / batch size); a batch at an epoch's end goes on into the next one."""
+    if len(data) < flags.batch_size:
+        raise ValueError(
+            f"{data.describe()}: fewer than one batch of {flags.batch_size}: give --bs {len(data)} or less, or more data"
+        )
+    steps = int(len(data) * flags.epochs / flags.batch_size)
+    if not steps:
+        raise ValueError(f"--epoch {flags.epochs:g} of {len(data):,} examples is less than one batch: give more")
+    return steps
+
+
+def _stem(path: str) -> str:
+    """A checkpoint's name without its ending; a run folder's own, also for a file inside."""
+    found = Path(path)
+    if found.name.startswith("iter-") and found.suffix == ".pth":
+        found = found.parent
+    return found.stem if found.suffix in (".safetensors", ".pth") else found.resolve().name

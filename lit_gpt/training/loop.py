@@ -1,0 +1,330 @@
+"""The one training loop: whatever is trained, from the first step or a checkpoint to the exported model.
+
+An `Experiment` says what is trained, a `TrainConfig` how; the loop knows neither models' kinds nor tasks. Every random
+number comes from counters (see `noise`), the data position is the step, so a checkpoint holds weights, optimizer and one
+number, and a resumed run computes bit for bit what an unbroken one does. May import everything below.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_gpt import devices
+from lit_gpt.data import batching
+from lit_gpt.data.batching import Batch, StepLayout
+from lit_gpt.model import kernels
+from lit_gpt.model.layers import Transformer
+from lit_gpt.training import loggers, micro_batch, objectives, schedule, speed_monitor
+from lit_gpt.training.experiment import Experiment
+from lit_gpt.training.objectives import Scored
+from lit_gpt.training.run_folder import RunFolder
+from lit_gpt.training.settings import TrainConfig
+from lit_gpt.training.validation import Effort, Validation, validate
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+# Shorter runs do not earn back the 10 to 20 s of compilation.
+_COMPILE_FROM_STEPS = 200
+
+
+def fit(fabric: Fabric, experiment: Experiment, config: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """Train an experiment to its last step, validate, export.
+
+    Args:
+        fabric: launched.
+        experiment: what is trained.
+        config: how.
+        run_dir: folder of the run's checkpoints; a lock keeps other writers out.
+
+    Returns:
+        The run's result: last validation and where the exported model lies.
+
+    Raises:
+        ValueError: the batch does not split over the devices, the run's settings differ from its checkpoint's, the export
+            name is taken, the loss is not finite.
+        cli.Interrupted: a signal came; everything is saved.
+    """
+    layout = _layout(fabric, experiment, config)
+    with RunFolder.open(fabric, run_dir, experiment, config) as folder:
+        if folder.finished is not None:
+            return folder.finished
+        trainer = _Trainer(fabric, experiment, config, layout, folder)
+        return trainer.run()
+
+
+def _layout(fabric: Fabric, experiment: Experiment, config: TrainConfig) -> StepLayout:
+    """Split the global batch over the devices."""
+    batch, world = config.batch_size, fabric.world_size
+    if batch % world:
+        below, above = batch // world * world, -(-batch // world) * world
+        nearest = " or ".join(str(size) for size in (below, above) if size)
+        raise ValueError(f"--batch_size {batch} does not split over {world} devices: the nearest that do are {nearest}")
+    rows = batch // world
+    group = batching.largest_group(batch, experiment.group_size)
+    micro = min(config.micro_batch_size or rows, rows)
+    return StepLayout(batch, group, micro, fabric.global_rank * rows, rows)
+
+
+class _Trainer:
+    """The state of one `fit`."""
+
+    def __init__(
+        self, fabric: Fabric, experiment: Experiment, config: TrainConfig, layout: StepLayout, folder: RunFolder
+    ) -> None:
+        self.fabric, self.experiment, self.config, self.layout, self.folder = fabric, experiment, config, layout, folder
+        self.block_size = experiment.train_data.block_length - 1
+        self.model, self.optimizer = self._setup()
+        self.step = folder.restore(fabric, self.model, self.optimizer)
+        self.tokens = folder.total_tokens
+        self.speed = speed_monitor.SpeedMonitor(
+            fabric.world_size,
+            speed_monitor.flops_per_token(experiment.model.config, 1.0 if experiment.model.causal else 0.5),
+            speed_monitor.peak_flops(fabric.device, folder.precision),
+        )
+        self.validated: Validation | None = None
+
+    # --- set-up ---------------------------------------------------------------------------------------------------
+
+    def _setup(self) -> tuple[Any, Any]:
+        """Place the model, choose kernels, compile, find the micro batch."""
+        fabric, config, module = self.fabric, self.config, self.experiment.model
+        module.checkpoint_blocks = config.activation_checkpointing
+        compiled = self._wants_compile()
+        autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
+        dtype = autocast.get(self.folder.precision, torch.float32)
+        kernels.choose(config.attention_kernel, fabric.device, dtype, compiled)
+        model = fabric.setup_module(module)
+        model.mark_forward_method("weighted_nll")
+        module.compile_blocks(compiled)
+        adamw = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=1e-8,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        optimizer = fabric.setup_optimizers(adamw)
+        compiled = self._warm_up(model, module, optimizer, compiled)
+        fabric.print(kernels.choose(config.attention_kernel, fabric.device, dtype, compiled))
+        return model, optimizer
+
+    def _wants_compile(self) -> bool:
+        choice = self.config.compile
+        if choice == "auto":
+            tools = shutil.which("g++") or shutil.which("clang++") if self.fabric.device.type == "cpu" else True
+            long_enough = self.experiment.max_steps >= _COMPILE_FROM_STEPS
+            # A group of another length would run uncompiled anyway.
+            return bool(tools) and long_enough and not self.experiment.varying_length
+        return choice == "on"
+
+    def _warm_up(self, model: Any, module: Transformer, optimizer: Any, compiled: bool) -> bool:
+        """Run a step's arithmetic on made-up tokens at full size: compiles, and finds the largest micro batch that fits."""
+
+        def attempt(micro_batch_size: int) -> None:
+            started = time.perf_counter()
+            tokens = torch.zeros((micro_batch_size, self.block_size), dtype=torch.int64, device=self.fabric.device)
+            weights = torch.ones(tokens.shape, device=self.fabric.device)
+            total, _, _ = objectives.weighted_nll(self.fabric, model, tokens, tokens, weights)
+            self.fabric.backward(total)
+            optimizer.zero_grad(set_to_none=True)
+            if compiled and (seconds := time.perf_counter() - started) > 2:
+                self.fabric.print(f"torch.compile: {seconds:.0f} s")
+
+        candidates = [self.layout.micro_batch_size]
+        if self.config.micro_batch_size is None:
+            known = self.folder.micro_batch_size(self.fabric.world_size)
+            per_token = _activation_bytes(module)
+            candidates = (
+                [known]
+                if known
+                else micro_batch.micro_batch_candidates(
+                    self.layout.device_rows, self.block_size, per_token, self.fabric.device
+                )
+            )
+        try:
+            size = micro_batch.largest_that_fits(candidates, attempt)
+        except Exception as error:
+            if not compiled or self.config.compile == "on" or not _is_compiler_error(error):
+                raise
+            self.fabric.print(f"torch.compile does not work here ({type(error).__name__}): going on without it")
+            module.compile_blocks(False)
+            return self._warm_up(model, module, optimizer, False)
+        self.layout = batching.with_micro_batch(self.layout, size)
+        # Odd shapes (a cut group, validation) run eagerly from here on: what is compiled must not depend on history.
+        torch.compiler.set_stance("eager_on_recompile")
+        return compiled
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Steps, logs, checkpoints; then the end."""
+        self._announce()
+        signals = devices.StopSignals()
+        try:
+            rule = self.experiment.objective.group
+            steps = range(self.step, self.experiment.max_steps)
+            for step, batches in batching.prefetched_steps(self.experiment.train_data, rule, self.layout, steps):
+                started = time.perf_counter()
+                loss, grad_norm, stop = self._train_step(step, batches, signals)
+                self.step = step + 1
+                last = self.step == self.experiment.max_steps
+                if self.step % self.config.log_interval == 0 or last or self.step == 1:
+                    self._log(loss, grad_norm, time.perf_counter() - started)
+                due = not last and self.config.val_interval and self.step % self.config.val_interval == 0
+                if due and not stop:
+                    stop = self._validate(signals)
+                if last or stop or self.step % self.config.save_interval == 0:
+                    self._save()
+                if stop:
+                    self.folder.interrupted(self.fabric, stop, self.step)
+            if stop := self._validate(signals):
+                self.folder.interrupted(self.fabric, stop, self.step)
+            return self._finish()
+        finally:
+            signals.restore()
+            torch.compiler.set_stance("default")
+
+    def _train_step(self, step: int, batches: list[Batch], signals: devices.StopSignals) -> tuple[float, float, int]:
+        """One optimizer step.
+
+        Returns:
+            The step's loss (mean over groups), the gradient's norm before clipping, and the signal that came, or 0.
+        """
+        fabric, config = self.fabric, self.config
+        loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
+        for index, batch in enumerate(batches):
+            with fabric.no_backward_sync(self.model, enabled=index + 1 < len(batches)):
+                scored = self.experiment.objective.training(batch.to(fabric.device))
+                total = self._weighted_nll(scored)
+                # Data-parallel gradients are averaged over devices, while the loss is a sum over them.
+                fabric.backward(total * fabric.world_size if fabric.world_size > 1 else total)
+                loss += total.detach()
+            self.tokens += scored.input_ids.numel() * fabric.world_size
+        value, stop = devices.all_reduce_sum(fabric, [float(loss), float(signals.came)])
+        limit = config.grad_clip or math.inf
+        norm = fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        grad_norm = float(norm)  # type: ignore[arg-type]
+        if not math.isfinite(value) or not math.isfinite(grad_norm):
+            raise ValueError(self.folder.not_finite(step + 1, value, grad_norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(
+                step + 1, self.experiment.max_steps, self.experiment.warmup_steps, config.learning_rate, config.min_lr
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value, grad_norm, (signals.received or signal.SIGTERM) if stop else 0
+
+    def _weighted_nll(self, scored: Scored) -> torch.Tensor:
+        batch = scored.input_ids, scored.targets, scored.weights, scored.key_mask
+        return objectives.weighted_nll(self.fabric, self.model, *batch)[0]
+
+    # --- what is seen and kept ------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        """Say once what is about to happen."""
+        experiment, layout, steps = self.experiment, self.layout, self.experiment.max_steps
+        epochs = experiment.train_data.epochs(steps * layout.global_batch_size)
+        lines = [
+            f"run {experiment.name}: {experiment.model.config.size_in_millions:.4g}M non-embedding parameters, "
+            f"{steps} steps of {layout.global_batch_size} x {self.block_size} tokens",
+            f"data: {experiment.train_data.describe()}; {epochs:.3g} epochs"
+            + (" (the corpus is repeated)" if epochs > 1 else ""),
+            f"device: {self.fabric.world_size} x {self.fabric.device.type}, {self.folder.precision}, micro batch "
+            f"{layout.micro_batch_size}, groups of {layout.group_size}",
+            f"checkpoints: {self.folder.path}; log: {self.folder.log_path}",
+        ]
+        if self.step:
+            lines.append(f"resumed at step {self.step} of {steps}")
+        for line in lines:
+            self.fabric.print(line)
+
+    def _log(self, loss: float, grad_norm: float, step_s: float) -> None:
+        """A line on the console and a row in the loggers."""
+        step, layout = self.step, self.layout
+        samples = step * layout.global_batch_size
+        rates = self.speed.rates(step * layout.micro_batches, samples, self.tokens)
+        self.folder.log(
+            {
+                "metric/train_loss": loss,
+                "metric/train_ppl": loggers.perplexity(loss),
+                "metric/grad_norm": grad_norm,
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "samples": samples,
+                "total_tokens": self.tokens,
+                **rates,
+            },
+            step,
+        )
+        rate = rates["throughput/samples_per_sec"]
+        hours = (self.experiment.max_steps - step) * layout.global_batch_size / max(rate, 1e-9) / 3600
+        micro_ms = step_s * 1000 / layout.micro_batches
+        self.fabric.print(
+            f"iter {self._iter_num()} step {step}: loss {loss:.4f}, iter time: {micro_ms:.2f}ms "
+            f"{rates['throughput/tokens_per_sec']:.0f} tokens/s remaining time: {hours:.2f} hours. or {hours / 24:.2f} days."
+        )
+
+    def _iter_num(self) -> int:
+        """Published count of micro steps: groups of the global batch, whatever the devices and the memory."""
+        return self.step * (self.layout.global_batch_size // self.layout.group_size)
+
+    def _validate(self, signals: devices.StopSignals) -> int:
+        """Validate, log and print; without validation data nothing happens.
+
+        Returns:
+            The signal that came meanwhile and cut it short, or 0.
+        """
+        data, config = self.experiment.val_data, self.config
+        count = min(config.val_samples, len(data)) if data is not None else 0
+        if not count:
+            return 0
+        started = time.perf_counter()
+        effort = Effort(count, config.val_draws, self.layout.micro_batch_size)
+        result = validate(self.fabric, self.model, self.experiment, effort, signals)
+        self.speed.add_validation(time.perf_counter() - started)
+        if result is None:
+            return signals.received or signal.SIGTERM
+        self.validated = result
+        self.folder.log(result.metrics(), self.step)
+        self.fabric.print(f"step {self.step}: {result.line()}")
+        return 0
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "hparams": self.experiment.settings,
+            "iter_num": self._iter_num(),
+            "step_count": self.step,
+            "total_tokens": self.tokens,
+        }
+        self.folder.save(self.fabric, state, self.layout.micro_batch_size)
+
+    def _finish(self) -> dict[str, Any]:
+        """Export the final weights, and write down the result."""
+        result: dict[str, Any] = {"step": self.step, "total_tokens": self.tokens}
+        if self.validated is not None:
+            result.update(self.validated.record())
+        return self.folder.finish(self.fabric, result)
+
+
+def _activation_bytes(module: Transformer) -> float:
+    """Memory per token that a training step keeps, in float32: an estimate from above."""
+    config = module.config
+    per_block = 16 * config.n_embd + 6 * config.intermediate_size
+    blocks = 2 if module.checkpoint_blocks else config.n_layer
+    # The embedding's output, the final norm and the loss's own rows come on top.
+    return 4.0 * (per_block * blocks + (config.n_layer + 8) * config.n_embd)
+
+
+def _is_compiler_error(error: BaseException) -> bool:
+    """Whether torch.compile itself failed (no compiler, no headers), not the arithmetic."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))

@@ -1,0 +1,232 @@
+"""What is learnt: one small class per kind of training, from a batch to what the model reads, predicts and is scored on.
+
+An objective returns the terms of the loss unreduced, as weights per position; their sum over micro batches and devices is
+the step's loss, the mean over groups of (weighted sum / denominator). It knows no device, optimizer or file. May import
+batching, diffusion, noise and packed_dataset.
+
+B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lit_gpt import diffusion
+from lit_gpt.data.batching import Batch, Group
+from lit_gpt.data.packed_dataset import Extent
+from lit_gpt.randomness import Stream, hash_int, uniform, uniform_grid
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the model reads and where it is scored."""
+
+    input_ids: Tensor
+    """(B, T) int64."""
+    targets: Tensor
+    """(B, T) int64."""
+    weights: Tensor
+    """(B, T) float32: loss = sum(weights * CE); 0 where nothing is scored."""
+    counted: Tensor
+    """(B, T) bool: the target tokens that the denominator counts."""
+    key_mask: Tensor | None
+    """(B, T) bool, False at padding; None where there is none."""
+
+
+class Objective(Protocol):
+    """One kind of training."""
+
+    def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
+        """Cut and denominator of a group; see `batching.GroupRule`."""
+        ...
+
+    def training(self, batch: Batch) -> Scored:
+        """A training micro batch, with the run's noise."""
+        ...
+
+
+@runtime_checkable
+class ValidatedObjective(Objective, Protocol):
+    """One that says how its validation loss is estimated, too."""
+
+    @property
+    def estimator(self) -> str:
+        """What the validation loss is, in words for the console and the records."""
+        ...
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the validation loss is an upper bound of the negative log-likelihood, not the thing itself."""
+        ...
+
+    @property
+    def fixed_draws(self) -> int | None:
+        """Validation draws per sequence that make sense; None where more draws are more exact."""
+        ...
+
+    def validation(self, batch: Batch, draw: int, draws: int) -> Scored:
+        """A validation batch with the fixed noise of one draw; weights sum to nats, not to a mean."""
+        ...
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """ARM pretraining: mean cross-entropy of the next token."""
+
+    block_size: int
+    """Input tokens of a full row."""
+    estimator = "exact next-token cross-entropy"
+    is_bound = False
+    fixed_draws = 1
+
+    def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
+        """The whole row; every token but the first of a row is predicted."""
+        return Group(self.block_size, sum(row.length - 1 for row in extents))
+
+    def training(self, batch: Batch) -> Scored:
+        """Read tokens 0 .. T-1, predict 1 .. T."""
+        targets = batch.tokens[:, 1:]
+        counted = _before(torch.minimum(batch.lengths - 1, batch.cuts), targets.size(1))
+        # Padding lies behind everything that is scored, so a causal model needs no key mask.
+        return Scored(batch.tokens[:, :-1], targets, counted * batch.row_weights.float()[:, None], counted, None)
+
+    def validation(self, batch: Batch, draw: int, draws: int) -> Scored:
+        """As in training; there is no noise."""
+        return self.training(batch)
+
+
+@dataclass(frozen=True)
+class MaskedDiffusion:
+    """MDM pretraining: sum of CE / p over masked tokens, divided by the tokens of the group (SMDM, eq. 4).
+
+    With `ssl_ratio` above 0 this is stochastic length training: that share of the groups is cut to a random length.
+    """
+
+    block_size: int
+    """Input tokens of a full row."""
+    mask_id: int
+    """Id of [MASK]."""
+    seed: int
+    """The run's seed, for times, masks and random lengths."""
+    global_batch_size: int
+    """Rows of a step: the number of strata of t."""
+    ssl_ratio: float = 0.0
+    """Share of groups with a random length, uniform in [1, block_size]."""
+    is_bound = True
+    fixed_draws = None
+
+    @property
+    def estimator(self) -> str:
+        """Law of the validation noise, as published but for the low-discrepancy times."""
+        return f"masked-diffusion bound, mc with low-discrepancy t, eps {diffusion.EPS:g}, fixed noise"
+
+    def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
+        """The block, or a random length; all real tokens count."""
+        length = self.block_size
+        if self.ssl_ratio:
+            chance = hash_int(self.seed, Stream.RANDOM_LENGTH, step, group, 0) / 2**64
+            if chance < self.ssl_ratio:
+                length = 1 + hash_int(self.seed, Stream.RANDOM_LENGTH, step, group, 1) % self.block_size
+        return Group(length, sum(min(row.length, length) for row in extents))
+
+    def training(self, batch: Batch) -> Scored:
+        """Mask with times stratified over the step's rows."""
+        return self._masked(batch, *_training_noise(batch, self.seed, self.global_batch_size))
+
+    def validation(self, batch: Batch, draw: int, draws: int) -> Scored:
+        """Mask with noise that is the same for every run: a function of the sequence's number and the draw."""
+        t = diffusion.low_discrepancy_times(batch.rows, draw, draws)
+        uniforms = uniform_grid(0, Stream.VALIDATION, draw, batch.rows, batch.tokens.size(1) - 1)
+        return self._masked(batch, t, uniforms)
+
+    def _masked(self, batch: Batch, t: Tensor, uniforms: Tensor) -> Scored:
+        clean = batch.tokens[:, :-1]
+        real = _before(torch.minimum(batch.lengths, batch.cuts), clean.size(1))
+        p_mask = diffusion.masking_probability(t)
+        noisy_input, mask = diffusion.forward_process(clean, p_mask, uniforms, self.mask_id, real)
+        weights = diffusion.loss_weights(mask, p_mask, batch.row_weights)
+        return Scored(noisy_input, clean, weights, real, None if bool(real.all()) else real)
+
+
+@dataclass(frozen=True)
+class NextResponseToken:
+    """ARM fine-tuning: mean cross-entropy of the response's tokens, over all of a group's rows."""
+
+    def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
+        """Up to the longest row; every token behind a prompt is predicted."""
+        # A row's first token has nothing before it to be predicted from.
+        predicted = sum(row.length - max(row.prompt_length, 1) for row in extents)
+        return Group(max(row.length for row in extents) - 1, predicted)
+
+    def training(self, batch: Batch) -> Scored:
+        """Read tokens 0 .. T-1, predict 1 .. T, where that is response."""
+        targets = batch.tokens[:, 1:]
+        columns = targets.size(1)
+        counted = _before(batch.lengths - 1, columns) & ~_before(batch.prompt_lengths - 1, columns)
+        return Scored(batch.tokens[:, :-1], targets, counted * batch.row_weights.float()[:, None], counted, None)
+
+
+@dataclass(frozen=True)
+class MaskedResponse:
+    """MDM fine-tuning: sum of CE / p over masked response tokens, divided by the group's tokens that are no prompt.
+
+    Padding is response: masked and scored like any token, it teaches where to stop (SPEC 4).
+    """
+
+    mask_id: int
+    """Id of [MASK]."""
+    seed: int
+    """The run's seed, for times, masks and dropped prompts."""
+    global_batch_size: int
+    """Rows of a step: the number of strata of t."""
+    row_length: int | None = None
+    """Tokens of every row; None cuts a group to its longest row."""
+    prompt_drop: float = 0.0
+    """Probability that a row's prompt becomes [MASK], for classifier-free guidance later."""
+
+    def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
+        """The fixed length or the longest row's; rows * length - prompt tokens count."""
+        length = self.row_length or max(row.length for row in extents)
+        return Group(length, sum(length - min(row.prompt_length, length) for row in extents))
+
+    def training(self, batch: Batch) -> Scored:
+        """Mask everything behind the prompts at rate p, drop some prompts."""
+        t, uniforms = _training_noise(batch, self.seed, self.global_batch_size)
+        clean, columns = batch.tokens[:, :-1], batch.tokens.size(1) - 1
+        row, prompt = _before(batch.cuts, columns), _before(batch.prompt_lengths, columns)
+        p_mask = diffusion.masking_probability(t)
+        noisy_input, mask = diffusion.forward_process(clean, p_mask, uniforms, self.mask_id, row & ~prompt)
+        if self.prompt_drop:
+            dropped = uniform(self.seed, int(Stream.PROMPT_DROP), batch.step, batch.rows) < self.prompt_drop
+            noisy_input = noisy_input.masked_fill(dropped[:, None] & prompt, self.mask_id)
+        weights = diffusion.loss_weights(mask, p_mask, batch.row_weights)
+        return Scored(noisy_input, clean, weights, row & ~prompt, None if bool(row.all()) else row)
+
+
+def _training_noise(batch: Batch, seed: int, global_batch_size: int) -> tuple[Tensor, Tensor]:
+    """Times (B,), stratified over the step's rows, and uniform numbers (B, T)."""
+    t = diffusion.diffusion_times(seed, batch.step, batch.rows, global_batch_size)
+    return t, uniform_grid(seed, Stream.MASK, batch.step, batch.rows, batch.tokens.size(1) - 1)
+
+
+def _before(lengths: Tensor, columns: int) -> Tensor:
+    """(B, columns) bool, True in the first lengths[i] columns of row i."""
+    return torch.arange(columns, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def weighted_nll(fabric: Fabric, model: Any, *batch: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """`Transformer.weighted_nll` of a set-up model, in the run's precision.
+
+    Fabric turns autocast on in `forward` alone, unless it wraps the model for several devices: without this, one device
+    would compute in float32 whatever --precision says.
+    """
+    with fabric.autocast():
+        return model.weighted_nll(*batch)  # type: ignore[no-any-return]

@@ -1,0 +1,126 @@
+"""What the three pretraining scripts share: opening the packed data, the model's shape, names, group sizes.
+
+A script says which model and which objective; this module turns the flags into an `Experiment` and hands it to
+`trainer.fit`. May import everything below the scripts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_gpt import devices
+from lit_gpt.checkpoints import names, weights
+from lit_gpt.config import Config
+from lit_gpt.data import packed_dataset
+from lit_gpt.model.layers import Transformer
+from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.training import loop, schedule
+from lit_gpt.training.experiment import Experiment
+from lit_gpt.training.objectives import Objective
+from lit_gpt.training.settings import SHAPE_FLAGS, PretrainConfig
+
+MDM_GROUP_SIZES = ((20, 32), (50, 16), (1000, 8), (math.inf, 4))
+"""Published micro batches by size in millions; they fix which rows are averaged together, not memory."""
+
+
+@dataclass
+class Recipe:
+    """What makes one pretraining script different from the next."""
+
+    model_class: type[Transformer]
+    """GPT or TransEncoder."""
+    objective: Callable[[Config, PretrainConfig], Objective]
+    """Builds what is learnt."""
+    group_sizes: tuple[tuple[float, int], ...]
+    """(largest size in millions, rows of a group), ascending; the published micro batches."""
+    ssl_ratio: float | None = None
+    """Share of groups with a random length; None where the script has none."""
+
+
+def pretrain(recipe: Recipe, flags: PretrainConfig) -> dict[str, Any]:
+    """Run one pretraining from flags to exported model.
+
+    Raises:
+        ValueError: anything a user can get wrong, with the remedy.
+    """
+    _check(flags)
+    config, tokenizer, record = _shape(flags)
+    data = packed_dataset.open_mixture(
+        Path(flags.data_dir), flags.data_weights, config.block_size + 1, config.vocab_size, flags.seed
+    )
+    validation = packed_dataset.open_validation(Path(flags.data_dir), config.block_size + 1, config.vocab_size)
+    tokens_per_sample = schedule.mean_random_length(config.block_size, recipe.ssl_ratio or 0.0)
+    if flags.max_steps is None:
+        assert flags.flops is not None
+        steps = schedule.budget_steps(flags.flops, config.size_in_millions, flags.batch_size, tokens_per_sample)
+        budget = flags.flops
+    else:
+        steps = flags.max_steps
+        spent = schedule.budget_flops(steps, config.size_in_millions, flags.batch_size, tokens_per_sample)
+        budget = float(f"{spent:.3g}")
+    fabric = devices.start_fabric(flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision)
+    if validation is None:
+        fabric.print(f"no validation* files in {flags.data_dir}: training without validation")
+    kind = recipe.model_class.kind
+    model = recipe.model_class(config)
+    start_hash = None
+    if flags.init_from:
+        start_hash = weights.load_into(model, flags.init_from)
+    else:
+        model.init_weights(flags.seed)
+    warmup = schedule.default_warmup(steps) if flags.warmup_steps is None else flags.warmup_steps
+    group_size = next(rows for limit, rows in recipe.group_sizes if config.size_in_millions <= limit)
+    settings = flags.settings() | {
+        "kind": kind,
+        "model": config.to_dict(),
+        "data": data.fingerprint,
+        "init_from": start_hash,
+    }
+    settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
+    settings |= {"ssl_ratio": recipe.ssl_ratio, "group_size": group_size}
+    name = names.run_name(kind, config, budget, recipe.ssl_ratio)
+    experiment = Experiment(
+        name=name,
+        model=model,
+        objective=recipe.objective(config, flags),
+        train_data=data,
+        val_data=validation,
+        group_size=group_size,
+        max_steps=steps,
+        warmup_steps=warmup,
+        settings=settings,
+        record=record,
+        export_name=names.export_name(kind, config, budget, recipe.ssl_ratio, flags.batch_size),
+        token_bytes=None if tokenizer is None else tokenizer.token_bytes(),
+    )
+    return loop.fit(fabric, experiment, flags, Path(flags.out_dir) / name)
+
+
+def _check(flags: PretrainConfig) -> None:
+    """Collect what is wrong with the flags before anything is opened."""
+    problems = flags.problems()
+    if not flags.model:
+        problems.append("--model is missing: a size in millions, such as --model 170")
+    if (flags.flops is None) == (flags.max_steps is None):
+        problems.append("give either --flops (in 1e18) or --max_steps, not " + ("both" if flags.flops else "neither"))
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _shape(flags: PretrainConfig) -> tuple[Config, Tokenizer | None, dict[str, Any]]:
+    """The model's config, the tokenizer if there is one at hand, and what the checkpoint records of it."""
+    folder = Path(flags.data_dir)
+    known = packed_dataset.recorded_tokenizer(folder, list(flags.data_weights))
+    source = flags.tokenizer or known.get("source")
+    tokenizer = Tokenizer(source) if source and (flags.tokenizer or Path(source).exists()) else None
+    overrides = {name: value for name in SHAPE_FLAGS if (value := getattr(flags, name)) is not None}
+    vocab_size = flags.vocab_size or (tokenizer.vocab_size if tokenizer else known.get("vocab_size"))
+    if vocab_size is not None:
+        overrides["vocab_size"] = vocab_size
+    fingerprint = tokenizer.fingerprint if tokenizer else known.get("fingerprint")
+    record = {"tokenizer": {"source": source, "fingerprint": fingerprint}}
+    return Config.from_name(flags.model, **overrides), tokenizer, record

@@ -1,0 +1,217 @@
+"""One run on disk, as the training loop sees it: lock, resume, log, checkpoints, the exported model, the record.
+
+A run folder holds the checkpoints, `run.json` (what the run is, and its result once finished) and `run.lock`. What goes
+into the files is `checkpoint`'s and `weights`' business; this module decides when. Whatever fails on the first process
+fails on all of them, so that none waits for the others. May import checkpoint, weights and runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lit_gpt import cli, devices, files
+from lit_gpt.checkpoints import export, run_files, saving, weights
+from lit_gpt.training import loggers, speed_monitor
+from lit_gpt.training.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from lit_gpt.training.experiment import Experiment
+
+METRICS = (
+    *("step", "metric/train_loss", "metric/train_ppl", "metric/val_loss", "metric/val_ppl", "metric/val_bpb"),
+    *("metric/grad_norm", "learning_rate", "samples", "total_tokens", *speed_monitor.RATE_COLUMNS),
+)
+
+
+class RunFolder:
+    """An opened run; use `RunFolder.open` as a context manager."""
+
+    def __init__(self, path: Path, experiment: Experiment, config: TrainConfig, precision: str) -> None:
+        self.path, self.experiment, self.config, self.precision = path, experiment, config, precision
+        self.record: dict[str, Any] = {}
+        self.start: run_files.CheckpointInfo | None = None
+        self.total_tokens = 0
+        self.finished: dict[str, Any] | None = None
+        self._loggers: list[Any] = []
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, fabric: Fabric, path: Path, experiment: Experiment, config: TrainConfig) -> Iterator[RunFolder]:
+        """Lock the folder, decide where to start, and refuse what would not end well before the first step.
+
+        Raises:
+            ValueError: another process writes here; the settings differ from the checkpoint's (they are listed); the
+                export's name is taken; `--resume never` would replace a run.
+        """
+        folder = cls(path, experiment, config, devices.precision_name(fabric))
+        with contextlib.ExitStack() as stack:
+            prepared = devices.on_rank_zero(fabric, lambda: folder._prepare(stack))
+            folder.record, folder.start, folder.finished = prepared
+            if folder.finished is not None:
+                fabric.print(
+                    f"run {experiment.name} is finished ({path}): nothing to do; --resume never --overwrite true starts it anew"
+                )
+            elif fabric.is_global_zero:
+                folder._open_logs()
+            yield folder
+
+    @property
+    def log_path(self) -> Path:
+        """The CSV with the run's metrics."""
+        return Path(self.record["log_path"])
+
+    def _prepare(self, stack: contextlib.ExitStack) -> tuple[dict[str, Any], Any, dict[str, Any] | None]:
+        """The first process's part of `open`: (record, checkpoint to start from, result if finished)."""
+        path, config, experiment = self.path, self.config, self.experiment
+        files.make_folder(path)
+        stack.enter_context(saving.run_lock(path))
+        run_files.remove_temporary(path)
+        start = self._choose_start()
+        record = run_files.read_run_record(path) if start else {}
+        if start is not None:
+            self._check_settings(start)
+            if record.get("finished") and config.resume == "auto" and start.step == experiment.max_steps:
+                return record, start, record.get("result", {})
+        if not record:
+            log_folder = loggers.next_version(Path(config.log_dir) / experiment.model.config.name)
+            record = {
+                "name": experiment.name,
+                "run_id": uuid.uuid4().hex,
+                "kind": experiment.model.kind,
+                "config": experiment.model.config.to_dict(),
+                "settings": experiment.settings,
+                "log_path": str(log_folder / "metrics.csv"),
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "command": shlex.join(sys.argv),
+                **experiment.record,
+            }
+        record["finished"] = False
+        export.claim_export(Path(config.models_dir), experiment.export_name, record["run_id"], config.overwrite)
+        run_files.write_run_record(path, record)
+        return record, start, None
+
+    def _choose_start(self) -> run_files.CheckpointInfo | None:
+        resume = self.config.resume
+        if resume not in ("auto", "never"):
+            return self._start_from(run_files.open_checkpoint(Path(resume)))
+        found = run_files.newest_complete(self.path, cli.warn)
+        if resume == "auto" or found is None:
+            return found
+        if not self.config.overwrite:
+            raise ValueError(
+                f"--resume never: {self.path} holds a run at step {found.step}; --overwrite true replaces it, "
+                "--out_dir starts another"
+            )
+        run_files.remove_checkpoints(self.path)
+        return None
+
+    def _start_from(self, chosen: run_files.CheckpointInfo) -> run_files.CheckpointInfo:
+        """Go on from a checkpoint that the user named: later ones of this run would win the next time, so they go."""
+        if chosen.path.resolve().parent == self.path.resolve():
+            run_files.remove_checkpoints(self.path, after_iter_num=chosen.iter_num)
+        elif run_files.list_checkpoints(self.path):
+            raise ValueError(
+                f"--resume {chosen.path} is of another folder, but {self.path} holds a run of its own: give another --out_dir"
+            )
+        return chosen
+
+    def _check_settings(self, start: run_files.CheckpointInfo) -> None:
+        if not start.settings:
+            cli.warn(f"{start.path} does not say with which settings it was made: nothing is compared")
+        different = run_files.differences(start.settings, self.experiment.settings)
+        if different:
+            raise ValueError(
+                f"cannot resume {start.path} with other settings: {'; '.join(different)}. Give the checkpoint's values, "
+                "or start another run (--out_dir, or --resume never --overwrite true)"
+            )
+
+    def _open_logs(self) -> None:
+        step = self.start.step if self.start else None
+        self._loggers = [loggers.MetricsCsv(self.log_path, METRICS, step)]
+        self._loggers += loggers.extra_loggers(
+            self.config.logger, self.log_path.parent, self.experiment.name, self.experiment.settings
+        )
+
+    def restore(self, fabric: Fabric, model: Any, optimizer: Any) -> int:
+        """Load the checkpoint to start from into model and optimizer; returns its step, or 0 without one."""
+        if self.start is None:
+            return 0
+        state = {"model": model, "optimizer": optimizer}
+        rest = saving.load_checkpoint(fabric, self.start, state)
+        self.total_tokens = int(rest.get("total_tokens", 0))
+        return self.start.step
+
+    def micro_batch_size(self, world_size: int) -> int | None:
+        """The micro batch of the checkpoint, if the same number of devices wrote it: sums then have the same order."""
+        run = self.start.record.get("run", {}) if self.start else {}
+        return run.get("micro_batch_size") if run.get("world_size") == world_size else None
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Write metrics to every logger (the first process has them, the others none)."""
+        for index, logger in enumerate(self._loggers):
+            if index == 0:
+                logger.log(metrics, step)
+            else:
+                logger.log_metrics(metrics, step)
+
+    def save(self, fabric: Fabric, state: dict[str, Any], micro_batch_size: int) -> None:
+        """Write a checkpoint; every process calls it. The final one does not count among those that are kept."""
+        run = {"micro_batch_size": micro_batch_size, "world_size": fabric.world_size}
+        record = {**self.record, "settings": self.experiment.settings, "run": run}
+        keep = self.config.keep_checkpoints
+        if keep and state["step_count"] == self.experiment.max_steps:
+            keep += 1
+        path = saving.save_checkpoint(fabric, self.path, state, record, keep or None)
+        fabric.print(f"saved {path}")
+
+    def finish(self, fabric: Fabric, result: dict[str, Any]) -> dict[str, Any]:
+        """Export the final checkpoint's weights and mark the run finished; returns the result with the export's path."""
+        record = devices.on_rank_zero(fabric, lambda: self._finish(result))
+        fabric.print(f"exported {record['result']['export']}")
+        for logger in self._loggers[1:]:
+            logger.finalize("success")
+        return dict(record["result"])
+
+    def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        state, _ = weights.load_weights(self.path, cli.warn)
+        described = {key: value for key, value in self.record.items() if key not in ("finished", "log_path")}
+        target = export.export_weights(
+            Path(self.config.models_dir),
+            self.experiment.export_name,
+            state,
+            {**described, "result": result},
+            self.config.overwrite,
+        )
+        if target.stem != self.experiment.export_name:
+            cli.warn(f"{self.experiment.export_name} was taken by another run meanwhile: exported as {target}")
+        record = {**self.record, "finished": True, "result": {**result, "export": str(target)}}
+        run_files.write_run_record(self.path, record)
+        return record
+
+    def interrupted(self, fabric: Fabric, signal_number: int, step: int) -> NoReturn:
+        """Leave after a signal; everything is saved."""
+        fabric.barrier()
+        name = signal.Signals(signal_number).name
+        raise cli.Interrupted(
+            f"{name}: stopped at step {step} of {self.experiment.max_steps} and saved; the same command goes on from there",
+            signal_number,
+        )
+
+    def not_finite(self, step: int, loss: float, grad_norm: float) -> str:
+        """What to tell when a step's loss or gradient is not a number."""
+        found = run_files.newest_complete(self.path, lambda line: None)
+        last = f"the last good checkpoint is {found.path}" if found else "there is no checkpoint yet"
+        return (
+            f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; {last}. "
+            "Try a lower --learning_rate or --precision 32-true"
+        )

@@ -1,0 +1,293 @@
+"""Evaluation through lm-evaluation-harness: the documented commands, the cache, several processes, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lit_gpt import cli
+from lit_gpt.evaluation import lm_harness
+from lit_gpt.evaluation.lm_adapter import Adapter
+from lit_gpt.evaluation.result_cache import EvalCache
+from lit_gpt.evaluation.settings import read_model_args
+from tests.support.small_models import export_both
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = ["--tasks", "next_line,lambada_local", "--include_path", "tasks"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """An ARM and an MDM with random weights, their tokenizer beside them."""
+    return export_both(tmp_path_factory.mktemp("models"), embedding_scale=8)
+
+
+def adapter(kind: str, path: Path, cache: Path | None = None, **settings) -> Adapter:
+    return Adapter(kind, read_model_args(kind, {"ckpt_path": str(path), **settings}), cache, ["evaluate"])
+
+
+def asked(*pairs):
+    """Requests as the harness passes them."""
+    return [SimpleNamespace(args=pair) for pair in pairs]
+
+
+TEXTS = asked(
+    ("My lord, ", "what news?"), ("My lord,", " what news?"), ("", "ROMEO"), ("   ", "ROMEO"), ("Déjà ", "vu ☕ 𝄞"),
+    ("To be", " or not to be, that is the question"), ("A", "\n\nB"), ("thou art " * 120, "gone"),
+    ("x", " word" * 200), ("To be", ""),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["arm", "mdm"])
+def test_results_do_not_depend_on_the_batch(models, kind, capsys):
+    settings = {} if kind == "arm" else {"nll_type": "exact", "budget": 10, "greedy": True}
+    results = [adapter(kind, models[kind], batch_size=size, **settings).loglikelihood(TEXTS) for size in (1, 64)]
+    for (one, one_greedy), (many, many_greedy) in zip(*results, strict=True):
+        assert one == pytest.approx(many, abs=2e-2 if one < -1000 else 2e-3)
+        assert one_greedy == many_greedy
+    # White space at the context's end belongs to the continuation; an empty continuation is certain.
+    assert results[0][0] == pytest.approx(results[0][1])
+    assert results[0][-1] == (0.0, True)
+    err = capsys.readouterr().err
+    assert "warning: 2 of 10 requests are longer than 128 tokens: their beginnings are left out" in err
+    assert "warning: 1 of 10 continuations are empty" in err
+
+
+def test_an_arm_adds_up(models):
+    """log p(b c | a) = log p(b | a) + log p(c | a b), where the tokens are the same."""
+    model = adapter("arm", models["arm"])
+    (whole, _), (first, _), (second, _) = model.loglikelihood(
+        asked(("KING:", "\nAway\nAway"), ("KING:", "\nAway"), ("KING:\nAway", "\nAway"))
+    )
+    assert whole == pytest.approx(first + second, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["arm", "mdm"])
+def test_rolling_scores_every_token_once(models, kind):
+    """A text beyond the block is the sum of its windows; a short one is its likelihood behind bos."""
+    settings = {} if kind == "arm" else {"nll_type": "chain_rule"}
+    model = adapter(kind, models[kind], **settings)
+    short, long = "Speak, speak.", "Speak, speak. " * 60
+    (rolling, rolling_long), ((single, _),) = (
+        model.loglikelihood_rolling(asked((short,), (long,))),
+        model.loglikelihood(asked(("", short))),
+    )
+    assert rolling == pytest.approx(single, abs=1e-3)
+    tokens = len(model.tokenizer.encode_ids(long))
+    assert tokens > 128
+    # Random weights: every token costs about as much as one of 500 equally likely ones, so all of them were counted.
+    per_token = -rolling_long / tokens
+    assert 4 < per_token < 12
+
+
+@pytest.mark.parametrize("kind", ["arm", "mdm"])
+def test_generation_stops_where_it_is_told(models, kind):
+    model = adapter(kind, models[kind])
+    how = {"max_gen_toks": 24, "until": [], "do_sample": False}
+    (whole,) = model.generate_until(asked(("ROMEO:", how)))
+    assert whole
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 2]
+    (cut,) = model.generate_until(asked(("ROMEO:", {**how, "until": [stop]})))
+    assert cut == whole.split(stop)[0]
+    repeated = {**how, "do_sample": True, "temperature": 1.0}
+    first, second = model.generate_until(asked(("ROMEO:", repeated), ("ROMEO:", repeated)))
+    assert first != second
+
+
+@pytest.mark.parametrize("kind", ["arm", "mdm"])
+def test_generations_share_batches_and_do_not_depend_on_them(models, kind, tmp_path):
+    wishes = [
+        (
+            f"{'KING ' * (number % 4)}speak, {number}:",
+            {"max_gen_toks": 12 + 4 * (number % 2), "do_sample": True, "temperature": 1.0},
+        )
+        for number in range(7)
+    ]
+    found = [adapter(kind, models[kind], batch_size=size).generate_until(asked(*wishes)) for size in (1, 3, 64)]
+    assert found[0] == found[1] == found[2] and len(set(found[0])) == 7
+    # Half of them kept: the rest is written behind them, in the order of the requests.
+    kept = adapter(kind, models[kind], tmp_path)
+    assert kept.generate_until(asked(*wishes[::2])) == found[0][::2]
+    assert kept.generate_until(asked(*wishes)) == found[0]
+
+
+def lines(folder: Path) -> dict[str, int]:
+    return {path.name: path.read_text().count("\n") for path in folder.glob("*.jsonl")}
+
+
+def test_the_cache_serves_the_same_settings_only(models, tmp_path):
+    settings = {"nll_type": "exact", "budget": 8}
+    first = adapter("mdm", models["mdm"], tmp_path, **settings).loglikelihood(TEXTS)
+    stored = lines(tmp_path)
+    assert len(stored) == 1
+    again = adapter("mdm", models["mdm"], tmp_path, batch_size=3, **settings)
+    assert again.loglikelihood(TEXTS) == first
+    again.close()
+    # Nothing but its own header was added: every result came from the file.
+    assert sum(lines(tmp_path).values()) == sum(stored.values()) + 2
+    for changed in ({"seed": 5}, {"budget": 9}, {"cfg": 0.5}, {"nll_type": "chain_rule"}, {"max_length": 64}):
+        before = len(lines(tmp_path))
+        adapter("mdm", models["mdm"], tmp_path, **{**settings, **changed}).loglikelihood(TEXTS[:1])
+        assert len(lines(tmp_path)) == before + 1, changed
+
+
+def test_a_torn_line_is_passed_over(tmp_path):
+    cache = EvalCache(tmp_path, {"a": 1})
+    cache.add([("x", 1.5), ("y", [2, True])])
+    cache.close()
+    with cache.path.open("a") as file:
+        file.write('["z", 3')
+    again = EvalCache(tmp_path, {"a": 1}, rank=1)
+    assert (again.get("x"), again.get("y"), again.get("z")) == (1.5, [2, True], None)
+    same_file = EvalCache(tmp_path, {"a": 1})
+    same_file.add([("z", 4)])
+    assert EvalCache(tmp_path, {"a": 1}).get("z") == 4
+    assert EvalCache(tmp_path, {"a": 2}).get("x") is None
+
+
+# The commands
+
+
+def command(script: str, *words: str) -> list[str]:
+    return [sys.executable, str(ROOT / script), *TASKS, *words]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """A home of its own: the harness's libraries write into it."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(folder), "HF_HOME": str(folder / "hf")}
+
+
+def run_script(folder: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(script, *words), cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def table(out: str) -> list[str]:
+    return [line for line in out.splitlines() if line.startswith("|")]
+
+
+def values(out: str) -> list[tuple[str, str, float]]:
+    """Task, metric and value of each row; the bootstrapped error of a perplexity depends on the documents' order."""
+    found = []
+    for line in table(out)[2:]:
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        found.append((cells[0], cells[4], float(cells[6])))
+    return found
+
+
+def test_the_arm_command_and_its_record(models, tmp_path):
+    words = ["--model", "ar", "--model_args", f"ckpt_path='{models['arm']}'", "--limit", "6", "--log_samples"]
+    done = run_script(
+        tmp_path, "evaluate_ar.py", *words, "--output_path", str(tmp_path / "out"), "--batch_size", "auto"
+    )
+    assert any("next_line" in line for line in table(done.stdout))
+    assert "likelihoods: exact (left to right), seed 1234" in done.stdout
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    config = json.loads(path.read_text())["config"]
+    assert config["kind"] == "arm" and len(config["checkpoint"]) == 64 and config["versions"]["lm_eval"]
+    assert config["command"][1:3] == TASKS[:2]
+    assert list((tmp_path / "out").rglob("samples_next_line_*.jsonl"))
+    assert list((tmp_path / "out" / "cache").glob("*.jsonl"))
+
+
+def test_a_killed_evaluation_goes_on_and_processes_share_it(models, tmp_path):
+    """kill -9 in the middle, then the same command by one process; unbroken by two processes: the same values."""
+    arguments = f"model_name=None,ckpt_path={models['mdm']},nll_type=mc,mc_num=256,greddy=True,batch_size=8"
+    words = ["--model", "mdlm", "--model_args", arguments, "--limit", "12", "--use_cache"]
+    cache = tmp_path / "cache"
+    process = subprocess.Popen(
+        command("evaluate_diff.py", *words, str(cache)),
+        cwd=ROOT,
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and sum(lines(cache).values() if cache.exists() else []) < 20:
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run_script(tmp_path, "evaluate_diff.py", *words, str(cache))
+    assert "results were there already" in resumed.stdout
+    assert "likelihoods: mc, mc_num 256, cfg 0, seed 1234" in resumed.stdout
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+    two = subprocess.run(
+        [*launch, *command("evaluate_diff.py", *words, str(tmp_path / "two"))[1:]],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert two.returncode == 0, two.stderr
+    for one, other in zip(values(resumed.stdout), values(two.stdout), strict=True):
+        assert one[:2] == other[:2] and one[2] == pytest.approx(other[2], rel=1e-4)
+
+
+MISTAKES = {
+    "unknown task": (["--tasks", "nosuch"], {}, "Tasks not found: nosuch"),
+    "misspelt": ([], {"gredy": True}, "gredy is unknown; known are .*greedy.* and greddy for greedy"),
+    "no checkpoint": ([], {"ckpt_path": "nowhere.safetensors"}, "no checkpoint nowhere.safetensors"),
+    "no name": ([], {"ckpt_path": ""}, "ckpt_path is missing"),
+    "other kind": ([], {"ckpt_path": "arm"}, "holds an autoregressive model"),
+    "other size": ([], {"model_name": 170}, "holds tiny, Diff_LLaMA_170M was asked for"),
+    "estimator": ([], {"nll_type": "exakt"}, "'exakt' is unknown: choose from mc, chain_rule, exact"),
+    "type": ([], {"mc_num": "many"}, "mc_num=many: expected int"),
+    "length": ([], {"max_length": 4096}, "max_length 4096: this model reads 2 to 128"),
+    "mask": ([], {"mask_id": 7}, "mask_id 7: this model's is 512"),
+    "device": (["--device", "gpu"], {}, "--device gpu: expected cpu, cuda"),
+    "batch": (["--batch_size", "0"], {}, "--batch_size 0: expected a number"),
+    "tokenizer": ([], {"tokenizer": "nowhere/at/all"}, "nowhere/at/all: no such tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line(models, name, capsys, monkeypatch):
+    flags, settings, message = MISTAKES[name]
+    values = {"ckpt_path": "mdm", **settings}
+    values["ckpt_path"] = str(models.get(values["ckpt_path"], values["ckpt_path"]))
+    text = ",".join(f"{key}={value}" for key, value in values.items())
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["evaluate_diff.py"])
+    words = [*TASKS, *flags, "--use_cache", "off", "--limit", "1", "--model_args", text]
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: lm_harness.evaluate("mdlm", words))
+    assert end.value.code == 2
+    last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1
+    assert re.search(message, last[0]), last
+
+
+def test_an_arm_refuses_what_only_an_mdm_has():
+    with pytest.raises(ValueError, match="nll_type is unknown"):
+        read_model_args("arm", {"ckpt_path": "x", "nll_type": "mc"})
+
+
+def test_the_papers_settings_are_read():
+    """The seven published settings of eval_mdm.sh, as the harness would hand them on."""
+    from lm_eval.utils import simple_parse_args_string
+
+    lines = re.findall(r'^evaluate (\S+) "(.*)" "\$@"$', (ROOT / "eval_mdm.sh").read_text(), re.MULTILINE)
+    assert [tasks for tasks, _ in lines] == [
+        "lambada_standard", "openbookqa,boolq", "piqa", "arc_easy", "social_iqa", "race", "hellaswag"
+    ]  # fmt: skip
+    settings = [
+        read_model_args("mdm", {"ckpt_path": "x", **simple_parse_args_string(words.replace("'", ""))})
+        for _, words in lines
+    ]
+    assert [(one.nll_type, one.cfg, one.greedy) for one in settings] == [
+        ("chain_rule", 1.1, True), ("chain_rule", 1.6, False), ("chain_rule", 0.6, False), ("mc", 0.6, False),
+        ("mc", 0.6, False), ("mc", 0.7, False), ("mc", 0.7, False),
+    ]  # fmt: skip

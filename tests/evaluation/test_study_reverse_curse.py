@@ -1,0 +1,64 @@
+"""The study of the reversal curse: its people and texts, and all of it at a small size."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+from scripts.study_reverse_curse import BACKWARD, FORWARD, answered, fact, invent_people
+from tests.support.training_runs import ROOT, environment
+
+
+def test_people_have_names_and_descriptions_of_their_own():
+    people = list(invent_people(600, random.Random(1)))
+    for field in ("name", "description"):
+        assert len({person[field] for person in people}) == 600
+    assert people == list(invent_people(600, random.Random(1)))
+    with pytest.raises(ValueError, match="--people 5000: there are 1600 names"):
+        next(invent_people(5000, random.Random(1)))
+
+
+def test_facts_say_who_is_who_in_either_order():
+    person = {"name": "Balo Faren", "description": "the baker from Tolburg who found the silver bell"}
+    assert fact(FORWARD[0], person) == {"prompt": "Balo Faren is", "completion": f" {person['description']}."}
+    assert fact(BACKWARD[0], person) == {
+        "prompt": "T" + person["description"][1:] + " is",
+        "completion": " Balo Faren.",
+    }
+
+
+def test_shares_are_read_from_the_evaluations_last_line():
+    assert answered(["x", "qs_type: dtn, accs: 1.0, accs_reverse: 6.9e-05"]) == {"same": 1.0, "reverse": 6.9e-05}
+
+
+def test_the_whole_study_small(tmp_path):
+    """Nobody read of one half "description is name"; the report has a row for each question and the commands."""
+    command = [sys.executable, str(ROOT / "scripts/study_reverse_curse.py"), "--people", "24", "--batch_size", "16"]
+    command += ["--arm_steps", "6", "--mdm_steps", "6", "--checkpoints", "1", "--out", "out", "--docs", "docs"]
+
+    def run():
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment(), check=True, capture_output=True, text=True
+        ).stdout
+
+    run()
+    texts = [json.loads(line) for line in (tmp_path / "out/facts/all_prompts_train.jsonl").read_text().splitlines()]
+    assert len(texts) == 24 * 3 + 12 * 3
+    asked = [
+        json.loads(line) for line in (tmp_path / "out/facts/p2d_reverse_prompts_test.jsonl").read_text().splitlines()
+    ]
+    assert len(asked) == 12 and not any(question in texts for question in asked)
+    known = [json.loads(line) for line in (tmp_path / "out/facts/d2p_prompts_test.jsonl").read_text().splitlines()]
+    assert len(known) == 12 and all(question in texts for question in known)
+    report = (tmp_path / "docs/reverse_curse.md").read_text()
+    assert len(re.findall(r"^\| \W*(?:one order|both orders)", report, re.M)) == 4
+    assert report.count("python sft/finetune_mdm_reverse.py") == 2 and report.count("python evaluate_reverse.py") == 4
+    assert (tmp_path / "docs/reverse_curse.png").read_bytes().startswith(b"\x89PNG")
+    # Done once: a second call trains and asks nothing.
+    again = run()
+    assert again.count("done before") == 4 and "iter" not in again

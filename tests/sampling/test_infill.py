@@ -1,0 +1,152 @@
+"""Typed text with gaps: what becomes of it as tokens, and that samplers keep what was given."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_gpt.config import Config
+from lit_gpt.data.sft_formats import CHAT
+from lit_gpt.model.bidirectional import TransEncoder
+from lit_gpt.model.causal import GPT
+from lit_gpt.sampling.algorithms import ALGORITHMS
+from lit_gpt.sampling.flags import OWN, settings
+from lit_gpt.sampling.infill import has_gaps, infill_row, infill_states, split_gaps
+from lit_gpt.sampling.samplers import sample_states
+from lit_gpt.sampling.settings import Sampling
+from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.ui.completion import Writer
+from tests.support.small_tokenizers import convert, train_small
+
+TINY = Config("tiny", 2, 2, 32, 64, 2, block_size=64, vocab_size=500)
+MASK = TINY.mask_id
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "tokenizers"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder: Path = train_small(tmp_path_factory.mktemp("tokenizer") / "model")
+    return Tokenizer(folder if request.param == "sentencepiece" else convert(folder, folder.parent / "json"))
+
+
+def tiny(kind: type):
+    model = kind(TINY)
+    model.init_weights(3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("the ___ sat on the ___", ["the", 8, " sat on the", 8]),
+        ("the ___5 sat", ["the", 5, " sat"]),
+        ("_____12, he said", [12, ", he said"]),
+        ("a___b", ["a", 8, "b"]),
+        ("___ ___3", [8, 3]),
+        ("x  ___\ny", ["x ", 8, "\ny"]),
+        ("__init__ and snake_case", ["__init__ and snake_case"]),
+        ("", []),
+    ],
+)
+def test_pieces(text, pieces):
+    assert split_gaps(text) == pieces
+    assert has_gaps(text) == any(isinstance(piece, int) for piece in pieces)
+
+
+def test_a_gap_of_no_token_is_refused():
+    with pytest.raises(ValueError, match="___0 has 0 tokens: at least 1"):
+        split_gaps("a ___0 b")
+
+
+@pytest.mark.parametrize("text", ["the king sat on the throne", "To be, or not to be\nthat is", "what news, my lord?"])
+def test_a_filled_gap_is_the_text_itself(tokenizer, text):
+    """Cut words out and put their own tokens into the gap: the row is the text's own."""
+    whole = tokenizer.encode_ids(text)
+    words = text.split(" ")
+    for cut in range(1, len(words)):
+        before, after = " ".join(words[:cut]), " " + " ".join(words[cut + 1 :])
+        if cut + 1 == len(words):
+            after = ""
+        size = len(whole) - len(tokenizer.encode_ids(before))
+        size -= len(tokenizer.encode_ids("a" + after)) - len(tokenizer.encode_ids("a"))
+        row = infill_row(f"{before} ___{size}{after}", tokenizer, MASK)
+        assert row.count(MASK) == size
+        assert [own if token == MASK else token for token, own in zip(row, whole, strict=True)] == whole
+
+
+def test_a_text_without_gaps_is_a_prompt(tokenizer):
+    assert infill_row("To be, or", tokenizer, MASK) == tokenizer.encode_ids("To be, or")
+    assert infill_row("___", tokenizer, MASK, gap=3) == [MASK] * 3
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("settings", [{}, {"cfg_scale": 0.7}, {"block_length": 2}], ids=str)
+def test_what_is_given_stays(algorithm, settings):
+    rows = [[3, MASK, MASK, 4, 5, MASK], [7, 8], [MASK, 9]]
+    sampling = Sampling((6, 5, 8), algorithm, 12, **settings)
+    states = list(infill_states(tiny(TransEncoder), rows, sampling))
+    for state in states:
+        for row, ids in zip(rows, state.tokens(), strict=True):
+            assert all(token in (MASK, int(own)) for token, own in zip(row, ids, strict=False))
+    last = states[-1].tokens()
+    assert [len(ids) for ids in last] == [6, 5, 8]
+    assert all(int(ids.max()) < TINY.vocab_size for ids in last)
+
+
+def test_gaps_at_the_end_are_a_completion():
+    model, sampling = tiny(TransEncoder), Sampling(10, steps=9)
+    typed = [state.input_ids for state in infill_states(model, [[5, 6, *[MASK] * 8]], sampling)]
+    known = [state.input_ids for state in sample_states(model, [[5, 6]], sampling)]
+    assert all(torch.equal(one, other) for one, other in zip(typed, known, strict=True))
+
+
+def test_mistakes():
+    sampling = Sampling(8)
+    with pytest.raises(ValueError, match="an ARM writes from left to right and cannot fill gaps"):
+        infill_states(tiny(GPT), [[4, MASK, 5]], sampling)
+    with pytest.raises(ValueError, match="prompt 0 has 9 tokens, more than the context length 8"):
+        infill_states(tiny(TransEncoder), [[MASK] * 9], sampling)
+    with pytest.raises(ValueError, match="ids from 0 to 505"):
+        infill_states(tiny(TransEncoder), [[MASK, 505]], sampling)
+
+
+# --- the request of a person ------------------------------------------------------------------------------------------
+
+
+def test_requests(tokenizer):
+    sampling = Sampling(40, steps=4)
+    mdm, arm = (Writer(tiny(kind), tokenizer) for kind in (TransEncoder, GPT))
+    assert mdm.request("To be", sampling).sampling.context_length == 40
+    filled = mdm.request("To ___2 be", sampling)
+    assert filled.sampling.context_length == len(filled.row) < 40
+    assert mdm.text(list(mdm.states(filled))[0], filled) == "To __ __ be"
+    assert arm.request("", sampling).row == [tokenizer.bos_id]
+    assert mdm.request("", sampling).row == []
+    for writer in (mdm, arm):
+        # Underscores are text in a chat, so an ARM takes them too.
+        request = writer.request("Fill ___ in", dataclasses.replace(sampling, context_length=64 * 4), chat=True)
+        assert MASK not in request.row and request.row[0] == tokenizer.bos_id
+        assert tokenizer.decode(request.row) == CHAT.format(question="Fill ___ in")
+        assert request.start == len(request.row)
+
+
+def test_an_answer_ends_at_its_end_token(tokenizer):
+    writer = Writer(tiny(GPT), tokenizer)
+    request = dataclasses.replace(writer.request("Speak", Sampling(60)), start=1)
+    (state,) = [next(iter(writer.states(request)))]
+    answer = [tokenizer.bos_id, *tokenizer.encode_ids("I am"), tokenizer.eos_id, *tokenizer.encode_ids("never")]
+    ids = torch.tensor([[request.row[0], *answer]])
+    state = dataclasses.replace(state, input_ids=ids, key_mask=torch.ones_like(ids, dtype=torch.bool))
+    assert writer.text(state, request) == "I am"
+
+
+def test_settings_are_the_fields_of_sampling():
+    fields = {field.name: field for field in dataclasses.fields(Sampling) if field.name not in OWN}
+    assert {one.name: (one.type, one.default) for one in settings()} == {
+        name: (field.type, field.default) for name, field in fields.items()
+    }
+    assert all(len(one.help) > 20 for one in settings())
+    kinds = {one.name: one.kind for one in settings()}
+    assert (kinds["steps"], kinds["use_cache"], kinds["seed"]) == ("mdm", "arm", None)

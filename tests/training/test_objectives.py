@@ -1,0 +1,291 @@
+"""Objectives: equal to the published formulas, to brute-force expectations, and blind to how a step is cut up."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_gpt import diffusion
+from lit_gpt.config import Config
+from lit_gpt.data import batching
+from lit_gpt.data.batching import StepLayout
+from lit_gpt.data.packed_dataset import Extent, Sample
+from lit_gpt.model.bidirectional import TransEncoder
+from lit_gpt.model.causal import GPT
+from lit_gpt.randomness import Stream, hash_int, uniform_grid
+from lit_gpt.training.objectives import MaskedDiffusion, MaskedResponse, NextResponseToken, NextToken
+
+CONFIG = Config(
+    name="toy", n_layer=1, n_head=2, n_embd=16, intermediate_size=32, n_query_groups=2, block_size=12, vocab_size=20,
+    padding_multiple=4,
+)  # fmt: skip
+
+
+class HashedTokens:
+    """A data set whose sample k is a hash of k; every `partial`-th one is only partly real."""
+
+    def __init__(self, block_length: int, partial: int = 0) -> None:
+        self.block_length, self.partial = block_length, partial
+
+    def __getitem__(self, k: int) -> Sample:
+        tokens = np.array([hash_int(k, column) % 20 for column in range(self.block_length)], dtype=np.int64)
+        return Sample(tokens, self.extent(k).length)
+
+    def extent(self, k: int) -> Extent:
+        return Extent(5 if self.partial and k % self.partial == 2 else self.block_length)
+
+
+def step_loss(model, objective, dataset, batch, group, micro, devices=1, step=3):
+    """The step's loss as the trainer sums it, over all devices and micro batches."""
+    total = torch.zeros(())
+    for device in range(devices):
+        rows = batch // devices
+        layout = StepLayout(batch, group, micro, device * rows, rows)
+        for part in batching.step_batches(dataset, objective.group, layout, step):
+            scored = objective.training(part)
+            total = total + model.weighted_nll(scored.input_ids, scored.targets, scored.weights, scored.key_mask)[0]
+    return total
+
+
+def build(model_class):
+    model = model_class(CONFIG)
+    model.init_weights(5)
+    return model
+
+
+def masked(ssl_ratio=0.0, batch=8):
+    return MaskedDiffusion(block_size=12, mask_id=CONFIG.mask_id, seed=11, global_batch_size=batch, ssl_ratio=ssl_ratio)
+
+
+def check_cuts(objective, model_class, dataset):
+    """Loss and gradient are the same in any micro batches and on any number of devices."""
+    model = build(model_class)
+    reference = None
+    for micro, devices in ((8, 1), (1, 1), (3, 1), (2, 2), (1, 8)):
+        model.zero_grad()
+        loss = step_loss(model, objective, dataset, 8, 2, micro, devices)
+        loss.backward()
+        gradient = model.lm_head.weight.grad.clone()
+        reference = reference or (loss, gradient)
+        assert loss.item() == pytest.approx(reference[0].item(), rel=1e-5)
+        assert torch.allclose(gradient, reference[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("partial", [0, 4])
+@pytest.mark.parametrize(
+    "objective,model_class", [(NextToken(12), GPT), (masked(), TransEncoder), (masked(0.7), TransEncoder)]
+)
+def test_loss_and_gradient_do_not_depend_on_micro_batch_or_devices(objective, model_class, partial):
+    check_cuts(objective, model_class, HashedTokens(13, partial))
+
+
+def test_arm_loss_is_the_mean_cross_entropy():
+    model, dataset = build(GPT), HashedTokens(13)
+    tokens = torch.stack([torch.from_numpy(dataset[24 + row].tokens) for row in range(8)])
+    expected = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert step_loss(model, NextToken(12), dataset, 8, 2, 4).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_mdm_loss_is_the_published_formula():
+    model, dataset, objective = build(TransEncoder), HashedTokens(13), masked()
+    layout = StepLayout(8, 8, 8, 0, 8)
+    (batch,) = batching.step_batches(dataset, objective.group, layout, 3)
+    scored = objective.training(batch)
+    clean, mask = batch.tokens[:, :12], scored.input_ids == CONFIG.mask_id
+    p_mask = diffusion.masking_probability(diffusion.diffusion_times(11, 3, torch.arange(8), 8))
+    nll = F.cross_entropy(model(scored.input_ids).transpose(1, 2), clean, reduction="none")
+    expected = (nll / p_mask[:, None] * mask).sum() / (8 * 12)
+    assert step_loss(model, objective, dataset, 8, 8, 8).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def brute_force_expectation(model, clean, nodes=400):
+    """The expected MDM loss of one sequence: every mask enumerated, the integral over t by the midpoint rule."""
+    length = clean.numel()
+    t = (torch.arange(nodes, dtype=torch.float64) + 0.5) / nodes
+    p = diffusion.masking_probability(t).double()
+    total = 0.0
+    for bits in itertools.product([False, True], repeat=length):
+        mask = torch.tensor(bits)
+        count = int(mask.sum())
+        if count:
+            logits = model(torch.where(mask, CONFIG.mask_id, clean)[None])[0]
+            nll = F.cross_entropy(logits[mask], clean[mask], reduction="sum").double()
+            total += float((p**count * (1 - p) ** (length - count) / p).mean()) * float(nll)
+    return total / length
+
+
+@torch.no_grad()
+def test_training_noise_has_the_brute_force_expectation():
+    model = build(TransEncoder)
+    model.lm_head.weight.mul_(8)  # so that the cross-entropies differ by what is masked
+    clean = torch.tensor([3, 17, 4, 9, 9])
+    objective = MaskedDiffusion(block_size=5, mask_id=CONFIG.mask_id, seed=2, global_batch_size=256)
+    batch = batching.Batch(
+        tokens=torch.cat([clean, torch.zeros(1, dtype=torch.int64)]).repeat(256, 1),
+        lengths=torch.full((256,), 6),
+        prompt_lengths=torch.zeros(256, dtype=torch.int64),
+        cuts=torch.full((256,), 5),
+        rows=torch.arange(256),
+        row_weights=torch.full((256,), 1 / 5, dtype=torch.float64),
+        step=0,
+    )
+    losses = []
+    for step in range(60):
+        scored = objective.training(batching.replace(batch, step=step))
+        _, nll, index = model.weighted_nll(scored.input_ids, scored.targets, scored.weights)
+        rows = torch.zeros(256).index_add(0, index // 5, nll * scored.weights.flatten()[index])
+        losses.append(rows.mean().item())
+    expected = brute_force_expectation(model, clean)
+    error = np.std(losses, ddof=1) / math.sqrt(len(losses))
+    assert abs(np.mean(losses) - expected) < 4 * error
+    assert error < 0.02 * expected
+
+
+def test_random_lengths_follow_their_law():
+    objective = masked(ssl_ratio=0.3)
+    lengths = [
+        objective.group(step, group, [Extent(12), Extent(12)]).length for step in range(400) for group in range(4)
+    ]
+    cut = [length for length in lengths if length < 12]
+    # A twelfth of the random lengths is the whole block.
+    assert len(cut) / len(lengths) == pytest.approx(0.3 * 11 / 12, abs=0.05)
+    assert set(cut) == set(range(1, 12))
+    assert all(masked().group(step, 0, [Extent(12)]).length == 12 for step in range(50))
+
+
+def test_padding_is_neither_scored_nor_counted_nor_read():
+    dataset, objective = HashedTokens(13, partial=4), masked()
+    (batch,) = batching.step_batches(dataset, objective.group, StepLayout(8, 8, 8, 0, 8), 3)
+    scored = objective.training(batch)
+    padded = [row for row in range(8) if (24 + row) % 4 == 2]
+    assert padded
+    assert scored.weights[padded, 5:].abs().sum() == 0
+    assert scored.key_mask is not None and not scored.key_mask[padded, 5:].any()
+    assert int(scored.counted.sum()) == 12 * (8 - len(padded)) + 5 * len(padded)
+    arm = NextToken(12)
+    (batch,) = batching.step_batches(dataset, arm.group, StepLayout(8, 8, 8, 0, 8), 3)
+    assert int((arm.training(batch).weights > 0).sum()) == 12 * (8 - len(padded)) + 4 * len(padded)
+
+
+def test_validation_noise_is_the_same_for_every_seed_and_lies_in_its_stratum():
+    one, other = masked(), MaskedDiffusion(block_size=12, mask_id=CONFIG.mask_id, seed=99, global_batch_size=4)
+    (batch,) = batching.validation_batches(HashedTokens(13), 6, 6, 0, 1)
+    for draw in range(3):
+        first, second = one.validation(batch, draw, 3), other.validation(batch, draw, 3)
+        assert torch.equal(first.input_ids, second.input_ids)
+        p = 1 / first.weights[first.weights > 0]
+        assert ((p > draw / 3) & (p < (draw + 1) / 3 + 2e-3)).all()
+
+
+def test_validation_rows_are_dealt_once_over_devices():
+    dataset = HashedTokens(13)
+    seen = []
+    for rank in range(3):
+        parts = list(batching.validation_batches(dataset, 10, 2, rank, 3))
+        assert len(parts) == 2
+        seen += [int(row) for part in parts for row, weight in zip(part.rows, part.row_weights, strict=True) if weight]
+    assert sorted(seen) == list(range(10))
+
+
+def test_groups_are_the_largest_divisor_below_the_published_size():
+    assert [batching.largest_group(batch, 32) for batch in (256, 16, 24, 100, 7, 1)] == [32, 16, 24, 25, 7, 1]
+
+
+class HashedDialogues(HashedTokens):
+    """Rows of many lengths with a prompt, padded with 1."""
+
+    def __getitem__(self, k: int) -> Sample:
+        tokens = super().__getitem__(k).tokens
+        length, prompt_length = self.extent(k)
+        tokens[length:] = 1
+        return Sample(tokens, length, prompt_length)
+
+    def extent(self, k: int) -> Extent:
+        length = 3 + hash_int(k, 1) % 10
+        return Extent(length, 1 + hash_int(k, 2) % (length - 2))
+
+
+def response(row_length=None, prompt_drop=0.0):
+    return MaskedResponse(CONFIG.mask_id, 11, 8, row_length=row_length, prompt_drop=prompt_drop)
+
+
+@pytest.mark.parametrize(
+    "objective,model_class",
+    [
+        (NextResponseToken(), GPT),
+        (response(), TransEncoder),
+        (response(12), TransEncoder),
+        (response(None, 0.5), TransEncoder),
+    ],
+)
+def test_fine_tuning_does_not_depend_on_micro_batch_or_devices(objective, model_class):
+    check_cuts(objective, model_class, HashedDialogues(13))
+
+
+def published_masked_loss(model, batch, rows, length, p_mask, uniforms):
+    """One group by the published formula: pad, mask all behind the prompt, sum CE / p, divide by rows * length - prompts."""
+    total, prompts = torch.zeros(()), 0
+    for row in rows:
+        clean, prompt = batch.tokens[row, :length], int(batch.prompt_lengths[row])
+        noisy = clean.clone()
+        scored = [column for column in range(prompt, length) if uniforms[row, column] < p_mask[row]]
+        noisy[scored] = CONFIG.mask_id
+        logits = model(noisy[None])[0]
+        total = total + F.cross_entropy(logits[scored], clean[scored], reduction="sum") / p_mask[row]
+        prompts += prompt
+    return total / (len(rows) * length - prompts)
+
+
+@pytest.mark.parametrize("row_length", [None, 12])
+def test_masked_fine_tuning_is_the_published_formula_padding_included(row_length):
+    model, dataset, objective = build(TransEncoder), HashedDialogues(13), response(row_length)
+    (batch,) = batching.step_batches(dataset, objective.group, StepLayout(8, 4, 8, 0, 8), 3)
+    assert len(set(batch.lengths.tolist())) > 3
+    t = diffusion.diffusion_times(11, 3, torch.arange(8), 8)
+    uniforms = uniform_grid(11, Stream.MASK, 3, torch.arange(8), 12)
+    expected = torch.zeros(())
+    for rows in (range(4), range(4, 8)):
+        length = row_length or max(int(batch.lengths[row]) for row in rows)
+        expected += published_masked_loss(model, batch, rows, length, diffusion.masking_probability(t), uniforms) / 2
+    assert step_loss(model, objective, dataset, 8, 4, 8).item() == pytest.approx(expected.item(), rel=1e-5)
+    # Padding is among what is scored; without it the loss is another.
+    scored = objective.training(batch)
+    padding = torch.arange(scored.weights.size(1))[None] >= batch.lengths[:, None]
+    assert (scored.weights[padding] > 0).any()
+
+
+def test_arm_fine_tuning_is_the_mean_over_answer_tokens():
+    model, dataset = build(GPT), HashedDialogues(13)
+    groups = []
+    for rows in (range(24, 28), range(28, 32)):
+        nll = []
+        for row in rows:
+            sample = dataset[row]
+            tokens = torch.from_numpy(sample.tokens[: sample.length])
+            losses = F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:], reduction="none")
+            nll.append(losses[sample.prompt_length - 1 :])
+        groups.append(torch.cat(nll).mean())
+    expected = (groups[0] + groups[1]) / 2
+    found = step_loss(model, NextResponseToken(), dataset, 8, 4, 8)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_prompts_are_dropped_whole_and_as_often_as_asked_for():
+    dataset, objective = HashedDialogues(13), response(None, 0.3)
+    rows, dropped = 0, 0
+    for step in range(60):
+        for batch in batching.step_batches(dataset, objective.group, StepLayout(8, 4, 3, 0, 8), step):
+            scored = objective.training(batch)
+            for row in range(len(batch.tokens)):
+                prompt = scored.input_ids[row, : batch.prompt_lengths[row]]
+                masked_prompt = prompt == CONFIG.mask_id
+                assert masked_prompt.all() or not masked_prompt.any()
+                assert (scored.weights[row, : batch.prompt_lengths[row]] == 0).all()
+                rows, dropped = rows + 1, dropped + bool(masked_prompt.all())
+    assert rows == 480
+    assert dropped / rows == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / rows))
