@@ -313,20 +313,21 @@ import os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lit_gpt import checkpoint, files, runtime
-from tests.test_checkpoint import make_state, train_step, save
+from lit_gpt import devices, files
+from lit_gpt.checkpoints import run_files, saving
+from tests.checkpoints.test_saving import make_state, train_step, save
 
-fabric = runtime.start_fabric("cpu", "1", 1, "auto", "32-true")
+fabric = devices.start_fabric("cpu", "1", 1, "auto", "32-true")
 state = make_state(fabric, steps=1)
 
 def stop_before_last_marker(folder, state):
     # The kill is this process's own, at the one place that chance rarely hits.
-    write = checkpoint.write_json
+    write = saving.write_json
     def write_or_die(path, value):
         if "successor" not in value:
             os._exit(77)
         write(path, value)
-    checkpoint.write_json = write_or_die
+    saving.write_json = write_or_die
     save(fabric, folder, state)
 
 LOOP
@@ -355,8 +356,8 @@ folder = Path(FOLDER)
 for line in sys.stdin:
     saver = os.fork()
     if saver == 0:
-        with checkpoint.run_lock(folder):
-            checkpoint.remove_temporary(folder)
+        with saving.run_lock(folder):
+            run_files.remove_temporary(folder)
             state["iter_num"] = int(line)
             while True:
                 state["iter_num"] += 1
@@ -531,13 +532,14 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lit_gpt import checkpoint, files, runtime
-from tests.test_checkpoint import make_state, train_step, save
+from lit_gpt import devices, files
+from lit_gpt.checkpoints import run_files, saving
+from tests.checkpoints.test_saving import make_state, train_step, save
 
 strategy, folder = sys.argv[1], Path(sys.argv[2])
-fabric = runtime.start_fabric("cpu", "2", 1, strategy, "32-true")
+fabric = devices.start_fabric("cpu", "2", 1, strategy, "32-true")
 state = make_state(fabric, seed=5, steps=0)
-rest = checkpoint.load_checkpoint(fabric, folder / "one", state)
+rest = saving.load_checkpoint(fabric, folder / "one", state)
 state.update(step_count=rest["step_count"], iter_num=rest["iter_num"])
 save(fabric, folder / "again", state)
 train_step(fabric, state)

@@ -1,0 +1,108 @@
+"""Results that users have on the disk are found again: what decides a result is spelled out as it is in their caches."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import evaluate_fineweb
+from lit_gpt.data.packed_format import PackedDatasetBuilder
+from lit_gpt.evaluation.lm_adapter import Adapter
+from lit_gpt.evaluation.result_cache import EvalCache, request_key
+from lit_gpt.evaluation.settings import read_model_args
+from tests.support.small_models import export_both
+
+LENGTH = 16
+OF_THE_MODEL = ("checkpoint", "config", "tokenizer_hash")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An ARM and an MDM with random weights, their tokenizer, and packed tokens."""
+    folder = tmp_path_factory.mktemp("models")
+    export_both(folder)
+    (folder / "new").mkdir()
+    builder = PackedDatasetBuilder(folder / "new", "validation", chunk_size=LENGTH * 4, sep_token=1, vocab_size=500)
+    builder.add_array([2] * LENGTH * 2)
+    builder.write_reminder()
+    return folder
+
+
+def settings_of(cache: Path, without: tuple[str, ...]) -> dict[str, object]:
+    """What the only file of a cache says in its first line; the model's own part must be there, and is left out."""
+    (path,) = cache.glob("*.jsonl")
+    settings = json.loads(path.read_text().splitlines()[0])
+    assert EvalCache(cache, settings).path == path
+    for name in without:
+        assert settings.pop(name)
+    return settings
+
+
+HARNESS = {
+    "arm": (
+        "arm",
+        {"seed": 7},
+        {"estimator": "exact (left to right)", "seed": 7, "generation": ["greedy", None, 0.0]},
+    ),
+    "mc": (
+        "mdm",
+        {},
+        {"estimator": "mc", "mc_num": 1024, "eps": 0.0, "cfg_scale": 0.0, "greedy": False, "pad_to": 0, "seed": 1234},
+    ),
+    "chain_rule": (
+        "mdm",
+        {"nll_type": "chain_rule", "greddy": True, "cfg": 1.1, "padding": True, "mc_num": 5, "budget": 6},
+        {"estimator": "chain_rule", "eps": 0.0, "cfg_scale": 1.1, "greedy": True, "pad_to": 128, "seed": 1234},
+    ),
+    "exact": (
+        "mdm",
+        {"nll_type": "exact", "budget": 9, "mc_num": 5, "alg": "origin", "steps": 4, "temperature": 0.5},
+        {"estimator": "exact", "budget": 9, "eps": 0.0, "cfg_scale": 0.0, "greedy": False, "pad_to": 0, "seed": 1234,
+         "generation": ["origin", 4, 0.5]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARNESS)
+def test_likelihoods_of_the_harness(folder, tmp_path, name):
+    kind, given, expected = HARNESS[name]
+    (path,) = (folder / kind).glob("*.safetensors")
+    arguments = read_model_args(kind, {"ckpt_path": str(path), "dtype": "float32", **given})
+    adapter = Adapter(kind, arguments, tmp_path, ["evaluate"])
+    adapter.loglikelihood([SimpleNamespace(args=("My lord,", " what news?"))])
+    adapter.close()
+    common = {"kind": kind, "max_length": 128, "dtype": "float32", "generation": ["greedy", None, 0.0]}
+    assert settings_of(tmp_path, OF_THE_MODEL) == {**common, **expected}
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "expected"),
+    [
+        ("arm", (), {}),
+        ("mdm", ("--mc-samples", "4"), {"estimator": "mc", "samples": 4, "seed": 1234}),
+        (
+            "mdm",
+            ("--estimator", "exact", "--mc_samples", "3", "--seed", "5"),
+            {"estimator": "exact", "samples": 3, "seed": 5},
+        ),
+    ],
+    ids=["arm", "mc", "exact"],
+)
+def test_rows_of_fineweb(folder, tmp_path, monkeypatch, kind, words, expected):
+    (path,) = (folder / kind).glob("*.safetensors")
+    flags = ["--type", kind, "--ckpt-path", str(path), "--data-dir", str(folder), "--fineweb", "new", "--length", "16"]
+    monkeypatch.setattr(sys, "argv", ["evaluate_fineweb.py", *flags, "--cache", str(tmp_path), *words])
+    evaluate_fineweb.main()
+    assert settings_of(tmp_path, ("checkpoint", "config")) == {"dtype": "float32", "length": 16, **expected}
+
+
+def test_names_of_files_and_keys_of_results(tmp_path):
+    settings = {"estimator": "mc", "mc_num": 1024, "eps": 0.0, "greedy": False, "config": {"n_layer": 2}}
+    assert EvalCache(tmp_path, settings).path == tmp_path / "42a2b8000129729e.0.jsonl"
+    assert request_key("likelihood", (1, 2, 3), (4,)) == "cc1d592c42ba93be8326e2b5ce62e04d"
+    assert request_key("row", 0, (), (4, 5)) == "d85f5b273f2e7dba0442b557429c46fb"
+    assert request_key("generate", "ROMEO:", {"until": ["\n"]}) == "c0c8b28ccdedbc7f12cf8c2b6a0e3404"
