@@ -18,7 +18,7 @@ import torch
 from lit_gpt import versions
 from lit_gpt.checkpoints.weights import load_model, load_tokenizer, state_hash
 from lit_gpt.cli import warn
-from lit_gpt.devices import choose_device, join_processes
+from lit_gpt.devices import choose_device, has_native_bf16, join_processes
 from lit_gpt.evaluation.result_cache import EvalCache, request_key
 from lit_gpt.evaluation.settings import DTYPES, ModelArgs
 from lit_gpt.likelihood.estimators import make_estimator
@@ -56,7 +56,7 @@ def evaluation_dtype(name: str, device: torch.device) -> str:
         raise ValueError(f"dtype {name}: choose from {', '.join(DTYPES)}")
     if name != "auto":
         return name
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if device.type == "cuda" and has_native_bf16("cuda") else "float32"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.model.layers import Transformer
-from lit_gpt.model.logits import LogitsFn, ReadBatch, model_logits
+from lit_gpt.model.logits import LogitsBatch, LogitsFn, model_logits
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _distinct_rows(inputs: Sequence[ScoringInput]) -> list[_EqualRows]:
 
 def _padded_batch(
     inputs: Sequence[ScoringInput], batch_rows: list[_EqualRows], device: torch.device | str
-) -> tuple[ReadBatch, Tensor]:
+) -> tuple[LogitsBatch, Tensor]:
     """The padded batch of some distinct rows, and the targets (N,) of its scored positions."""
     width = max(inputs[equal[0][0]].input_ids.size(1) for equal in batch_rows)
     input_ids = torch.zeros(len(batch_rows), width, dtype=torch.int64)
@@ -134,7 +134,7 @@ def _padded_batch(
             indices.append(positions + batch_row * width)
             targets.append(inputs[request].targets[positions])
     padded = None if bool(key_mask.all()) else key_mask.to(device)
-    batch = ReadBatch(input_ids.to(device), padded, prompt_mask.to(device), torch.cat(indices).to(device))
+    batch = LogitsBatch(input_ids.to(device), padded, prompt_mask.to(device), torch.cat(indices).to(device))
     return batch, torch.cat(targets).to(device)
 
 
