@@ -67,7 +67,7 @@ def main() -> None:
 
     from lit_gpt.sampling.settings import Sampling
     from lit_gpt.ui.completion import Writer
-    from lit_gpt.ui.terminal import Manner, Session
+    from lit_gpt.ui.terminal import TerminalSession, TerminalSettings
 
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once; the end token is the
     # tokenizer's, and the writer puts it in.
@@ -78,12 +78,12 @@ def main() -> None:
     if writer.kind == "arm" and Path(flags.save or "").suffix in _PICTURES:
         raise ValueError(f"--save {flags.save}: a picture shows masks, which an ARM has none of; give FILE.jsonl")
     _warn_of_unused(flags, writer.kind)
-    manner = Manner(flags.gap, flags.chat, flags.delay, flags.snapshots, flags.save)
-    session = Session(writer, sampling, manner, Console(highlight=False))
+    shown = TerminalSettings(flags.gap, flags.chat, flags.delay, flags.snapshots, flags.save)
+    session = TerminalSession(writer, sampling, shown, Console(highlight=False))
     if flags.prompt is not None:
         session.complete(flags.prompt)
     else:
-        session.converse()
+        session.complete_lines()
 
 
 def _check(flags: Any) -> None:
