@@ -27,7 +27,7 @@ from lit_gpt.cli import Interrupted, parse, run, warn
 
 if TYPE_CHECKING:
     from lit_gpt.evaluation.generated_answers import Answerer
-    from lit_gpt.evaluation.mt_bench.bench import Question
+    from lit_gpt.evaluation.mt_bench.benchmark_files import MtBenchQuestion
     from lit_gpt.evaluation.result_file import ResultFile
     from lit_gpt.sampling.settings import Sampling
 
@@ -81,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(Flags, argv, __doc__)
     _check(flags)
 
-    from lit_gpt.evaluation.mt_bench.bench import Bench, read_questions
+    from lit_gpt.evaluation.mt_bench.benchmark_files import BenchmarkFiles, read_mt_bench_questions
     from lit_gpt.sampling.settings import Sampling
 
-    bench = Bench(flags.bench_name)
-    questions = read_questions(bench.questions, flags.question_begin, flags.question_end)
+    bench = BenchmarkFiles(flags.bench_name)
+    questions = read_mt_bench_questions(bench.questions, flags.question_begin, flags.question_end)
     path = Path(flags.answer_file) if flags.answer_file else bench.answers(flags.model_id)
     sampling = Sampling(flags.max_new_token, steps=flags.steps, cfg_scale=flags.cfg_scale)
 
@@ -165,9 +165,9 @@ def _load(flags: Flags) -> Answerer:
     return Answerer(Writer(model, load_tokenizer(path, model, record, flags.tokenizer)), dtype)
 
 
-def _fitting(answerer: Answerer, sampling: Sampling, questions: Sequence[Question], rank: int) -> Sampling:
+def _fitting(answerer: Answerer, sampling: Sampling, questions: Sequence[MtBenchQuestion], rank: int) -> Sampling:
     """Settings that the model can follow: no context longer than it reads. Names questions without room for an answer."""
-    from lit_gpt.evaluation.mt_bench.bench import some
+    from lit_gpt.evaluation.mt_bench.benchmark_files import first_few
 
     limit, wanted = answerer.writer.model.config.block_size, sampling.context_length
     assert isinstance(wanted, int)
@@ -177,11 +177,11 @@ def _fitting(answerer: Answerer, sampling: Sampling, questions: Sequence[Questio
     sampling = replace(sampling, context_length=length, stop_id=answerer.writer.tokenizer.eos_id)
     long = [one.question_id for one in questions if len(_prompt(answerer, one, sampling)) >= length]
     if long and not rank:
-        warn(f"{len(long)} questions leave no room in {length} tokens, their answers stay empty: {some(long)}")
+        warn(f"{len(long)} questions leave no room in {length} tokens, their answers stay empty: {first_few(long)}")
     return sampling
 
 
-def _prompt(answerer: Answerer, question: Question, sampling: Sampling) -> list[int]:
+def _prompt(answerer: Answerer, question: MtBenchQuestion, sampling: Sampling) -> list[int]:
     """A question's first turn in the template of fine-tuning."""
     return answerer.writer.request(question.turns[0], sampling, chat=True).row
 
@@ -195,13 +195,13 @@ def _settings(flags: Flags, answerer: Answerer, sampling: Sampling) -> dict[str,
 
 
 def _answer_all(
-    flags: Flags, answerer: Answerer, sampling: Sampling, todo: Sequence[Question], answers: ResultFile | None
+    flags: Flags, answerer: Answerer, sampling: Sampling, todo: Sequence[MtBenchQuestion], answers: ResultFile | None
 ) -> None:
     """Answer a batch in each process, gather, write, until all is done; `answers` is the first process's."""
     from tqdm import tqdm
 
     from lit_gpt.devices import join_processes
-    from lit_gpt.evaluation.mt_bench.bench import answer_line
+    from lit_gpt.evaluation.mt_bench.benchmark_files import answer_line
 
     rank, processes = join_processes()
     # Where the bar is no terminal's, a line of it every half minute will do.
@@ -224,7 +224,7 @@ def _rounds(todo: Sequence[Value], batch_size: int, rank: int, processes: int) -
         yield todo[own : own + batch_size]
 
 
-def _answers(answerer: Answerer, questions: Sequence[Question], sampling: Sampling) -> list[str]:
+def _answers(answerer: Answerer, questions: Sequence[MtBenchQuestion], sampling: Sampling) -> list[str]:
     """One answer to each first turn, up to the end token; empty where there is no room for one."""
     prompts = [_prompt(answerer, question, sampling) for question in questions]
     # A row's number decides its random stream: the question's own, so that the batch does not matter.
@@ -233,7 +233,7 @@ def _answers(answerer: Answerer, questions: Sequence[Question], sampling: Sampli
     return [answerer.text_behind(prompt, ids).strip() for prompt, ids in zip(prompts, finished, strict=True)]
 
 
-def _from_first(todo: list[Question], processes: int) -> list[Question]:
+def _from_first(todo: list[MtBenchQuestion], processes: int) -> list[MtBenchQuestion]:
     """What the first process has, in every process."""
     import torch
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lit_gpt.checkpoints.weights import load_model, load_tokenizer
-from lit_gpt.data.sft_formats import CHAT
+from lit_gpt.data.sft_formats import CHAT_TEMPLATE
 from lit_gpt.devices import choose_device
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
@@ -80,7 +80,7 @@ class Writer:
         """
         sampling = replace(sampling, stop_id=self.tokenizer.eos_id)
         if chat:
-            row = [self.tokenizer.bos_id, *self.tokenizer.encode_ids(CHAT.format(question=text))]
+            row = [self.tokenizer.bos_id, *self.tokenizer.encode_ids(CHAT_TEMPLATE.format(question=text))]
             return Request(row, sampling, len(row))
         row = infill_row(text, self.tokenizer, self.model.config.mask_id, gap)
         if not row and isinstance(self.model, GPT):
