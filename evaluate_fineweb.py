@@ -25,6 +25,7 @@ from lit_gpt.cli import parse, run, warn
 if TYPE_CHECKING:
     import numpy as np
 
+    from lit_gpt.checkpoints.loaded import LoadedModel
     from lit_gpt.likelihood.loglikelihood import Likelihood, Request
 
 _ROWS_AT_ONCE = 1024
@@ -71,22 +72,23 @@ def main() -> None:
 
     import torch
 
-    from lit_gpt.checkpoints.weights import load_model, state_hash
-    from lit_gpt.devices import choose_device, join_processes
-    from lit_gpt.evaluation.lm_adapter import DEFAULT_CACHE, evaluation_dtype
+    from lit_gpt.checkpoints.loaded import load_model
+    from lit_gpt.devices import join_processes
+    from lit_gpt.evaluation.lm_adapter import DEFAULT_CACHE
     from lit_gpt.evaluation.result_cache import EvalCache, request_key
 
     rank, processes = join_processes()
-    device = choose_device(flags.device)
-    model, _ = load_model(flags.ckpt_path, flags.model, flags.type, device)
-    length = min(flags.length, model.config.block_size)
-    count, row_of = read_rows(Path(flags.data_dir), flags.fineweb, length, model.config.vocab_size)
+    loaded = load_model(
+        flags.ckpt_path, model_name=flags.model, kind=flags.type, device=flags.device, dtype=flags.dtype
+    )
+    config = loaded.model.config
+    length = min(flags.length, config.block_size)
+    count, row_of = read_rows(Path(flags.data_dir), flags.fineweb, length, config.vocab_size)
     own = range(rank, min(count, flags.rows or count), processes)
-    dtype = evaluation_dtype(flags.dtype, device)
     settings = {
-        "checkpoint": state_hash(model.state_dict()),
-        "config": model.config.to_dict(),
-        "dtype": dtype,
+        "checkpoint": loaded.weights_hash,
+        "config": config.to_dict(),
+        "dtype": loaded.dtype,
         "length": length,
     }
     if flags.type == "mdm":
@@ -95,7 +97,7 @@ def main() -> None:
     cache = EvalCache(folder, settings, rank)
     sums = torch.zeros(3, dtype=torch.float64)
     known_rows = 0
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"), progress(len(own), rank) as bar:
+    with loaded.autocast(), progress(len(own), rank) as bar:
         # A slice at a time: all rows of a crawl as lists of numbers would fill the memory.
         for start in range(0, len(own), _ROWS_AT_ONCE):
             requests = [row_request(flags.type, row_of(n), n) for n in own[start : start + _ROWS_AT_ONCE]]
@@ -104,7 +106,7 @@ def main() -> None:
             known = [cache.get(key) for key in keys if cache.get(key) is not None]
             known_rows += len(known)
             bar.update(len(known))
-            results = score_rows(model, [requests[number] for number in todo], flags)
+            results = score_rows(loaded, [requests[number] for number in todo], flags)
             kept = ((keys[todo[number]], [result.nll, result.standard_error]) for number, result in results)
             for _, value in cache.keep(kept, list, 1):
                 known.append(value)
@@ -175,19 +177,16 @@ def row_request(kind: str, row: np.ndarray, number: int) -> Request:
     return Request(ids[:1], ids[1:], number) if kind == "arm" else Request((), ids, number)
 
 
-def score_rows(model: Any, requests: Sequence[Request], flags: Flags) -> Iterator[tuple[int, Likelihood]]:
+def score_rows(loaded: LoadedModel, requests: Sequence[Request], flags: Flags) -> Iterator[tuple[int, Likelihood]]:
     """Results as they come."""
     from lit_gpt.diffusion import EPS
-    from lit_gpt.likelihood.loglikelihood import Method, Reader, arm_likelihoods, mdm_likelihoods
-    from lit_gpt.model.logits import model_logits
+    from lit_gpt.likelihood.loglikelihood import Method
 
-    config, device = model.config, next(model.parameters()).device
-    max_tokens = flags.batch_size * min(flags.length, config.block_size)
-    reader = Reader(model_logits(model), config.mask_id, config.vocab_size, max_tokens, device)
-    if flags.type == "arm":
-        return arm_likelihoods(reader, requests)
-    method = Method(flags.estimator, mc_num=flags.mc_samples, budget=flags.mc_samples, eps=EPS, seed=flags.seed)
-    return mdm_likelihoods(reader, requests, method)
+    method = Method()
+    if flags.type == "mdm":
+        method = Method(flags.estimator, mc_num=flags.mc_samples, budget=flags.mc_samples, eps=EPS, seed=flags.seed)
+    max_tokens = flags.batch_size * min(flags.length, loaded.model.config.block_size)
+    return loaded.likelihoods(requests, method, max_tokens)
 
 
 def progress(total: int, rank: int) -> Any:

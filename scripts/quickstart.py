@@ -240,7 +240,7 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
     if done is not None:
         return done
 
-    from lit_gpt.checkpoints.weights import load_model
+    from lit_gpt.checkpoints.loaded import load_model
     from lit_gpt.sampling import samplers
     from lit_gpt.sampling.settings import Sampling
     from lit_gpt.tokenizer import Tokenizer
@@ -256,7 +256,7 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
     )
     texts, rates = {}, {}
     for kind in KINDS:
-        model, _ = load_model(settings["models"][kind]["export"], kind=kind)
+        model = load_model(settings["models"][kind]["export"], kind=kind, device="cpu", dtype="float32").model
         started = time.perf_counter()
         states = list(samplers.sample_states(model, [ids], how))
         rates[kind] = (flags.block_size - len(ids)) / (time.perf_counter() - started)

@@ -87,7 +87,6 @@ class AnswerFlags:
 
 _MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "steps", "alg"}
 _HISTORIC = {"greddy": "greedy"}
-DTYPES = ("auto", "float32", "bfloat16")
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seed", "mc_num", "budget", "max_length", "mask_id", "steps"), (int,)),
     **dict.fromkeys(("cfg", "temperature"), (int, float)),
@@ -106,6 +105,8 @@ def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
         ValueError: an unknown name (the known ones are listed), an MDM's setting for an ARM, a value of another type,
             no checkpoint.
     """
+    from lit_gpt.checkpoints.loaded import COMPUTE_DTYPES
+
     known = {field.name for field in dataclasses.fields(ModelArgs)} - (_MDM_ONLY if kind == "arm" else set())
     values = {_HISTORIC.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - known)
@@ -123,8 +124,8 @@ def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
         raise ValueError(
             "--model_args: ckpt_path is missing: name the checkpoint, as in ckpt_path=models/mdm.safetensors"
         )
-    if arguments.dtype not in DTYPES:
-        raise ValueError(f"--model_args: dtype={arguments.dtype}: choose from {', '.join(DTYPES)}")
+    if arguments.dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"--model_args: dtype={arguments.dtype}: choose from {', '.join(COMPUTE_DTYPES)}")
     size = str(arguments.batch_size)
     if not (size.split(":")[0] == "auto" or (size.isdigit() and int(size) > 0)):
         raise ValueError(f"--batch_size {size}: expected a number from 1 up, or auto")

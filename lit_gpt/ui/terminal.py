@@ -2,7 +2,6 @@
 
 Decisions: on a terminal an MDM's masks resolve and an ARM's tokens come one by one; into a pipe goes the finished text
 alone. Ctrl-C keeps what has been written: it is shown and saved like a finished text. Rich is imported when it is used.
-May import completion, display, plots, files and cli.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from lit_gpt.cli import Interrupted
 from lit_gpt.files import write_file
 from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
-from lit_gpt.ui.completion import Request, Writer
+from lit_gpt.ui.completion import Completer, CompletionRequest
 from lit_gpt.ui.display import Denoising, print_snapshots, printable
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ _TITLE_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
-class Manner:
+class TerminalOptions:
     """How texts are read and shown."""
 
     gap: int
@@ -47,12 +46,12 @@ class Manner:
 
 
 @dataclass
-class Session:
+class TerminalSession:
     """One model and one person."""
 
-    writer: Writer
+    completer: Completer
     sampling: Sampling
-    manner: Manner
+    options: TerminalOptions
     console: Console
     turns: int = field(default=0, init=False)
     """Completions so far."""
@@ -83,8 +82,8 @@ class Session:
             ValueError: the text does not fit the model or its context.
             Interrupted: by Ctrl-C; what was there is shown and saved.
         """
-        request = self.writer.request(text, self.sampling, self.manner.gap, self.manner.chat)
-        states = self.writer.states(request)
+        request = self.completer.request(text, self.sampling, self.options.gap, self.options.chat)
+        states = self.completer.states(request)
         self.turns += 1
         seen: list[State] = []
         stopped = False
@@ -100,51 +99,51 @@ class Session:
 
     # --- while it is written ------------------------------------------------------------------------------------------
 
-    def _watch(self, states: Iterator[State], request: Request, seen: list[State]) -> None:
+    def _watch(self, states: Iterator[State], request: CompletionRequest, seen: list[State]) -> None:
         """Collect the states; on a terminal, show each as it comes."""
         if not self.console.is_terminal:
             for state in states:
                 seen.append(state)
-        elif self.writer.kind == "arm":
+        elif self.completer.kind == "arm":
             self._watch_tokens(states, request, seen)
         else:
             self._watch_masks(states, request, seen)
 
-    def _watch_tokens(self, states: Iterator[State], request: Request, seen: list[State]) -> None:
+    def _watch_tokens(self, states: Iterator[State], request: CompletionRequest, seen: list[State]) -> None:
         """The text as it grows."""
         shown = ""
         try:
             for state in states:
                 seen.append(state)
-                text = self.writer.text(state, request)
+                text = self.completer.text(state, request)
                 # The bytes of one character may come in several tokens.
                 if text.startswith(shown) and not text.endswith("\ufffd"):
                     print(printable(text[len(shown) :]), end="", flush=True)
                     shown = text
-                time.sleep(self.manner.delay)
+                time.sleep(self.options.delay)
         finally:
-            whole = self.writer.text(seen[-1], request) if seen else ""
+            whole = self.completer.text(seen[-1], request) if seen else ""
             print(printable(whole.removeprefix(shown)), flush=True)
 
-    def _watch_masks(self, states: Iterator[State], request: Request, seen: list[State]) -> None:
+    def _watch_masks(self, states: Iterator[State], request: CompletionRequest, seen: list[State]) -> None:
         """The text as it emerges; the view goes when it is done, since a long text does not fit it."""
         from rich.live import Live
 
-        watch = self.writer.watch(request)
+        watch = self.completer.watch(request)
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
             for state in states:
                 seen.append(state)
                 if watch.see(state):
                     live.update(_view(watch.denoising(), request.sampling.steps), refresh=True)
-                    time.sleep(self.manner.delay)
+                    time.sleep(self.options.delay)
 
     # --- afterwards ---------------------------------------------------------------------------------------------------
 
-    def _finish(self, text: str, request: Request, seen: list[State]) -> None:
+    def _finish(self, text: str, request: CompletionRequest, seen: list[State]) -> None:
         """Print the text where `_watch` has not, and save."""
-        final = self.writer.text(seen[-1], request)
-        watch = self.writer.watch(request)
-        if self.writer.kind == "mdm":
+        final = self.completer.text(seen[-1], request)
+        watch = self.completer.watch(request)
+        if self.completer.kind == "mdm":
             for state in seen:
                 watch.see(state)
             denoising = watch.denoising()
@@ -154,12 +153,12 @@ class Session:
                 self.console.print(
                     styled if denoising.plain(denoising.steps) == final else printable(final), markup=False
                 )
-            elif self.manner.snapshots:
-                print_snapshots(denoising, self.console, self.manner.snapshots)
+            elif self.options.snapshots:
+                print_snapshots(denoising, self.console, self.options.snapshots)
         if not self.console.is_terminal:
             print(final, flush=True)
-        if self.manner.save:
-            path = Path(self.manner.save)
+        if self.options.save:
+            path = Path(self.options.save)
             path = path if self.turns == 1 else path.with_stem(f"{path.stem}-{self.turns}")
             if path.suffix == ".jsonl":
                 self._save_steps(path, request, seen)
@@ -167,9 +166,9 @@ class Session:
                 self._save_picture(path, text, denoising)
             print(f"saved {path}", file=sys.stderr, flush=True)
 
-    def _save_steps(self, path: Path, request: Request, seen: list[State]) -> None:
+    def _save_steps(self, path: Path, request: CompletionRequest, seen: list[State]) -> None:
         """One JSON object per step."""
-        lines = [json.dumps(self.writer.record(state, request), ensure_ascii=False) + "\n" for state in seen]
+        lines = [json.dumps(self.completer.record(state, request), ensure_ascii=False) + "\n" for state in seen]
         write_file(path, lambda file: file.write("".join(lines).encode()))
 
     def _save_picture(self, path: Path, text: str, denoising: Denoising) -> None:
