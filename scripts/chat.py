@@ -68,7 +68,7 @@ def main() -> None:
     from lit_gpt.checkpoints.loaded import load_model
     from lit_gpt.sampling.settings import Sampling
     from lit_gpt.ui.completion import Completer
-    from lit_gpt.ui.terminal import TerminalOptions, TerminalSession
+    from lit_gpt.ui.terminal import TerminalSession, TerminalSettings
 
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once; the end token is the
     # tokenizer's, and the completer puts it in.
@@ -83,12 +83,12 @@ def main() -> None:
     if loaded.kind == "arm" and Path(flags.save or "").suffix in _PICTURES:
         raise ValueError(f"--save {flags.save}: a picture shows masks, which an ARM has none of; give FILE.jsonl")
     _warn_of_unused(flags, loaded.kind)
-    options = TerminalOptions(flags.gap, flags.chat, flags.delay, flags.snapshots, flags.save)
-    session = TerminalSession(Completer(loaded), sampling, options, Console(highlight=False))
+    shown = TerminalSettings(flags.gap, flags.chat, flags.delay, flags.snapshots, flags.save)
+    session = TerminalSession(Completer(loaded), sampling, shown, Console(highlight=False))
     if flags.prompt is not None:
         session.complete(flags.prompt)
     else:
-        session.converse()
+        session.complete_lines()
 
 
 def _check(flags: Any) -> None:

@@ -17,7 +17,7 @@ from lit_gpt.model.causal import GPT
 from lit_gpt.sampling.infill import DEFAULT_GAP, has_gaps, infill_row, infill_states
 from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
-from lit_gpt.ui.display import RowWatch
+from lit_gpt.ui.trajectory import TrajectoryRecorder
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,17 @@ class Completer:
         """
         return infill_states(self.loaded.model, [request.row], request.sampling)
 
-    def watch(self, request: CompletionRequest) -> RowWatch:
-        """A watch on the row of a request, to be given its states."""
-        return RowWatch(self.loaded.model.config.mask_id, self.loaded.tokenizer, start=request.start)
+    def recorder(self, request: CompletionRequest) -> TrajectoryRecorder:
+        """The recorder of a request's row, to be given its states."""
+        return TrajectoryRecorder(self.loaded.model.config.mask_id, self.loaded.tokenizer, start=request.start)
 
     def text(self, state: State, request: CompletionRequest) -> str:
-        """The text on a state, masks as `display.PLAIN_MASK`; in a chat the answer alone, up to its end token."""
+        """The text on a state, masks as `trajectory.PLAIN_MASK`; in a chat the answer alone, up to its end token."""
         ids = state.tokens()[0][request.start :].tolist()
         if self.loaded.model.config.mask_id in ids:
-            watch = self.watch(request)
-            watch.see(state)
-            return watch.denoising().plain(state.step)
+            recorder = self.recorder(request)
+            recorder.add(state)
+            return recorder.trajectory().plain_text(state.step)
         return self.loaded.tokenizer.decode(self.loaded.until_end(ids) if request.start else ids)
 
     def record(self, state: State, request: CompletionRequest) -> dict[str, Any]:
