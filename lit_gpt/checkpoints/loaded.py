@@ -23,9 +23,16 @@ import torch
 
 from lit_gpt.checkpoints.weights import load_tokenizer, read_model, state_hash
 from lit_gpt.devices import choose_device, has_native_bf16, is_out_of_memory
-from lit_gpt.likelihood.loglikelihood import Likelihood, Method, Reader, Request, arm_likelihoods, mdm_likelihoods
+from lit_gpt.likelihood.estimators import make_estimator
+from lit_gpt.likelihood.loglikelihood import (
+    Likelihood,
+    LikelihoodRequest,
+    LikelihoodSettings,
+    arm_likelihoods,
+    mdm_likelihoods,
+)
+from lit_gpt.likelihood.scoring import ScoringModel
 from lit_gpt.model.layers import Transformer
-from lit_gpt.model.logits import guided, model_logits
 from lit_gpt.sampling.infill import DEFAULT_GAP, infill_row, infill_states
 from lit_gpt.sampling.samplers import sample
 from lit_gpt.sampling.settings import Sampling
@@ -145,27 +152,43 @@ class LoadedModel:
 
     # --- text to text -------------------------------------------------------------------------------------------------
 
-    def loglikelihood(self, prefix: str, target: str, **settings: Any) -> LogLikelihood:
+    def loglikelihood(
+        self,
+        prefix: str,
+        target: str,
+        estimator: str = "exact",
+        cfg_scale: float = 0.0,
+        seed: int = 1234,
+        **parameters: Any,
+    ) -> LogLikelihood:
         """Log-likelihood of a text given the text before it.
 
         Args:
             prefix: the text before; may be empty.
             target: the text that is scored.
-            **settings: fields of `likelihood.Method`, for an MDM; `estimator` is `exact` unless given.
+            estimator: of an MDM's bound: `exact`, `mc` or `chain_rule`.
+            cfg_scale: MDM: scale of classifier-free guidance; 0 is none.
+            seed: of an MDM's random masks.
+            **parameters: the estimator's own, such as `budget=256` or `mc_num=512`.
 
         Raises:
             ValueError: both together are longer than the model reads; a setting is wrong.
         """
-        method = Method(**{"estimator": "exact", **settings})
+        chosen = make_estimator(estimator, parameters)
+        if unknown := parameters.keys() - vars(chosen):
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: the estimator {estimator} has only {', '.join(vars(chosen))}"
+            )
         before, scored = self.encode_pair(prefix, target)
-        request = Request(tuple(before), tuple(scored))
+        request = LikelihoodRequest(tuple(before), tuple(scored))
         limit = self.most_tokens(self.model.config.block_size)
         if (tokens := len(request.prefix) + len(request.target)) > limit:
             raise ValueError(f"prefix and target have {tokens} tokens, this model reads at most {limit}")
         if not request.target:
             return LogLikelihood(0.0, 0.0)
         with self.autocast():
-            ((_, result),) = self.likelihoods([request], method, self.batch_tokens)
+            settings = LikelihoodSettings(chosen, cfg_scale, seed=seed)
+            ((_, result),) = self.likelihoods([request], settings, self.batch_tokens)
         return LogLikelihood(-result.nll, result.standard_error)
 
     def generate(self, prompt: str, max_new_tokens: int | None = None, **sampling: Any) -> str:
@@ -227,21 +250,19 @@ class LoadedModel:
         return ids, (bos + self.tokenizer.encode_ids(stripped + target))[len(ids) :]
 
     def likelihoods(
-        self, requests: Sequence[Request], method: Method, max_tokens: int
+        self, requests: Sequence[LikelihoodRequest], settings: LikelihoodSettings, max_tokens: int
     ) -> Iterator[tuple[int, Likelihood]]:
         """(number of the request, its result) as they are done, exact for an ARM; within `autocast()`.
 
         Args:
             requests: token ids, no longer than the model reads.
-            method: how an MDM's are estimated.
+            settings: how an MDM's are estimated.
             max_tokens: tokens of a batch; a matter of speed and memory only.
         """
-        config = self.model.config
-        logits_fn = guided(model_logits(self.model), method.cfg_scale, config.mask_id)
-        reader = Reader(logits_fn, config.mask_id, config.vocab_size, max_tokens, self.device)
+        scoring_model = ScoringModel.of(self.model, max_tokens)
         if self.kind == "arm":
-            return arm_likelihoods(reader, requests)
-        return mdm_likelihoods(reader, requests, method)
+            return arm_likelihoods(scoring_model, requests)
+        return mdm_likelihoods(scoring_model, requests, settings)
 
     def prompt_ids(self, text: str) -> list[int]:
         """A prompt as fine-tuning reads it: bos, then the text's tokens."""
