@@ -63,7 +63,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     if not path.is_file():
         # Before a large checkpoint is loaded.
         raise FileNotFoundError(sft_dataset.missing_file_line(recipe.data_format, path))
-    model, record = weights.load_model(flags.pretrain_path, flags.model, recipe.kind)
+    model, record = weights.read_model(flags.pretrain_path, flags.model, recipe.kind)
     model.train()
     tokenizer = weights.load_tokenizer(flags.pretrain_path, model, record, flags.tokenizer)
     config = model.config
