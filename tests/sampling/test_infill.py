@@ -21,7 +21,7 @@ from lit_gpt.sampling.samplers import sample_states
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.ui.completion import Completer
-from tests.support.small_tokenizers import convert, train_small
+from tests.support.small_tokenizers import convert_to_tokenizer_json, train_small_tokenizer
 
 TINY = Config("tiny", 2, 2, 32, 64, 2, block_size=64, vocab_size=500)
 MASK = TINY.mask_id
@@ -29,8 +29,10 @@ MASK = TINY.mask_id
 
 @pytest.fixture(scope="module", params=["sentencepiece", "tokenizers"])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder: Path = train_small(tmp_path_factory.mktemp("tokenizer") / "model")
-    return Tokenizer(folder if request.param == "sentencepiece" else convert(folder, folder.parent / "json"))
+    folder: Path = train_small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "model")
+    return Tokenizer(
+        folder if request.param == "sentencepiece" else convert_to_tokenizer_json(folder, folder.parent / "json")
+    )
 
 
 def tiny(kind: type):

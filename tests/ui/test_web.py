@@ -29,8 +29,8 @@ from lit_gpt.sampling.samplers import sample
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
 from scripts import web
-from tests.support.small_models import export_both
-from tests.support.training_runs import hear_interrupts
+from tests.support.small_models import export_arm_and_mdm
+from tests.support.training_runs import restore_interrupts
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -51,7 +51,7 @@ LONG = {"algorithm": "greedy", "steps": 4096, "context_length": 1024}
 def models(tmp_path_factory) -> dict[str, Path]:
     """An ARM and an MDM with random weights in folders of their own, and a file that is no model."""
     folder = tmp_path_factory.mktemp("models")
-    paths = export_both(folder, block_size=1024)
+    paths = export_arm_and_mdm(folder, block_size=1024)
     del paths["tokenizer"]
     save_file({"x": torch.zeros(2)}, folder / "foreign.safetensors")
     return paths
@@ -69,7 +69,7 @@ class Running:
             text=True,
             cwd=cwd,
             bufsize=1,
-            preexec_fn=hear_interrupts,
+            preexec_fn=restore_interrupts,
         )
         assert self.process.stdout is not None
         first = self.process.stdout.readline()

@@ -25,8 +25,8 @@ from lit_gpt.evaluation.mt_bench.tables import Record, aligned, by_category, mod
 from lit_gpt.sampling.samplers import sample
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.ui.plots import plot_radar
-from tests.support.small_models import export_both
-from tests.support.training_runs import hear_interrupts
+from tests.support.small_models import export_arm_and_mdm
+from tests.support.training_runs import restore_interrupts
 
 ROOT = Path(__file__).resolve().parents[3]
 BENCH = Bench("mt_bench", ROOT / "data")
@@ -35,7 +35,9 @@ BENCH = Bench("mt_bench", ROOT / "data")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
     """An ARM and an MDM with random weights that read 512 tokens."""
-    return {kind: str(path) for kind, path in export_both(tmp_path_factory.mktemp("models"), block_size=512).items()}
+    return {
+        kind: str(path) for kind, path in export_arm_and_mdm(tmp_path_factory.mktemp("models"), block_size=512).items()
+    }
 
 
 @pytest.fixture
@@ -225,7 +227,7 @@ def test_a_stopped_run_goes_on(models, folder, script, number):
     flags = ("--batch-size", "1", "--question-end", "12", "--steps", "40")
     words = [sys.executable, str(ROOT / "eval" / "gen_model_answer.py"), *answers(models, "mdm", *flags)]
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore_interrupts
     )
     limit = time.monotonic() + 60
     while not (Path("a.jsonl").exists() and Path("a.jsonl").read_bytes().count(b"\n") > 1):
