@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -276,13 +276,16 @@ class LoadedModel:
         """What a finished row, from `complete`, says behind its prompt, up to the end token; nothing for None."""
         return self.tokenizer.decode(self.until_end((ids or prompt)[len(prompt) :]))
 
-    def complete(self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling) -> list[list[int] | None]:
-        """Complete a batch of prompts.
+    def complete(
+        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, length: int
+    ) -> list[list[int] | None]:
+        """Complete a batch of prompts, up to the tokenizer's end token.
 
         Args:
             prompts: token ids of each.
             rows: each row's number, as `sampling.sample`.
-            sampling: with one context length for all.
+            sampling: how.
+            length: tokens of each finished row, prompt included.
 
         Returns:
             Each finished row's ids, prompt included; None where the prompt leaves no room for a token.
@@ -290,15 +293,15 @@ class LoadedModel:
         Raises:
             ValueError: the batch does not fit into memory.
         """
-        length = sampling.context_length
-        assert isinstance(length, int)
         finished: list[list[int] | None] = [None] * len(prompts)
         has_room = [number for number, prompt in enumerate(prompts) if len(prompt) < length]
         if not has_room:
             return finished
+        fitting, numbers = [prompts[n] for n in has_room], [rows[n] for n in has_room]
+        sampling = replace(sampling, context_length=length, stop_id=self.tokenizer.eos_id)
         try:
             with self.autocast():
-                ids = sample(self.model, [prompts[n] for n in has_room], sampling, [rows[n] for n in has_room])
+                ids = sample(self.model, fitting, sampling, numbers)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

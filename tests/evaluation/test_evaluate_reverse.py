@@ -164,7 +164,7 @@ def test_the_generation_is_the_text_behind_the_prompt(kind, models, evaluating, 
 def test_what_stands_behind_the_end_token_is_not_read(models, evaluating, tmp_path, monkeypatch):
     tokenizer, path = Tokenizer(models["tokenizer"]), tmp_path / "a.jsonl"
 
-    def complete(self, prompts, rows, sampling):
+    def complete(self, prompts, rows, sampling, length):
         return [
             prompt + tokenizer.encode("Somebody").tolist() + tokenizer.encode("Rudi Pask").tolist()
             for prompt in prompts
@@ -235,15 +235,14 @@ def test_answers_of_other_settings_are_not_mixed(evaluating, tmp_path):
 def test_the_published_settings(models, evaluating, tmp_path, monkeypatch):
     seen = []
 
-    def complete(self, prompts, rows, sampling):
-        seen.append(sampling)
+    def complete(self, prompts, rows, sampling, length):
+        seen.append((sampling, length))
         return [None] * len(prompts)
 
     monkeypatch.setattr(LoadedModel, "complete", complete)
-    eos_id = Tokenizer(models["tokenizer"]).eos_id
     for kind, scale in (("mdm", 0.8), ("arm", 0.0)):
         assert evaluating(kind, "--length", "52", "--output", str(tmp_path / f"{kind}.jsonl"))[0] == 0
-        assert seen == [Sampling(52, "greddy", 32, 0.0, scale, 1234, eos_id)]
+        assert seen == [(Sampling(52, "greddy", 32, 0.0, scale, 1234), 52)]
         seen.clear()
     assert Flags().length == 52 and Flags().data_dir == DATA_DIR
 
