@@ -71,6 +71,9 @@ def parse(
     )
     parser.add_argument("--config", metavar="FILE", help="Read flags from this YAML or JSON file; flags win over it.")
     parser.add_class_arguments(flags, as_group=False)
+    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(flags) if "help" in field.metadata}  # type: ignore[arg-type]
+    for action in parser._actions:
+        action.help = helps.get(action.dest, action.help)
     if defaults:
         parser.set_defaults(defaults)
     words = _as_typed(flags, _underscores(sys.argv[1:] if argv is None else argv, getattr(flags, "ALIASES", {})))
