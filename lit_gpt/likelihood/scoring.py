@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_gpt.model.logits import LogitsFn, ReadBatch
+from lit_gpt.model.logits import LogitsBatch, LogitsFn
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _distinct_rows(queries: Sequence[Query]) -> list[list[_User]]:
 
 def _read_batch(
     queries: Sequence[Query], group: list[list[_User]], device: torch.device | str
-) -> tuple[ReadBatch, Tensor]:
+) -> tuple[LogitsBatch, Tensor]:
     """The padded batch of some distinct rows, and the targets (N,) of its scored positions."""
     width = max(queries[users[0][0]].input_ids.size(1) for users in group)
     input_ids = torch.zeros(len(group), width, dtype=torch.int64)
@@ -119,7 +119,7 @@ def _read_batch(
             where.append(positions + place * width)
             targets.append(queries[number].targets[positions])
     padded = None if bool(key_mask.all()) else key_mask.to(device)
-    batch = ReadBatch(input_ids.to(device), padded, prompt_mask.to(device), torch.cat(where).to(device))
+    batch = LogitsBatch(input_ids.to(device), padded, prompt_mask.to(device), torch.cat(where).to(device))
     return batch, torch.cat(targets).to(device)
 
 

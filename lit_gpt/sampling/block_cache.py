@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.model.layers import LayerCache, Transformer
-from lit_gpt.model.logits import LogitsFn, ReadBatch, head_logits, window_columns
+from lit_gpt.model.logits import LogitsBatch, LogitsFn, logits_in_chunks, selected_columns
 
 
 class RowCache(LayerCache):
@@ -36,31 +36,31 @@ class RowCache(LayerCache):
 
 
 def block_cached(model: Transformer) -> LogitsFn:
-    """A model that reads whole rows where a batch has no window, and else the window alone, with what it kept.
+    """A model that reads whole rows where a batch has no `recompute`, else those positions alone, with what it kept.
 
     Guidance's two passes keep their own keys and values.
     """
     kept: dict[bool, list[RowCache]] = {}
 
-    def logits(batch: ReadBatch) -> Iterator[Tensor]:
-        if batch.window is None:
+    def logits(batch: LogitsBatch) -> Iterator[Tensor]:
+        if batch.recompute is None:
             empty = torch.empty(0)
-            caches = kept[batch.without_prompt] = [RowCache(empty, empty) for _ in model.transformer.h]
+            caches = kept[batch.unconditional] = [RowCache(empty, empty) for _ in model.transformer.h]
             hidden = model.hidden_states(batch.input_ids, _positions(batch), batch.key_mask, list(caches))
-            return head_logits(model, hidden.flatten(0, 1)[batch.where])
-        caches = kept[batch.without_prompt]
-        columns, slots = window_columns(batch.window, batch.most)
+            return logits_in_chunks(model, hidden.flatten(0, 1)[batch.indices])
+        caches = kept[batch.unconditional]
+        columns, places = selected_columns(batch.recompute, batch.max_per_row)
         for cache in caches:
             cache.columns = columns
         input_ids, positions = batch.input_ids.gather(1, columns), _positions(batch).gather(1, columns)
         hidden = model.hidden_states(input_ids, positions, batch.key_mask, list(caches))
-        row, column = batch.where // batch.input_ids.size(1), batch.where % batch.input_ids.size(1)
-        return head_logits(model, hidden[row, slots[row, column]])
+        row, column = batch.indices // batch.input_ids.size(1), batch.indices % batch.input_ids.size(1)
+        return logits_in_chunks(model, hidden[row, places[row, column]])
 
     return logits
 
 
-def _positions(batch: ReadBatch) -> Tensor:
+def _positions(batch: LogitsBatch) -> Tensor:
     if batch.positions is not None:
         return batch.positions
     return torch.arange(batch.input_ids.size(1), device=batch.input_ids.device).expand_as(batch.input_ids)

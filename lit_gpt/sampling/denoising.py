@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_gpt.model.logits import LogitsFn, ReadBatch
+from lit_gpt.model.logits import LogitsBatch, LogitsFn
 from lit_gpt.randomness import Stream, uniform
 from lit_gpt.sampling.algorithms import ALGORITHMS, Candidates, greedy_count
 from lit_gpt.sampling.categorical import Drawing, Drawn, draw
@@ -188,8 +188,14 @@ class _Board:
             inside = self.clock.window(read > 0, sampling.cache == "dual", sampling.refresh)
             if inside is not None:
                 window, most = self._to_device(inside), int(inside.sum(1).max())
-        batch = ReadBatch(
-            self.input_ids, self.key_mask, canvas.prompt_mask, places, canvas.positions, window=window, most=most
+        batch = LogitsBatch(
+            self.input_ids,
+            self.key_mask,
+            canvas.prompt_mask,
+            places,
+            canvas.positions,
+            recompute=window,
+            max_per_row=most,
         )
         forbidden = None
         if sampling.min_new_tokens and sampling.stop_id is not None:

@@ -99,14 +99,14 @@ def table_logits(seed: int = 1) -> LogitsFn:
         masked = (batch.input_ids == 3)[:, -LENGTH:]
         numbers = (masked * 2 ** torch.arange(LENGTH)).sum(1)
         everything = torch.tensor(table[numbers.numpy()]).float()
-        yield everything.flatten(0, 1)[batch.where]
+        yield everything.flatten(0, 1)[batch.indices]
 
     return logits
 
 
 def brute_force(logits_fn: LogitsFn, target: tuple[int, ...]) -> float:
     """sum over k of (1/k) E over masks of k tokens of the masked tokens' cross-entropies, term by term."""
-    from lit_gpt.model.logits import ReadBatch
+    from lit_gpt.model.logits import LogitsBatch
 
     total = 0.0
     for k in range(1, LENGTH + 1):
@@ -114,7 +114,7 @@ def brute_force(logits_fn: LogitsFn, target: tuple[int, ...]) -> float:
         for chosen in itertools.combinations(range(LENGTH), k):
             ids = torch.tensor(target)
             ids[list(chosen)] = 3
-            batch = ReadBatch(ids[None], None, torch.zeros(1, LENGTH, dtype=torch.bool), torch.tensor(chosen))
+            batch = LogitsBatch(ids[None], None, torch.zeros(1, LENGTH, dtype=torch.bool), torch.tensor(chosen))
             log_p = next(logits_fn(batch)).log_softmax(1)
             sums.append(-sum(float(log_p[i, target[position]]) for i, position in enumerate(chosen)))
         total += float(np.mean(sums)) / k

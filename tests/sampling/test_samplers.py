@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
-from lit_gpt.model.logits import LogitsFn, ReadBatch, guided, model_logits
+from lit_gpt.model.logits import LogitsBatch, LogitsFn, guided, model_logits
 from lit_gpt.sampling.categorical import Drawing, draw
 from lit_gpt.sampling.denoising import denoise
 from lit_gpt.sampling.samplers import NextLogitsFn, extend, recomputed, sample, sample_states
@@ -56,7 +56,7 @@ def toy_mdm(joint: np.ndarray) -> LogitsFn:
     for known in itertools.product((*range(WORDS), None), repeat=LENGTH):
         index = tuple(TOY_MASK if word is None else word for word in known)
         table[index][:, :WORDS] = torch.from_numpy(np.log(conditionals(joint, known) + 1e-300))
-    return lambda batch: iter([table[tuple(batch.input_ids.T)].flatten(0, 1)[batch.where]])
+    return lambda batch: iter([table[tuple(batch.input_ids.T)].flatten(0, 1)[batch.indices]])
 
 
 def toy_arm(joint: np.ndarray) -> NextLogitsFn:
@@ -260,7 +260,7 @@ def test_guidance_is_the_formula() -> None:
     model = tiny(TransEncoder)
     canvas = masked_canvas(PROMPTS, [8, 8, 12], TINY.mask_id)
     where = (canvas.key_mask & ~canvas.prompt_mask).flatten().nonzero().squeeze(1)
-    batch = ReadBatch(canvas.input_ids, canvas.attention_mask(), canvas.prompt_mask, where, canvas.positions)
+    batch = LogitsBatch(canvas.input_ids, canvas.attention_mask(), canvas.prompt_mask, where, canvas.positions)
     args = (canvas.positions, canvas.attention_mask())
     with torch.no_grad():
         result = torch.cat(list(guided(model_logits(model), 0.7, TINY.mask_id)(batch)))
@@ -519,11 +519,11 @@ def test_a_partial_reading_is_the_full_one_while_nothing_changes() -> None:
     window = torch.zeros_like(canvas.key_mask)
     window[0, 8:11], window[1, 10:] = True, True
     where = window.flatten().nonzero().squeeze(1)
-    batch = ReadBatch(canvas.input_ids, canvas.attention_mask(), canvas.prompt_mask, where, canvas.positions)
+    batch = LogitsBatch(canvas.input_ids, canvas.attention_mask(), canvas.prompt_mask, where, canvas.positions)
     logits_fn = block_cached(model)
     with torch.no_grad():
         whole = torch.cat(list(logits_fn(batch)))
-        part = torch.cat(list(logits_fn(replace(batch, window=window))))
+        part = torch.cat(list(logits_fn(replace(batch, recompute=window))))
     torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-4)
 
 
