@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rank, _ = join_processes()
     answerer = Answerer.load(flags)
     scales = [guidance(name, getattr(flags, name), answerer.kind, _CFG) for name in ("cfg1", "cfg2")]
-    eos_id = answerer.writer.tokenizer.eos_id
-    rounds = [replace(how, cfg_scale=cfg, stop_id=eos_id) for how, cfg in zip(rounds, scales, strict=True)]
+    rounds = [replace(how, cfg_scale=cfg) for how, cfg in zip(rounds, scales, strict=True)]
     if not rank:
         answerer.warn_of_flags(flags, [prompt(question) for question in questions])
     settings = {
@@ -88,16 +87,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     path = Path(flags.output or f"out/gsm8k/{checkpoint_name(flags.ckpt_path)}.jsonl")
     file = AnswerFile(path, settings, ("index",), flags.existing, flags.batch_size)
-    answers = file.collect(questions, lambda batch: answer(answerer, rounds, batch))
+    answers = file.collect(questions, lambda batch: answer(answerer, rounds, flags.length, batch))
     if answers:
         print(f"answers: {path}\n{accuracy_line(answers)}\nAcc: {accuracy(answers)}")
 
 
 def samplings(flags: Flags, cfg_scale: float) -> Sampling:
-    """How a round is sampled; the end token is the tokenizer's, and comes with it."""
+    """How a round is sampled."""
     from lit_gpt.sampling.settings import Sampling
 
-    return Sampling(flags.length, flags.algorithm, flags.steps, flags.temperature, cfg_scale, flags.seed)
+    return Sampling(flags.algorithm, flags.steps, flags.temperature, cfg_scale, flags.seed)
 
 
 def prompt(question: Question) -> str:
@@ -105,7 +104,7 @@ def prompt(question: Question) -> str:
     return f"Question: {question['question']}"
 
 
-def answer(answerer: Answerer, rounds: list[Sampling], questions: list[Question]) -> list[dict[str, Any]]:
+def answer(answerer: Answerer, rounds: list[Sampling], length: int, questions: list[Question]) -> list[dict[str, Any]]:
     """Ask questions in both rounds, and judge what was written.
 
     A question that leaves no room has the empty text. A first text that, tokenized again, leaves none stands as it is.
@@ -115,7 +114,7 @@ def answer(answerer: Answerer, rounds: list[Sampling], questions: list[Question]
     decode = answerer.writer.tokenizer.decode
     # Each round has a random stream of its own.
     first_rows = [2 * question["index"] for question in questions]
-    first = answerer.complete([answerer.prompt_ids(prompt(one)) for one in questions], first_rows, rounds[0])
+    first = answerer.complete([answerer.prompt_ids(prompt(one)) for one in questions], first_rows, rounds[0], length)
     texts = [decode(ids or []) for ids in first]
     asked = [
         number
@@ -123,7 +122,7 @@ def answer(answerer: Answerer, rounds: list[Sampling], questions: list[Question]
         if ids is not None and (answerer.kind == "mdm" or extract_answer(texts[number]) is None)
     ]
     prompts = [answerer.prompt_ids(texts[number]) for number in asked]
-    second = answerer.complete(prompts, [first_rows[number] + 1 for number in asked], rounds[1])
+    second = answerer.complete(prompts, [first_rows[number] + 1 for number in asked], rounds[1], length)
     for number, ids in zip(asked, second, strict=True):
         texts[number] = texts[number] if ids is None else decode(ids)
     found = [extract_answer(text) for text in texts]

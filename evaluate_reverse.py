@@ -61,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--qs_type {flags.qs_type}: choose ntd (name to description) or dtn (description to name)")
     check_flags(flags, ("steps", "length", "batch_size", "limit"))
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once.
-    how = Sampling(flags.length, flags.algorithm, flags.steps, 0.0, flags.cfg or 0.0, flags.seed)
+    how = Sampling(flags.algorithm, flags.steps, 0.0, flags.cfg or 0.0, flags.seed)
     paths = question_files(Path(flags.data_dir), flags.qs_type)
     questions = read_both(paths, flags.limit)
     rank, _ = join_processes()
     answerer = Answerer.load(flags)
     cfg_scale = guidance("cfg", flags.cfg, answerer.kind, _CFG)
-    how = replace(how, cfg_scale=cfg_scale, stop_id=answerer.writer.tokenizer.eos_id)
+    how = replace(how, cfg_scale=cfg_scale)
     if not rank:
         answerer.warn_of_flags(flags, [question["prompt"] for question in questions])
     settings = {
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = Path(flags.output or f"out/reverse/{checkpoint_name(flags.ckpt_path)}-{flags.qs_type}.jsonl")
     verdict = ("correct", "bleu")
     file = AnswerFile(path, settings, ("direction", "index"), flags.existing, flags.batch_size, verdict)
-    answers = file.collect(questions, lambda batch: answer(answerer, how, batch))
+    answers = file.collect(questions, lambda batch: answer(answerer, how, flags.length, batch))
     if answers:
         print(f"answers: {path}")
         report(flags.qs_type, answers)
@@ -115,14 +115,15 @@ def read_both(paths: tuple[Path, Path], limit: int | None) -> list[Question]:
     ]
 
 
-def answer(answerer: Answerer, how: Sampling, questions: list[Question]) -> list[dict[str, Any]]:
+def answer(answerer: Answerer, how: Sampling, length: int, questions: list[Question]) -> list[dict[str, Any]]:
     """Ask questions and judge what is written behind them, up to the end token; nothing where there is no room."""
     from lit_gpt.evaluation.reversal import DIRECTIONS, character_bleu, is_right
 
     prompts = [answerer.prompt_ids(question["prompt"]) for question in questions]
     rows = [2 * question["index"] + DIRECTIONS.index(question["direction"]) for question in questions]
     answers = []
-    for question, prompt, ids in zip(questions, prompts, answerer.complete(prompts, rows, how), strict=True):
+    finished = answerer.complete(prompts, rows, how, length)
+    for question, prompt, ids in zip(questions, prompts, finished, strict=True):
         text, reference = answerer.text_behind(prompt, ids), question["completion"]
         verdict = {"correct": is_right(reference, text), "bleu": character_bleu(reference, text)}
         answers.append({**question, "generation": text, **verdict})

@@ -12,11 +12,12 @@ after Ctrl-C or a kill the same command goes on. The last line is `{answer_file}
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -87,24 +88,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = Bench(flags.bench_name)
     questions = read_questions(bench.questions, flags.question_begin, flags.question_end)
     path = Path(flags.answer_file) if flags.answer_file else bench.answers(flags.model_id)
-    sampling = Sampling(flags.max_new_token, steps=flags.steps, cfg_scale=flags.cfg_scale)
+    sampling = Sampling(steps=flags.steps, cfg_scale=flags.cfg_scale)
 
     from lit_gpt.devices import join_processes
     from lit_gpt.evaluation.result_file import ResultFile
 
     rank, processes = join_processes()
     answerer = _load(flags)
-    sampling = _fitting(answerer, sampling, questions, rank)
+    length = _fitting_length(answerer, flags.max_new_token, questions, rank)
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         answers, todo = None, questions
         if not rank:
-            settings = _settings(flags, answerer, sampling)
+            settings = _settings(flags, answerer, sampling, length)
             answers = ResultFile(path, settings, lambda line: line["question_id"], flags.existing)
             stack.enter_context(answers)
             todo = [question for question in questions if question.question_id not in answers]
         try:
-            _answer_all(flags, answerer, sampling, _from_first(todo, processes), answers)
+            ask = functools.partial(_answers, answerer, length)
+            _answer_all(flags, ask, sampling, _from_first(todo, processes), answers)
         except KeyboardInterrupt:
             there = sum(answers is not None and question.question_id in answers for question in questions)
             line = f"interrupted: {there} of {len(questions)} answers are in {path}; the same command goes on"
@@ -165,37 +167,39 @@ def _load(flags: Flags) -> Answerer:
     return Answerer(Writer(model, load_tokenizer(path, model, record, flags.tokenizer)), dtype)
 
 
-def _fitting(answerer: Answerer, sampling: Sampling, questions: Sequence[Question], rank: int) -> Sampling:
-    """Settings that the model can follow: no context longer than it reads. Names questions without room for an answer."""
+def _fitting_length(answerer: Answerer, wanted: int, questions: Sequence[Question], rank: int) -> int:
+    """A context length that the model can read. Names questions without room for an answer."""
     from lit_gpt.evaluation.mt_bench.bench import some
 
-    limit, wanted = answerer.writer.model.config.block_size, sampling.context_length
-    assert isinstance(wanted, int)
+    limit = answerer.writer.model.config.block_size
     if wanted > limit and not rank:
         warn(f"--max-new-token {wanted}: this model reads {limit} tokens, which is the limit now")
     length = min(wanted, limit)
-    sampling = replace(sampling, context_length=length, stop_id=answerer.writer.tokenizer.eos_id)
-    long = [one.question_id for one in questions if len(_prompt(answerer, one, sampling)) >= length]
+    long = [one.question_id for one in questions if len(_prompt(answerer, one)) >= length]
     if long and not rank:
         warn(f"{len(long)} questions leave no room in {length} tokens, their answers stay empty: {some(long)}")
-    return sampling
+    return length
 
 
-def _prompt(answerer: Answerer, question: Question, sampling: Sampling) -> list[int]:
+def _prompt(answerer: Answerer, question: Question) -> list[int]:
     """A question's first turn in the template of fine-tuning."""
-    return answerer.writer.request(question.turns[0], sampling, chat=True).row
+    return answerer.writer.request(question.turns[0], answerer.writer.model.config.block_size, chat=True).row
 
 
-def _settings(flags: Flags, answerer: Answerer, sampling: Sampling) -> dict[str, Any]:
+def _settings(flags: Flags, answerer: Answerer, sampling: Sampling, length: int) -> dict[str, Any]:
     """Everything that changes an answer."""
-    how: dict[str, Any] = {"context_length": sampling.context_length, "choices": flags.num_choices}
+    how: dict[str, Any] = {"context_length": length, "choices": flags.num_choices}
     if answerer.kind == "mdm":
         how |= {"steps": sampling.steps, "cfg_scale": sampling.cfg_scale}
     return {"model_id": flags.model_id, **answerer.identity(), **how}
 
 
 def _answer_all(
-    flags: Flags, answerer: Answerer, sampling: Sampling, todo: Sequence[Question], answers: ResultFile | None
+    flags: Flags,
+    ask: Callable[[Sequence[Question], Sampling], list[str]],
+    sampling: Sampling,
+    todo: Sequence[Question],
+    answers: ResultFile | None,
 ) -> None:
     """Answer a batch in each process, gather, write, until all is done; `answers` is the first process's."""
     from tqdm import tqdm
@@ -208,7 +212,7 @@ def _answer_all(
     pause_s = 0.1 if sys.stderr.isatty() else 30
     with tqdm(total=len(todo), desc="questions", disable=rank > 0, mininterval=pause_s) as bar:
         for batch in _rounds(todo, flags.batch_size, rank, processes):
-            choices = [_answers(answerer, batch, replace(sampling, seed=seed)) for seed in range(flags.num_choices)]
+            choices = [ask(batch, replace(sampling, seed=seed)) for seed in range(flags.num_choices)]
             texts = zip(*choices, strict=True)
             lines = [answer_line(question, flags.model_id, own) for question, own in zip(batch, texts, strict=True)]
             for line in _to_first(lines, rank, processes):
@@ -224,12 +228,12 @@ def _rounds(todo: Sequence[Value], batch_size: int, rank: int, processes: int) -
         yield todo[own : own + batch_size]
 
 
-def _answers(answerer: Answerer, questions: Sequence[Question], sampling: Sampling) -> list[str]:
+def _answers(answerer: Answerer, length: int, questions: Sequence[Question], sampling: Sampling) -> list[str]:
     """One answer to each first turn, up to the end token; empty where there is no room for one."""
-    prompts = [_prompt(answerer, question, sampling) for question in questions]
+    prompts = [_prompt(answerer, question) for question in questions]
     # A row's number decides its random stream: the question's own, so that the batch does not matter.
     rows = [question.question_id for question in questions]
-    finished = answerer.complete(prompts, rows, sampling)
+    finished = answerer.complete(prompts, rows, sampling, length)
     return [answerer.text_behind(prompt, ids).strip() for prompt, ids in zip(prompts, finished, strict=True)]
 
 

@@ -241,7 +241,7 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
         return done
 
     from lit_gpt.checkpoints.weights import load_model
-    from lit_gpt.sampling import samplers
+    from lit_gpt.sampling.sample import sample_states
     from lit_gpt.sampling.settings import Sampling
     from lit_gpt.tokenizer import Tokenizer
     from lit_gpt.ui import plots
@@ -251,14 +251,12 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
     validation = (out / "text" / "validation.txt").read_text()
     prompt = validation.lstrip().split("\n", 1)[0] + "\n" if flags.prompt is None else flags.prompt
     ids = tokenizer.encode_ids(prompt)
-    how = Sampling(
-        flags.block_size, "origin", flags.sampling_steps, flags.temperature, seed=flags.seed, stop_id=tokenizer.eos_id
-    )
+    how = Sampling("origin", flags.sampling_steps, flags.temperature, seed=flags.seed)
     texts, rates = {}, {}
     for kind in KINDS:
         model, _ = load_model(settings["models"][kind]["export"], kind=kind)
         started = time.perf_counter()
-        states = list(samplers.sample_states(model, [ids], how))
+        states = list(sample_states(model, [ids], how, flags.block_size, tokenizer.eos_id))
         rates[kind] = (flags.block_size - len(ids)) / (time.perf_counter() - started)
         texts[kind] = tokenizer.decode(states[-1].tokens()[0])
         console.print(f"  a sample of the {NAMES[kind]}, {rates[kind]:,.0f} tokens/s:", style="bold")

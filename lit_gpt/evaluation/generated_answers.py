@@ -25,7 +25,7 @@ from lit_gpt.devices import choose_device, is_out_of_memory, join_processes
 from lit_gpt.evaluation.lm_adapter import evaluation_dtype
 from lit_gpt.evaluation.result_file import EXISTING, ResultFile
 from lit_gpt.evaluation.settings import AnswerFlags
-from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import valid_text
 from lit_gpt.ui.completion import Writer
@@ -170,13 +170,16 @@ class Answerer:
         if long:
             warn(f"{long} of {len(prompts)} questions leave no room in --length {flags.length}: they count as wrong")
 
-    def complete(self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling) -> list[list[int] | None]:
-        """Complete a batch of prompts.
+    def complete(
+        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, length: int
+    ) -> list[list[int] | None]:
+        """Complete a batch of prompts, up to the tokenizer's end token.
 
         Args:
             prompts: token ids of each.
-            rows: each row's number, as `sampling.sample`.
-            sampling: with one context length for all.
+            rows: each row's number, as `sample`.
+            sampling: how.
+            length: tokens of each finished row, prompt included.
 
         Returns:
             Each finished row's ids, prompt included; None where the prompt leaves no room for a token.
@@ -184,8 +187,6 @@ class Answerer:
         Raises:
             ValueError: the batch does not fit into memory.
         """
-        length = sampling.context_length
-        assert isinstance(length, int)
         finished: list[list[int] | None] = [None] * len(prompts)
         has_room = [number for number, prompt in enumerate(prompts) if len(prompt) < length]
         if not has_room:
@@ -194,7 +195,8 @@ class Answerer:
         kind = next(model.parameters()).device.type
         try:
             with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-                ids = sample(model, [prompts[n] for n in has_room], sampling, [rows[n] for n in has_room])
+                fitting, numbers = [prompts[n] for n in has_room], [rows[n] for n in has_room]
+                ids = sample(model, fitting, sampling, length, self.writer.tokenizer.eos_id, numbers)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -8,6 +8,7 @@ how it samples is a `Sampling`.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -48,8 +49,7 @@ def sample(
     Raises:
         ValueError: as `sample_states`.
     """
-    for state in sample_states(model, prompts, sampling, context_length, stop_id, rows):
-        pass
+    (state,) = deque(sample_states(model, prompts, sampling, context_length, stop_id, rows), maxlen=1)
     return state.tokens()
 
 

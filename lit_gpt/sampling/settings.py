@@ -36,7 +36,7 @@ def setting(
     """
     kind = "mdm" if algorithm else kind
     owner = ", ".join(filter(None, (kind and kind.upper(), algorithm)))
-    metadata = {"help": f"{owner}: {text}" if owner else text[0].upper() + text[1:]}
+    metadata: dict[str, Any] = {"help": f"{owner}: {text}" if owner else text[0].upper() + text[1:]}
     metadata |= {"text": text, "kind": kind, "algorithm": algorithm, "needs": needs}
     return field(default=default, metadata=metadata | {"choices": choices, "bounds": bounds})
 

@@ -9,7 +9,7 @@ and below.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lit_gpt.checkpoints.weights import load_model, load_tokenizer
@@ -30,8 +30,8 @@ class Request:
 
     row: list[int]
     """Token ids; [MASK] at gaps."""
-    sampling: Sampling
-    """With the context length of this row."""
+    context_length: int
+    """Tokens of the finished row."""
     start: int
     """Where the shown text begins: 0, or in a chat behind the question."""
 
@@ -67,38 +67,34 @@ class Writer:
         """`arm` or `mdm`."""
         return self.model.kind
 
-    def request(self, text: str, sampling: Sampling, gap: int = DEFAULT_GAP, chat: bool = False) -> Request:
+    def request(self, text: str, context_length: int, gap: int = DEFAULT_GAP, chat: bool = False) -> Request:
         """Turn typed text into tokens.
 
         Args:
             text: a prompt, a text with gaps for an MDM, or a question.
-            sampling: how; its context length is the limit, and where a prompt's row ends.
+            context_length: the limit, and where a prompt's row ends.
             gap: tokens of a gap without a number.
             chat: put the text into the chat template.
 
         Raises:
             ValueError: gaps of no token, or more of them than the context has room for.
         """
-        sampling = replace(sampling, stop_id=self.tokenizer.eos_id)
         if chat:
             row = [self.tokenizer.bos_id, *self.tokenizer.encode_ids(CHAT.format(question=text))]
-            return Request(row, sampling, len(row))
+            return Request(row, context_length, len(row))
         row = infill_row(text, self.tokenizer, self.model.config.mask_id, gap)
         if not row and isinstance(self.model, GPT):
             row = [self.tokenizer.bos_id]
-        limit = sampling.context_length
         # A row that is too long keeps the limit: the sampler's error says both.
-        if has_gaps(text) and isinstance(limit, int) and len(row) < limit:
-            sampling = replace(sampling, context_length=len(row))
-        return Request(row, sampling, 0)
+        return Request(row, min(len(row), context_length) if has_gaps(text) else context_length, 0)
 
-    def states(self, request: Request) -> Iterator[State]:
+    def states(self, request: Request, sampling: Sampling) -> Iterator[State]:
         """Write: one state before the first step and one after each.
 
         Raises:
             ValueError: as `infill_states`, before anything is written.
         """
-        return infill_states(self.model, [request.row], request.sampling)
+        return infill_states(self.model, [request.row], sampling, request.context_length, self.tokenizer.eos_id)
 
     def watch(self, request: Request) -> RowWatch:
         """A watch on the row of a request, to be given its states."""

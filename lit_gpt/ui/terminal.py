@@ -52,6 +52,7 @@ class Session:
 
     writer: Writer
     sampling: Sampling
+    context_length: int
     manner: Manner
     console: Console
     turns: int = field(default=0, init=False)
@@ -83,8 +84,8 @@ class Session:
             ValueError: the text does not fit the model or its context.
             Interrupted: by Ctrl-C; what was there is shown and saved.
         """
-        request = self.writer.request(text, self.sampling, self.manner.gap, self.manner.chat)
-        states = self.writer.states(request)
+        request = self.writer.request(text, self.context_length, self.manner.gap, self.manner.chat)
+        states = self.writer.states(request, self.sampling)
         self.turns += 1
         seen: list[State] = []
         stopped = False
@@ -135,7 +136,7 @@ class Session:
             for state in states:
                 seen.append(state)
                 if watch.see(state):
-                    live.update(_view(watch.denoising(), request.sampling.steps), refresh=True)
+                    live.update(_view(watch.denoising(), self.sampling.steps), refresh=True)
                     time.sleep(self.manner.delay)
 
     # --- afterwards ---------------------------------------------------------------------------------------------------

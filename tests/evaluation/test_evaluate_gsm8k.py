@@ -20,7 +20,8 @@ from lit_gpt import cli
 from lit_gpt.checkpoints.export import WeightsRecord, export_weights
 from lit_gpt.config import Config
 from lit_gpt.diffusion import forward_process, masking_probability
-from lit_gpt.evaluation.generated_answers import Answerer, checkpoint_name, wilson_interval
+from lit_gpt.evaluation import generated_answers
+from lit_gpt.evaluation.generated_answers import checkpoint_name, wilson_interval
 from lit_gpt.evaluation.gsm8k import extract_answer, is_small_arithmetic, normalised, same_answer
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.settings import Sampling
@@ -168,7 +169,8 @@ class Scripted:
     def prompt_ids(self, text):
         return [1, *map(ord, text)]
 
-    def complete(self, prompts, rows, sampling):
+    def complete(self, prompts, rows, sampling, length):
+        assert length == 64
         texts = [self.writer.tokenizer.decode(ids) for ids in prompts]
         self.calls.append((texts, list(rows), sampling.cfg_scale))
         said = [self.script[text] for text in texts]
@@ -178,8 +180,8 @@ class Scripted:
 def asked(kind, script):
     answerer = Scripted(kind, script)
     questions = [{"index": 3, "question": "a", "target": "4"}, {"index": 7, "question": "b", "target": "5"}]
-    rounds = [Sampling(64, cfg_scale=0.1), Sampling(64, cfg_scale=0.2)]
-    return answerer.calls, answer(answerer, rounds, questions)
+    rounds = [Sampling(cfg_scale=0.1), Sampling(cfg_scale=0.2)]
+    return answerer.calls, answer(answerer, rounds, 64, questions)
 
 
 def test_an_mdm_is_asked_twice():
@@ -403,15 +405,16 @@ def test_answers_of_other_settings_are_not_mixed(evaluating, tmp_path):
 def test_the_published_settings(folder, evaluating, tmp_path, monkeypatch):
     seen = []
 
-    def complete(self, prompts, rows, sampling):
-        seen.append((sampling, self.dtype))
-        return [[*prompt, 70] for prompt in prompts]
+    def sample(model, prompts, sampling, length, stop_id, rows):
+        assert (length, stop_id) == (LENGTH, eos_id)
+        seen.append((sampling, "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"))
+        return [torch.tensor([*prompt, 70]) for prompt in prompts]
 
-    monkeypatch.setattr(Answerer, "complete", complete)
+    monkeypatch.setattr(generated_answers, "sample", sample)
     eos_id = Tokenizer(folder / "tokenizer").eos_id
     for model, scales in (("mdm", (0.1, 0.1)), ("arm", (0.0, 0.0))):
         assert evaluating(model, "--output", str(tmp_path / f"{model}.jsonl"))[0] == 0
-        published = Sampling(LENGTH, "greddy", steps=256, temperature=0.1, seed=1234, stop_id=eos_id)
+        published = Sampling("greddy", steps=256, temperature=0.1, seed=1234)
         assert seen == [(replace(published, cfg_scale=scale), "float32") for scale in scales]
         seen.clear()
     words = ("--cfg1", "0.3", "--cfg2", "0.4", "--dtype", "bfloat16", "--output", str(tmp_path / "other.jsonl"))

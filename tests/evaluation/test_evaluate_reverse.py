@@ -9,13 +9,15 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaluate_reverse import Flags, main
 from lit_gpt import cli
 from lit_gpt.checkpoints.weights import load_model
+from lit_gpt.evaluation import generated_answers
 from lit_gpt.evaluation.generated_answers import Answerer
 from lit_gpt.evaluation.reversal import DATA_DIR, FILES, character_bleu, is_right
-from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
 from tests.support.small_models import export_both
@@ -153,10 +155,10 @@ def test_the_generation_is_the_text_behind_the_prompt(kind, models, evaluating, 
     path = tmp_path / "a.jsonl"
     assert evaluating(kind, "--output", str(path), "--steps", "5")[0] == 0
     model, tokenizer = load_model(models[kind])[0], Tokenizer(models["tokenizer"])
-    how = Sampling(LENGTH, "greedy", 5, 0.0, 0.8 if kind == "mdm" else 0.0, stop_id=tokenizer.eos_id)
+    how = Sampling("greedy", 5, 0.0, 0.8 if kind == "mdm" else 0.0)
     for one in answers_of(path):
         prompt = [tokenizer.bos_id, *tokenizer.encode_ids(one["prompt"])]
-        ids = sample(model, [prompt], how)[0].tolist()[len(prompt) :]
+        ids = sample(model, [prompt], how, LENGTH, tokenizer.eos_id)[0].tolist()[len(prompt) :]
         end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else None
         assert one["generation"] == tokenizer.decode(ids[:end])
 
@@ -164,7 +166,7 @@ def test_the_generation_is_the_text_behind_the_prompt(kind, models, evaluating, 
 def test_what_stands_behind_the_end_token_is_not_read(models, evaluating, tmp_path, monkeypatch):
     tokenizer, path = Tokenizer(models["tokenizer"]), tmp_path / "a.jsonl"
 
-    def complete(self, prompts, rows, sampling):
+    def complete(self, prompts, rows, sampling, length):
         return [
             prompt + tokenizer.encode("Somebody").tolist() + tokenizer.encode("Rudi Pask").tolist()
             for prompt in prompts
@@ -235,15 +237,15 @@ def test_answers_of_other_settings_are_not_mixed(evaluating, tmp_path):
 def test_the_published_settings(models, evaluating, tmp_path, monkeypatch):
     seen = []
 
-    def complete(self, prompts, rows, sampling):
-        seen.append(sampling)
-        return [None] * len(prompts)
+    def sample(model, prompts, sampling, length, stop_id, rows):
+        seen.append((sampling, length, stop_id))
+        return [torch.tensor(prompt) for prompt in prompts]
 
-    monkeypatch.setattr(Answerer, "complete", complete)
+    monkeypatch.setattr(generated_answers, "sample", sample)
     eos_id = Tokenizer(models["tokenizer"]).eos_id
     for kind, scale in (("mdm", 0.8), ("arm", 0.0)):
         assert evaluating(kind, "--length", "52", "--output", str(tmp_path / f"{kind}.jsonl"))[0] == 0
-        assert seen == [Sampling(52, "greddy", 32, 0.0, scale, 1234, eos_id)]
+        assert seen == [(Sampling("greddy", 32, 0.0, scale, 1234), 52, eos_id)]
         seen.clear()
     assert Flags().length == 52 and Flags().data_dir == DATA_DIR
 
