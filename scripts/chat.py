@@ -65,19 +65,19 @@ def main() -> None:
     from rich.console import Console
 
     from lit_gpt.ui.completion import Writer
-    from lit_gpt.ui.terminal import Manner, Session
+    from lit_gpt.ui.terminal import TerminalSession, TerminalSettings
 
     writer = Writer.load(flags.ckpt_path, flags.model, flags.tokenizer, flags.device)
     if writer.kind == "arm" and Path(flags.save or "").suffix in _PICTURES:
         raise ValueError(f"--save {flags.save}: a picture shows masks, which an ARM has none of; give FILE.jsonl")
     _warn_of_unused(flags, writer.kind)
-    manner = Manner(flags.gap, flags.chat, flags.delay, flags.snapshots, flags.save)
     length = writer.model.config.block_size if flags.context_length is None else flags.context_length
-    session = Session(writer, Sampling.of(flags), length, manner, Console(highlight=False))
+    shown = TerminalSettings(flags.gap, flags.chat, flags.delay, flags.snapshots, flags.save)
+    session = TerminalSession(writer, Sampling.of(flags), length, shown, Console(highlight=False))
     if flags.prompt is not None:
         session.complete(flags.prompt)
     else:
-        session.converse()
+        session.complete_lines()
 
 
 def _check(flags: Flags) -> None:

@@ -165,7 +165,7 @@ def train(kind: str, flags: Flags, out: Path, settings: dict[str, Any], console:
     stage, done = _stage(out, kind, settings, console, f"{number}/6 train the {NAMES[kind]}")
     if done is not None:
         return done
-    from lit_gpt.ui.display import TrainingProgress
+    from lit_gpt.ui.training_progress import TrainingProgress
 
     folder = stage.folder
     flag_values = {
@@ -222,9 +222,9 @@ def draw_losses(results: dict[str, dict[str, Any]], out: Path) -> None:
         return
 
     from lit_gpt.config import Config
-    from lit_gpt.ui.plots import plot_losses, short_count
+    from lit_gpt.ui.plots import format_count, plot_losses
 
-    tokens = short_count(results["arm"]["total_tokens"])
+    tokens = format_count(results["arm"]["total_tokens"])
     size = Config.from_dict(results["arm"]["config"]).size_in_millions
     title = f"An ARM and an MDM of {size:.3g}M parameters (embeddings apart), {tokens} tokens each"
     plot_losses([loss_curve(kind, result) for kind, result in results.items()], title, path)
@@ -244,8 +244,8 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
     from lit_gpt.sampling.sample import sample_states
     from lit_gpt.sampling.settings import Sampling
     from lit_gpt.tokenizer import Tokenizer
-    from lit_gpt.ui import plots
-    from lit_gpt.ui.display import Denoising, indented
+    from lit_gpt.ui.trajectory import DenoisingTrajectory, indented
+    from lit_gpt.ui.trajectory_images import animate_trajectory, draw_trajectory
 
     tokenizer = Tokenizer(out / "tokenizer")
     validation = (out / "text" / "validation.txt").read_text()
@@ -261,11 +261,11 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
         texts[kind] = tokenizer.decode(states[-1].tokens()[0])
         console.print(f"  a sample of the {NAMES[kind]}, {rates[kind]:,.0f} tokens/s:", style="bold")
         if kind == "mdm":
-            denoising = Denoising.from_states(states, 0, model.config.mask_id, tokenizer)
-            show_denoising(denoising, console)
-            plots.draw_denoising(denoising, "How the MDM wrote its text", out / "denoising.png")
-            plots.animate_denoising(denoising, out / "denoising.gif")
-            (stage.folder / "denoising.json").write_text(json.dumps(denoising.to_dict()))
+            trajectory = DenoisingTrajectory.from_states(states, 0, model.config.mask_id, tokenizer)
+            show_denoising(trajectory, console)
+            draw_trajectory(trajectory, "How the MDM wrote its text", out / "denoising.png")
+            animate_trajectory(trajectory, out / "denoising.gif")
+            (stage.folder / "denoising.json").write_text(json.dumps(trajectory.to_dict()))
         else:
             console.print(indented(texts[kind]), markup=False, soft_wrap=True)
     written = "\n\n".join(f"=== {NAMES[kind]} ===\n{text}" for kind, text in texts.items())
@@ -275,18 +275,18 @@ def sample(flags: Flags, out: Path, settings: dict[str, Any], console: Console) 
 
 def show_denoising(denoising: Any, console: Console) -> None:
     """Text emerging from masks: moving on a terminal, some snapshots elsewhere."""
-    from lit_gpt.ui.display import print_snapshots
+    from lit_gpt.ui.trajectory import print_trajectory
 
     if not console.is_terminal:
-        print_snapshots(denoising, console, _SNAPSHOTS)
+        print_trajectory(denoising, console, _SNAPSHOTS)
         return
 
     from rich.live import Live
     from rich.padding import Padding
 
     with Live(console=console, auto_refresh=False) as live:
-        for step in denoising.snapshots(denoising.steps):
-            live.update(Padding(denoising.rich(step), (0, 0, 0, 2)), refresh=True)
+        for step in denoising.select_steps(denoising.steps):
+            live.update(Padding(denoising.styled_text(step), (0, 0, 0, 2)), refresh=True)
             time.sleep(4 / denoising.steps)
 
 

@@ -353,7 +353,7 @@ def write_report(flags: Flags, commands: list[str], results: dict[str, list[dict
     """A table, a picture and the commands, for people."""
     from lit_gpt.evaluation.generated_answers import wilson_interval
     from lit_gpt.files import make_folder
-    from lit_gpt.ui.plots import plot_shares
+    from lit_gpt.ui.plots import plot_accuracies
     from lit_gpt.versions import commit
 
     folder = Path(flags.docs)
@@ -366,7 +366,7 @@ def write_report(flags: Flags, commands: list[str], results: dict[str, list[dict
         for kind in KINDS
     }
     picture = folder / "reverse_curse.png"
-    plot_shares(panels, "Who was described? Right answers by optimizer step", picture)
+    plot_accuracies(panels, "Who was described? Right answers by optimizer step", picture)
     asked = (flags.people + 1) // 2, flags.people // 2
     rows = ["| read in | asked for | ARM | MDM |", "| --- | --- | --- | --- |"]
     for number, (people, direction) in enumerate(QUESTIONS):

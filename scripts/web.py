@@ -221,7 +221,7 @@ class Job:
 
     def step(self) -> dict[str, Any] | None:
         """The next state, or None; a change is [position, text or None for a mask, confidence, token id]."""
-        from lit_gpt.ui.display import token_texts
+        from lit_gpt.ui.trajectory import token_texts
 
         state = next(self._states, None)
         if state is None:

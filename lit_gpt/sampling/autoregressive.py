@@ -52,42 +52,33 @@ def extend(
         ValueError: the model's logits are no finite numbers; said when a state's tokens are looked at, or at the end.
     """
     device, how = canvas.input_ids.device, Drawing(sampling.temperature, sampling.top_k, sampling.top_p)
-    input_ids, key_mask, confidence = canvas.input_ids, canvas.key_mask, canvas.prompt_mask.float()
-    positions = canvas.positions
+    input_ids, positions, key_mask = canvas.input_ids, canvas.positions, canvas.key_mask
+    confidence, finite = canvas.prompt_mask.float(), torch.ones((), dtype=torch.bool, device=device)
     limit = torch.tensor(list(new_tokens), device=device)
-    open_rows = limit > 0
-    state = State(0, input_ids, confidence, key_mask)
-    yield state
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    unseen = input_ids.size(1)
-    everyone = torch.ones(len(limit), 1, dtype=torch.bool, device=device)
+    unfinished, unseen, forbidden, uniforms = limit > 0, input_ids.size(1), None, None
+    yield State(0, input_ids, confidence, key_mask)
     for step in range(max(new_tokens, default=0)):
-        if not bool(open_rows.any()):
+        if not bool(unfinished.any()):
             break
         logits = logits_fn(input_ids[:, -unseen:], positions[:, -unseen:], None if bool(key_mask.all()) else key_mask)
         position = positions[:, -1:] + 1
-        # A token's key is its position in the row, not the step: a longer prompt beside it changes nothing.
-        uniforms = None
         if sampling.temperature:
+            # A token's key is its position in the row, not the step: a longer prompt beside it changes nothing.
             uniforms = uniform(sampling.seed, int(Stream.SAMPLER), 0, canvas.rows, position[:, 0], TOKEN)
-        forbidden = None
-        if step < sampling.min_new_tokens and stop_id is not None:
-            forbidden = everyone[:, 0], stop_id
-        drawn = draw(iter([logits[:, -1]]), uniforms, how, vocab_size, forbidden)
-        token_ids, probability, finite = drawn.token_ids, drawn.confidence, finite & drawn.finite
-        written = open_rows[:, None]
-        input_ids = torch.cat((input_ids, torch.where(written, token_ids[:, None], 0)), 1)
-        confidence = torch.cat((confidence, torch.where(written, probability[:, None].float(), 0)), 1)
-        # A row that has stopped stays where it is: its position may not run out of the block.
-        positions = torch.cat((positions, torch.where(written, position, 0)), 1)
-        key_mask = torch.cat((key_mask, written), 1)
-        open_rows = open_rows & (limit > step + 1)
         if stop_id is not None:
-            open_rows = open_rows & (token_ids != stop_id)
-        unseen = 1
-        state = State(step + 1, input_ids, confidence, key_mask, finite)
-        yield state
-    state.check()
+            forbidden = torch.full_like(unfinished, step < sampling.min_new_tokens), stop_id
+        drawn = draw(iter([logits[:, -1]]), uniforms, how, vocab_size, forbidden)
+        written = unfinished[:, None]
+        # A row that has stopped stays where it is: its position may not run out of the block.
+        input_ids = torch.cat((input_ids, torch.where(written, drawn.token_ids[:, None], 0)), 1)
+        positions = torch.cat((positions, torch.where(written, position, 0)), 1)
+        confidence = torch.cat((confidence, torch.where(written, drawn.confidence[:, None].float(), 0)), 1)
+        key_mask, finite, unseen = torch.cat((key_mask, written), 1), finite & drawn.finite, 1
+        unfinished = unfinished & (limit > step + 1)
+        if stop_id is not None:
+            unfinished = unfinished & (drawn.token_ids != stop_id)
+        yield State(step + 1, input_ids, confidence, key_mask, finite)
+    State(0, input_ids, confidence, key_mask, finite).check()
 
 
 def cached(model: GPT, batch: int, capacity: int) -> NextLogitsFn:

@@ -2,8 +2,7 @@
 
 Decisions: a prompt is read as the tokenizer gives it, without bos, like the documents in training; an ARM's empty prompt
 is bos, since it cannot start from nothing. A chat is one question in the template of fine-tuning, in which underscores
-are plain text. Whoever shows the states (a terminal, a page) uses `Writer`. May import weights, infill, display, runtime
-and below.
+are plain text. Whoever shows the states (a terminal, a page) uses `Writer`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from lit_gpt.sampling.infill import DEFAULT_GAP, has_gaps, infill_row, infill_st
 from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.ui.display import RowWatch
+from lit_gpt.ui.trajectory import TrajectoryRecorder
 
 
 @dataclass(frozen=True)
@@ -96,17 +95,17 @@ class Writer:
         """
         return infill_states(self.model, [request.row], sampling, request.context_length, self.tokenizer.eos_id)
 
-    def watch(self, request: Request) -> RowWatch:
-        """A watch on the row of a request, to be given its states."""
-        return RowWatch(self.model.config.mask_id, self.tokenizer, start=request.start)
+    def recorder(self, request: Request) -> TrajectoryRecorder:
+        """The recorder of a request's row, to be given its states."""
+        return TrajectoryRecorder(self.model.config.mask_id, self.tokenizer, start=request.start)
 
     def text(self, state: State, request: Request) -> str:
-        """The text on a state, masks as `display.PLAIN_MASK`; in a chat the answer alone, up to its end token."""
+        """The text on a state, masks as `trajectory.PLAIN_MASK`; in a chat the answer alone, up to its end token."""
         ids = state.tokens()[0][request.start :].tolist()
         if self.model.config.mask_id in ids:
-            watch = self.watch(request)
-            watch.see(state)
-            return watch.denoising().plain(state.step)
+            recorder = self.recorder(request)
+            recorder.add(state)
+            return recorder.trajectory().plain_text(state.step)
         if request.start and self.tokenizer.eos_id in ids:
             ids = ids[: ids.index(self.tokenizer.eos_id)]
         return self.tokenizer.decode(ids)

@@ -1,8 +1,7 @@
 """What any file or folder of the project is, as one dictionary: kind, size, settings, tokens, hash.
 
-Decisions: what a thing is follows from its contents, not from its name; a broken file is described as far as it goes,
-with the reason; hashes are computed from the bytes, never copied from a record. May import checkpoint_files, export,
-weights, packed data, the tokenizer, files and config.
+What a path is follows from its contents, not from its name; a broken file is described as far as it can be read, with
+the reason; hashes are computed from the bytes, never copied from a record.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ _EXPECTED = (
 )
 
 
-def describe(path: Path | str) -> dict[str, Any]:
-    """Say what a path is.
+def path_info(path: Path | str) -> dict[str, Any]:
+    """What a path is, and what there is to say about it.
 
     Args:
         path: a file or folder.
@@ -272,6 +271,6 @@ def _tokenizer(path: Path) -> dict[str, Any]:
     }
 
 
-def to_json(described: dict[str, Any]) -> str:
-    """The description as JSON text; what JSON does not know (dtypes in published settings ...) as text."""
-    return json.dumps(described, indent=1, default=str)
+def info_as_json(info: dict[str, Any]) -> str:
+    """The information as JSON text; what JSON does not know (dtypes in published settings ...) as text."""
+    return json.dumps(info, indent=1, default=str)

@@ -1,8 +1,6 @@
-"""Pictures: loss curves of runs, values on the spokes of a wheel, and text that emerges from masks.
+"""Plots as PNG files: loss curves, accuracies over training, values on the spokes of a wheel.
 
-Decisions: the font is the one that matplotlib carries, so that pictures are the same on every machine; a token's cell
-has the place and width of the finished token from the first frame on, so that nothing jumps. Matplotlib and Pillow are
-imported when they are used. May import display only.
+Matplotlib is imported when it is used.
 """
 
 from __future__ import annotations
@@ -11,29 +9,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from lit_gpt.ui.display import Denoising
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from PIL.ImageFont import FreeTypeFont
+from typing import Any
 
 _COLORS = ("#1f6fb4", "#d9560b", "#2a8f4a", "#8a4fb0")
-_MAX_RINGS = 6
 _LINE_STYLES = ("-", "--", ":", "-.")
-_GREY, _INK, _PAPER = (206, 206, 206), (25, 25, 25), (255, 255, 255)
-# Colours of the first and the last step within matplotlib's viridis: its darkest end would hide black text's frame.
-_COLORMAP, _FIRST_COLOR, _LAST_COLOR = "viridis", 0.15, 1.0
-# Pixels.
-_FONT, _SMALL_FONT, _LINE, _PAD, _MARGIN = 17, 15, 26, 3, 22
-_MAX_FRAMES = 60
-_FRAME_MS, _LAST_FRAME_MS = 120, 3000
+_MAX_RINGS = 6
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """One run's losses."""
+    """One run's losses, in training and on validation data."""
 
     label: str
     """For the legend."""
@@ -63,7 +48,7 @@ def plot_losses(curves: Sequence[LossCurve], title: str, path: Path) -> None:
                 label=f"{curve.label}, validation: {losses[-1]:.2f}",
             )  # fmt: skip
     axes.set(xlabel="tokens seen in training", ylabel="loss, nats per token", title=title)
-    axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
+    axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
     axes.margins(x=0.02)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -116,11 +101,11 @@ def plot_radar(values: Mapping[str, Sequence[float | None]], spokes: Sequence[st
     figure.savefig(path, dpi=130)
 
 
-def plot_shares(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str, path: Path) -> None:
-    """Draw shares between 0 and 1 over training, one panel beside the other, as PNG.
+def plot_accuracies(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str, path: Path) -> None:
+    """Draw accuracies over training, one panel beside the other, as PNG.
 
     Args:
-        panels: title of each panel to its curves, label to (optimizer step, share); labels are the same in all.
+        panels: title of each panel to its curves, label to (optimizer step, accuracy from 0 to 1); labels are the same in all.
         title: above the picture.
         path: of the PNG.
     """
@@ -134,135 +119,18 @@ def plot_shares(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
     ):
         for (label, points), color, style in zip(curves.items(), _COLORS, _LINE_STYLES, strict=True):
-            steps, shares = zip(*points, strict=True)
-            axes.plot(steps, shares, color=color, linestyle=style, marker="o", markersize=4, linewidth=2, label=label)
+            steps, accuracies = zip(*points, strict=True)
+            axes.plot(
+                steps, accuracies, color=color, linestyle=style, marker="o", markersize=4, linewidth=2, label=label
+            )
         axes.set(title=name, xlabel="optimizer steps", ylim=(-0.03, 1.03))
-        axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
+        axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=130)
-
-
-def draw_denoising(denoising: Denoising, title: str, path: Path, panels: int = 6, panel_width: int = 600) -> None:
-    """Draw a row's tokens at several steps, side by side, as PNG: masks grey, tokens coloured by their step."""
-    from PIL import Image
-
-    painter = _Painter(denoising, panel_width)
-    steps = denoising.snapshots(panels)
-    columns = min(3, len(steps))
-    rows = math.ceil(len(steps) / columns)
-    width = columns * (panel_width + _MARGIN) + _MARGIN
-    top, bottom = 48, 62
-    image = Image.new("RGB", (width, top + rows * (painter.height + _MARGIN) + bottom), _PAPER)
-    painter.write(image, (_MARGIN, 14), title)
-    for index, step in enumerate(steps):
-        x = _MARGIN + index % columns * (panel_width + _MARGIN)
-        image.paste(painter.panel(step), (x, top + index // columns * (painter.height + _MARGIN)))
-    painter.legend(image, image.height - bottom + 8)
-    image.save(path)
-
-
-def animate_denoising(denoising: Denoising, path: Path, width: int = 720) -> None:
-    """`draw_denoising` as an animated GIF, one panel, a frame for each step that revealed something (at most 60)."""
-    from PIL import Image
-    from PIL.Image import Dither
-
-    painter = _Painter(denoising, width)
-    frames = [painter.panel(step) for step in denoising.snapshots(_MAX_FRAMES)]
-    # One palette for all frames, or the colours would flicker: the first frame has the masks, the last every step.
-    both = Image.new("RGB", (width, 2 * painter.height))
-    both.paste(frames[0], (0, 0))
-    both.paste(frames[-1], (0, painter.height))
-    palette = both.quantize(255)
-    indexed = [frame.quantize(palette=palette, dither=Dither.NONE) for frame in frames]
-    durations = [_FRAME_MS] * (len(frames) - 1) + [_LAST_FRAME_MS]
-    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False)
-
-
-class _Painter:
-    """Places the tokens of a row once and paints them at any step."""
-
-    def __init__(self, denoising: Denoising, width: int) -> None:
-        self.denoising, self.width = denoising, width
-        self.font, self.small = _font(_FONT), _font(_SMALL_FONT)
-        self.cells: list[tuple[int, int, int, str]] = []
-        x, y = 0, _LINE
-        for text, following in zip(denoising.texts, [*denoising.texts[1:], ""], strict=True):
-            visible = text.replace("\n", "↵").strip() or " "
-            gap = 5 if text.startswith(" ") else 0
-            cell = math.ceil(self.font.getlength(visible)) + 2 * _PAD
-            if x and x + gap + cell > width:
-                x, y, gap = 0, y + _LINE, 0
-            self.cells.append((x + gap, y, cell, visible))
-            x += gap + cell + 1
-            # Blank lines would take much room and say little: their line ends stay on one line.
-            if text.endswith("\n") and following != "\n":
-                x, y = 0, y + _LINE
-        self.height = y + _LINE + 6
-
-    def panel(self, step: int) -> Image:
-        """The row after a step, below a line that says which."""
-        from PIL import Image, ImageDraw
-
-        denoising = self.denoising
-        image = Image.new("RGB", (self.width, self.height), _PAPER)
-        draw = ImageDraw.Draw(image)
-        hidden = sum(at > step for at in denoising.revealed)
-        draw.text((0, 2), f"after step {step} of {denoising.steps}: {hidden} masked", _INK, self.small)
-        for (x, y, width, text), at in zip(self.cells, denoising.revealed, strict=True):
-            box = (x, y, x + width, y + _LINE - 3)
-            if at > step:
-                draw.rectangle(box, _GREY)
-                continue
-            fill = _PAPER if at == 0 else _step_color(at, denoising.steps)
-            draw.rectangle(box, fill, outline=_INK if at == 0 else None)
-            dark = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] < 140
-            draw.text((x + _PAD, y + 1), text, _PAPER if dark else _INK, self.font)
-        return image
-
-    def write(self, image: Image, where: tuple[int, int], text: str) -> None:
-        """Put a line of text on a picture."""
-        from PIL import ImageDraw
-
-        ImageDraw.Draw(image).text(where, text, _INK, self.font)
-
-    def legend(self, image: Image, top: int) -> None:
-        """What the colours mean: given, masked, and the scale of steps."""
-        from PIL import ImageDraw
-
-        draw = ImageDraw.Draw(image)
-        x, bottom, steps = _MARGIN, top + 20, self.denoising.steps
-        for label, fill, outline in (("given", _PAPER, _INK), ("masked", _GREY, None)):
-            draw.rectangle((x, top, x + 26, bottom), fill, outline=outline)
-            draw.text((x + 34, top + 1), label, _INK, self.small)
-            x += 34 + int(self.small.getlength(label)) + 30
-        label = "revealed in step 1"
-        draw.text((x, top + 1), label, _INK, self.small)
-        x += int(self.small.getlength(label)) + 10
-        for offset in range(300):
-            color = _step_color(1 + offset / 299 * (steps - 1), steps)
-            draw.line((x + offset, top, x + offset, bottom), color)
-        draw.text((x + 310, top + 1), str(steps), _INK, self.small)
-
-
-def _font(size: int) -> FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib."""
-    import matplotlib
-    from PIL import ImageFont
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
-
-
-def _step_color(step: float, steps: int) -> tuple[int, int, int]:
-    """A step's colour, from dark (first) to light (last)."""
-    from matplotlib import colormaps
-
-    share = (step - 1) / max(1, steps - 1)
-    red, green, blue, _ = colormaps[_COLORMAP](_FIRST_COLOR + share * (_LAST_COLOR - _FIRST_COLOR), bytes=True)
-    return int(red), int(green), int(blue)
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
@@ -275,6 +143,6 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     return means
 
 
-def short_count(value: float) -> str:
+def format_count(value: float) -> str:
     """`250k`, `1.23M`: three digits."""
     return f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value / 1e3:.3g}k" if value >= 1e3 else f"{value:.3g}"

@@ -1,8 +1,8 @@
-"""A person at a terminal: lines in, text that is written before their eyes, steps saved to files.
+"""Completions on the command line: prompts are read, the text is shown while it is sampled, its steps saved to files.
 
-Decisions: on a terminal an MDM's masks resolve and an ARM's tokens come one by one; into a pipe goes the finished text
-alone. Ctrl-C keeps what has been written: it is shown and saved like a finished text. Rich is imported when it is used.
-May import completion, display, plots, files and cli.
+On a terminal every state of the sampler is shown: an MDM's row with fewer and fewer masks, an ARM's tokens one by one. A
+pipe gets the finished text alone. Ctrl-C keeps the tokens sampled so far: they are shown and saved like a finished text.
+Rich is imported when it is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lit_gpt.files import write_file
 from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.ui.completion import Request, Writer
-from lit_gpt.ui.display import Denoising, print_snapshots, printable
+from lit_gpt.ui.trajectory import DenoisingTrajectory, print_trajectory, without_control_characters
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -31,13 +31,13 @@ _TITLE_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
-class Manner:
+class TerminalSettings:
     """How texts are read and shown."""
 
     gap: int
     """Tokens of a gap without a number."""
     chat: bool
-    """Questions in the chat template; the answer alone is shown."""
+    """Put each text as a question into the chat template; the answer alone is shown."""
     delay: float
     """Seconds that each step stays on a terminal."""
     snapshots: int
@@ -47,25 +47,25 @@ class Manner:
 
 
 @dataclass
-class Session:
-    """One model and one person."""
+class TerminalSession:
+    """Completions by one model, one after the other."""
 
     writer: Writer
     sampling: Sampling
     context_length: int
-    manner: Manner
+    settings: TerminalSettings
     console: Console
-    turns: int = field(default=0, init=False)
-    """Completions so far."""
+    completions: int = field(default=0, init=False)
+    """Started so far."""
 
-    def converse(self) -> None:
-        """Answer line after line; a mistake in a line ends the session only where nobody can type another one."""
+    def complete_lines(self) -> None:
+        """Complete line after line; a wrong line ends the session only where nobody can type another one."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (arrow keys in input())
-        attended = sys.stdin.isatty()
+        interactive = sys.stdin.isatty()
         while True:
             try:
-                line = input("> " if attended and self.console.is_terminal else "")
+                line = input("> " if interactive and self.console.is_terminal else "")
             except EOFError:
                 break
             if not line:
@@ -73,123 +73,123 @@ class Session:
             try:
                 self.complete(line)
             except ValueError as error:
-                if not attended:
+                if not interactive:
                     raise
                 print(f"error: {error}", file=sys.stderr, flush=True)
 
     def complete(self, text: str) -> None:
-        """Write one text, show it, save its steps.
+        """Complete one text, show it, save its steps.
 
         Raises:
             ValueError: the text does not fit the model or its context.
-            Interrupted: by Ctrl-C; what was there is shown and saved.
+            Interrupted: by Ctrl-C; what was sampled is shown and saved.
         """
-        request = self.writer.request(text, self.context_length, self.manner.gap, self.manner.chat)
+        request = self.writer.request(text, self.context_length, self.settings.gap, self.settings.chat)
         states = self.writer.states(request, self.sampling)
-        self.turns += 1
-        seen: list[State] = []
+        self.completions += 1
+        collected: list[State] = []
         stopped = False
         try:
-            self._watch(states, request, seen)
+            self._collect(states, request, collected)
         except KeyboardInterrupt:
             stopped = True
-        if seen:
-            self._finish(text, request, seen)
+        if collected:
+            self._finish(text, request, collected)
         if stopped:
-            done = seen[-1].step if seen else 0
+            done = collected[-1].step if collected else 0
             raise Interrupted(f"interrupted after step {done}", signal.SIGINT)
 
-    # --- while it is written ------------------------------------------------------------------------------------------
+    # --- while it is sampled ------------------------------------------------------------------------------------------
 
-    def _watch(self, states: Iterator[State], request: Request, seen: list[State]) -> None:
+    def _collect(self, states: Iterator[State], request: Request, collected: list[State]) -> None:
         """Collect the states; on a terminal, show each as it comes."""
         if not self.console.is_terminal:
             for state in states:
-                seen.append(state)
+                collected.append(state)
         elif self.writer.kind == "arm":
-            self._watch_tokens(states, request, seen)
+            self._show_tokens(states, request, collected)
         else:
-            self._watch_masks(states, request, seen)
+            self._show_masks(states, request, collected)
 
-    def _watch_tokens(self, states: Iterator[State], request: Request, seen: list[State]) -> None:
+    def _show_tokens(self, states: Iterator[State], request: Request, collected: list[State]) -> None:
         """The text as it grows."""
         shown = ""
         try:
             for state in states:
-                seen.append(state)
+                collected.append(state)
                 text = self.writer.text(state, request)
                 # The bytes of one character may come in several tokens.
                 if text.startswith(shown) and not text.endswith("\ufffd"):
-                    print(printable(text[len(shown) :]), end="", flush=True)
+                    print(without_control_characters(text[len(shown) :]), end="", flush=True)
                     shown = text
-                time.sleep(self.manner.delay)
+                time.sleep(self.settings.delay)
         finally:
-            whole = self.writer.text(seen[-1], request) if seen else ""
-            print(printable(whole.removeprefix(shown)), flush=True)
+            whole = self.writer.text(collected[-1], request) if collected else ""
+            print(without_control_characters(whole.removeprefix(shown)), flush=True)
 
-    def _watch_masks(self, states: Iterator[State], request: Request, seen: list[State]) -> None:
-        """The text as it emerges; the view goes when it is done, since a long text does not fit it."""
+    def _show_masks(self, states: Iterator[State], request: Request, collected: list[State]) -> None:
+        """The row with its masks; it is removed when it is finished, since a long text does not fit on the screen."""
         from rich.live import Live
 
-        watch = self.writer.watch(request)
+        recorder = self.writer.recorder(request)
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
             for state in states:
-                seen.append(state)
-                if watch.see(state):
-                    live.update(_view(watch.denoising(), self.sampling.steps), refresh=True)
-                    time.sleep(self.manner.delay)
+                collected.append(state)
+                if recorder.add(state):
+                    live.update(_with_status(recorder.trajectory(), self.sampling.steps), refresh=True)
+                    time.sleep(self.settings.delay)
 
     # --- afterwards ---------------------------------------------------------------------------------------------------
 
-    def _finish(self, text: str, request: Request, seen: list[State]) -> None:
-        """Print the text where `_watch` has not, and save."""
-        final = self.writer.text(seen[-1], request)
-        watch = self.writer.watch(request)
+    def _finish(self, text: str, request: Request, collected: list[State]) -> None:
+        """Print the text where `_collect` has not, and save."""
+        final = self.writer.text(collected[-1], request)
+        recorder = self.writer.recorder(request)
         if self.writer.kind == "mdm":
-            for state in seen:
-                watch.see(state)
-            denoising = watch.denoising()
+            for state in collected:
+                recorder.add(state)
+            trajectory = recorder.trajectory()
             if self.console.is_terminal:
-                styled = denoising.rich(denoising.steps)
                 # Characters of several tokens, and what follows a chat's end token, are right in the plain text only.
-                self.console.print(
-                    styled if denoising.plain(denoising.steps) == final else printable(final), markup=False
-                )
-            elif self.manner.snapshots:
-                print_snapshots(denoising, self.console, self.manner.snapshots)
+                if trajectory.plain_text(trajectory.steps) == final:
+                    self.console.print(trajectory.styled_text(trajectory.steps), markup=False)
+                else:
+                    self.console.print(without_control_characters(final), markup=False)
+            elif self.settings.snapshots:
+                print_trajectory(trajectory, self.console, self.settings.snapshots)
         if not self.console.is_terminal:
             print(final, flush=True)
-        if self.manner.save:
-            path = Path(self.manner.save)
-            path = path if self.turns == 1 else path.with_stem(f"{path.stem}-{self.turns}")
+        if self.settings.save:
+            path = Path(self.settings.save)
+            path = path if self.completions == 1 else path.with_stem(f"{path.stem}-{self.completions}")
             if path.suffix == ".jsonl":
-                self._save_steps(path, request, seen)
+                self._save_steps(path, request, collected)
             else:
-                self._save_picture(path, text, denoising)
+                self._save_picture(path, text, trajectory)
             print(f"saved {path}", file=sys.stderr, flush=True)
 
-    def _save_steps(self, path: Path, request: Request, seen: list[State]) -> None:
+    def _save_steps(self, path: Path, request: Request, collected: list[State]) -> None:
         """One JSON object per step."""
-        lines = [json.dumps(self.writer.record(state, request), ensure_ascii=False) + "\n" for state in seen]
+        lines = [json.dumps(self.writer.record(state, request), ensure_ascii=False) + "\n" for state in collected]
         write_file(path, lambda file: file.write("".join(lines).encode()))
 
-    def _save_picture(self, path: Path, text: str, denoising: Denoising) -> None:
+    def _save_picture(self, path: Path, text: str, trajectory: DenoisingTrajectory) -> None:
         """The steps side by side, or moving."""
-        from lit_gpt.ui.plots import animate_denoising, draw_denoising
+        from lit_gpt.ui.trajectory_images import animate_trajectory, draw_trajectory
 
         if path.suffix == ".gif":
-            animate_denoising(denoising, path)
+            animate_trajectory(trajectory, path)
             return
         line = " ".join(text.split())
         title = line if len(line) <= _TITLE_CHARACTERS else line[: _TITLE_CHARACTERS - 1] + "…"
-        draw_denoising(denoising, title, path)
+        draw_trajectory(trajectory, title, path)
 
 
-def _view(denoising: Denoising, steps: int) -> RenderableType:
-    """The text at this moment above a line that says how far it is."""
+def _with_status(trajectory: DenoisingTrajectory, steps: int) -> RenderableType:
+    """The text so far below a line with the step and the number of masks."""
     from rich.console import Group
     from rich.text import Text
 
-    hidden = sum(at > denoising.steps for at in denoising.revealed)
-    status = Text(f"step {denoising.steps} of {steps}, {hidden} masked", "dim")
-    return Group(status, denoising.rich(denoising.steps))
+    hidden = sum(at > trajectory.steps for at in trajectory.revealed)
+    status = Text(f"step {trajectory.steps} of {steps}, {hidden} masked", "dim")
+    return Group(status, trajectory.styled_text(trajectory.steps))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +12,15 @@ from safetensors.torch import save_file
 from lit_gpt import files
 from lit_gpt.checkpoints import export, weights
 from lit_gpt.checkpoints.export import WeightsRecord
-from lit_gpt.checkpoints.run_files import FORMAT_VERSION
 from lit_gpt.config import Config
 from lit_gpt.files import file_sha256
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
+from tests.support.checkpoint_files import TINY, make_model, run_record, write_run_checkpoint
 
-TINY = Config("Diff_LLaMA_0.003M", 2, 2, 16, 32, 1, block_size=16, vocab_size=50, rope_table_dtype="float32")
 # The published shape's layers and widths are what tells its size; a small vocabulary keeps the test small.
 SIX = Config.from_name(6, vocab_size=64)
-
-
-def make(kind: type[Transformer], config: Config = TINY, seed: int = 1) -> Transformer:
-    model = kind(config)
-    model.init_weights(seed)
-    return model
-
-
-def record_of(model: Transformer, run_id: str = "run-a") -> dict[str, Any]:
-    tokenizer = {"source": "tok", "fingerprint": "00ff"}
-    return {"kind": model.kind, "config": model.config.to_dict(), "tokenizer": tokenizer, "run_id": run_id, "name": "n"}
-
-
-def write_run_checkpoint(folder: Path, model: Transformer, iter_num: int = 4) -> Path:
-    """A checkpoint of ours with its marker, as `checkpoint.save_checkpoint` writes it."""
-    path = folder / f"iter-{iter_num:06d}-ckpt.pth"
-    content = {"model": model.state_dict(), "optimizer": {}, "hparams": {}, "iter_num": iter_num, "step_count": 1}
-    torch.save({**content, "record": record_of(model)}, path)
-    marker = {"format": FORMAT_VERSION, "step": 1, "iter_num": iter_num, "record": record_of(model)}
-    marker |= {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    path.with_suffix(".json").write_text(json.dumps(marker))
-    return path
 
 
 def assert_same(state: dict[str, torch.Tensor], model: Transformer) -> None:
@@ -58,8 +34,8 @@ def assert_same(state: dict[str, torch.Tensor], model: Transformer) -> None:
 
 @pytest.mark.parametrize("kind", [GPT, TransEncoder])
 def test_export_comes_back(tmp_path: Path, kind: type[Transformer]) -> None:
-    model = make(kind)
-    path = export.export_weights(tmp_path, "some", model.state_dict(), record_of(model))
+    model = make_model(kind)
+    path = export.export_weights(tmp_path, "some", model.state_dict(), run_record(model))
     assert path == tmp_path / "some.safetensors" and [file.name for file in tmp_path.iterdir()] == [path.name]
     loaded, record = weights.load_model(path)
     assert type(loaded) is kind and loaded.config == TINY and not loaded.training
@@ -71,23 +47,23 @@ def test_export_comes_back(tmp_path: Path, kind: type[Transformer]) -> None:
 
 
 def test_equal_models_are_equal_files(tmp_path: Path) -> None:
-    model = make(GPT)
+    model = make_model(GPT)
     hashes = set()
     for name in "abc":
-        hashes.add(file_sha256(export.export_weights(tmp_path, name, model.state_dict(), record_of(model))))
+        hashes.add(file_sha256(export.export_weights(tmp_path, name, model.state_dict(), run_record(model))))
     assert len(hashes) == 1
 
 
 def test_export_is_float32(tmp_path: Path) -> None:
-    model = make(GPT).to(torch.bfloat16)
-    path = export.export_weights(tmp_path, "half", model.state_dict(), record_of(model))
+    model = make_model(GPT).to(torch.bfloat16)
+    path = export.export_weights(tmp_path, "half", model.state_dict(), run_record(model))
     state, _ = weights.load_weights(path)
     assert {value.dtype for value in state.values()} == {torch.float32}
     assert next(weights.load_model(path, dtype=torch.bfloat16)[0].parameters()).dtype == torch.bfloat16
 
 
 def test_run_folder_and_checkpoint(tmp_path: Path) -> None:
-    first, second = make(TransEncoder, seed=1), make(TransEncoder, seed=2)
+    first, second = make_model(TransEncoder, seed=1), make_model(TransEncoder, seed=2)
     path = write_run_checkpoint(tmp_path, first, 4)
     for source in (tmp_path, path):
         loaded, record = weights.load_model(source)
@@ -102,7 +78,7 @@ def test_run_folder_and_checkpoint(tmp_path: Path) -> None:
 
 
 def test_checkpoint_without_its_marker_knows_its_record(tmp_path: Path) -> None:
-    path = write_run_checkpoint(tmp_path, make(TransEncoder))
+    path = write_run_checkpoint(tmp_path, make_model(TransEncoder))
     path.with_suffix(".json").unlink()
     assert weights.load_model(path)[0].config == TINY
 
@@ -110,7 +86,7 @@ def test_checkpoint_without_its_marker_knows_its_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [GPT, TransEncoder])
 @pytest.mark.parametrize("prefix", ["", "_forward_module.", "module.", "_orig_mod.", "module._orig_mod."])
 def test_published_pth(tmp_path: Path, kind: type[Transformer], prefix: str) -> None:
-    model = make(kind, SIX)
+    model = make_model(kind, SIX)
     state = {prefix + name: value for name, value in model.state_dict().items()}
     torch.save({"model": state, "hparams": {"bs": 3}}, tmp_path / "a.pth")
     torch.save(state, tmp_path / "b.pth")
@@ -121,7 +97,7 @@ def test_published_pth(tmp_path: Path, kind: type[Transformer], prefix: str) -> 
 
 
 def test_released_safetensors_is_recognised_by_its_shapes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = make(TransEncoder, SIX)
+    model = make_model(TransEncoder, SIX)
     save_file(model.state_dict(), tmp_path / "mdm-6M.safetensors")
     loaded, record = weights.load_model(tmp_path / "mdm-6M.safetensors")
     assert record is None and loaded.kind == "mdm" and loaded.config.name == "Diff_LLaMA_6M"
@@ -155,8 +131,8 @@ def test_missing(tmp_path: Path) -> None:
 
 
 def test_another_kind_or_model(tmp_path: Path) -> None:
-    arm, mdm = make(GPT, SIX), make(TransEncoder)
-    with_record = export.export_weights(tmp_path, "mdm", mdm.state_dict(), record_of(mdm))
+    arm, mdm = make_model(GPT, SIX), make_model(TransEncoder)
+    with_record = export.export_weights(tmp_path, "mdm", mdm.state_dict(), run_record(mdm))
     torch.save(arm.state_dict(), tmp_path / "arm.pth")
     fails(
         r"holds a masked diffusion model \(mdm\), an autoregressive model \(arm\) was asked for",
@@ -171,7 +147,7 @@ def test_another_kind_or_model(tmp_path: Path) -> None:
 
 
 def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
-    model = make(GPT, SIX)
+    model = make_model(GPT, SIX)
     state = model.state_dict()
     name = "transformer.h.3.attn.proj.weight"
     torch.save({**state, name: torch.zeros(3, 4)}, tmp_path / "shape.pth")
@@ -183,7 +159,7 @@ def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
     odd = {**state, "transformer.wte.weight": torch.zeros(70, 256)}
     torch.save(odd, tmp_path / "rows.pth")
     fails("has 70 rows, lm_head.weight 64", tmp_path / "rows.pth", model_name=6)
-    torch.save(make(GPT).state_dict(), tmp_path / "custom.pth")
+    torch.save(make_model(GPT).state_dict(), tmp_path / "custom.pth")
     fails("does not say its model, and its shapes fit no published size: give --model", tmp_path / "custom.pth")
 
 
@@ -192,8 +168,8 @@ def test_files_of_others(tmp_path: Path) -> None:
     fails("is no model of this family: .* found model.embed_tokens.weight", tmp_path / "llama.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"\x40\x00\x00\x00\x00\x00\x00\x00{")
     fails("truncated or not a safetensors file", tmp_path / "cut.safetensors")
-    model = make(GPT)
-    whole = export.export_weights(tmp_path, "whole", model.state_dict(), record_of(model))
+    model = make_model(GPT)
+    whole = export.export_weights(tmp_path, "whole", model.state_dict(), run_record(model))
     whole.write_bytes(whole.read_bytes()[:-1])
     fails("truncated or not a safetensors file", whole)
     save_file(model.state_dict(), tmp_path / "later.safetensors", {"smdm": '{"kind": "xlm"}'})
@@ -206,8 +182,8 @@ def test_files_of_others(tmp_path: Path) -> None:
 
 
 def test_mdm_starts_from_arm(tmp_path: Path) -> None:
-    arm, mdm = make(GPT), make(TransEncoder, seed=3)
-    path = export.export_weights(tmp_path, "arm", arm.state_dict(), record_of(arm))
+    arm, mdm = make_model(GPT), make_model(TransEncoder, seed=3)
+    path = export.export_weights(tmp_path, "arm", arm.state_dict(), run_record(arm))
     digest = weights.load_into(mdm, path)
     expected = weights.adapt_arm_to_mdm(arm.state_dict(), TINY)
     assert_same(expected, mdm)
@@ -217,32 +193,36 @@ def test_mdm_starts_from_arm(tmp_path: Path) -> None:
     torch.testing.assert_close(rows[TINY.mask_id], rows[:-1].mean(0))
     assert digest == weights.state_hash(mdm.state_dict())
     assert weights.adapt_arm_to_mdm(expected, TINY) is expected
-    assert weights.load_into(make(TransEncoder, seed=4), path) == digest != weights.load_into(make(GPT, seed=4), path)
+    assert (
+        weights.load_into(make_model(TransEncoder, seed=4), path)
+        == digest
+        != weights.load_into(make_model(GPT, seed=4), path)
+    )
 
 
 def test_what_a_run_cannot_start_from(tmp_path: Path) -> None:
-    mdm = make(TransEncoder)
-    path = export.export_weights(tmp_path, "mdm", mdm.state_dict(), record_of(mdm))
+    mdm = make_model(TransEncoder)
+    path = export.export_weights(tmp_path, "mdm", mdm.state_dict(), run_record(mdm))
     with pytest.raises(ValueError, match="an autoregressive model .arm. cannot start from it"):
-        weights.load_into(make(GPT), path)
+        weights.load_into(make_model(GPT), path)
     other = Config("other", 2, 2, 16, 32, 1, block_size=16, vocab_size=50)
     with pytest.raises(ValueError, match="is of another model: rope_table_dtype float32 there, bfloat16 here"):
-        weights.load_into(make(TransEncoder, other), path)
+        weights.load_into(make_model(TransEncoder, other), path)
     wide = Config("wide", 2, 2, 32, 32, 1, block_size=16, vocab_size=50, rope_table_dtype="float32")
     with pytest.raises(ValueError, match="lm_head.weight has shape"):
-        weights.load_into(make(TransEncoder, wide), path)
+        weights.load_into(make_model(TransEncoder, wide), path)
     longer = Config("longer", 2, 2, 16, 32, 1, block_size=32, vocab_size=50, rope_table_dtype="float32")
-    weights.load_into(make(TransEncoder, longer), path)
+    weights.load_into(make_model(TransEncoder, longer), path)
 
 
 # --- names of exports ---------------------------------------------------------------------------------------------
 
 
 def test_another_runs_name_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    model = make(GPT)
+    model = make_model(GPT)
     folder = tmp_path / "new" / "models"
     assert export.claim_export(folder, "n", "run-a", overwrite=False) == folder / "n.safetensors"
-    export.export_weights(folder, "n", model.state_dict(), record_of(model, "run-a"))
+    export.export_weights(folder, "n", model.state_dict(), run_record(model, "run-a"))
     export.claim_export(folder, "n", "run-a", overwrite=False)
     with pytest.raises(ValueError, match="n.safetensors exists and is another run's: .* --overwrite"):
         export.claim_export(folder, "n", "run-b", overwrite=False)
@@ -253,25 +233,25 @@ def test_another_runs_name_is_refused_before_the_first_step(tmp_path: Path) -> N
 
 
 def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
-    first, second = make(GPT, seed=1), make(GPT, seed=2)
+    first, second = make_model(GPT, seed=1), make_model(GPT, seed=2)
     for run_id in ("run-a", "run-b"):
         export.claim_export(tmp_path, "n", run_id, overwrite=False)
-    a = export.export_weights(tmp_path, "n", first.state_dict(), record_of(first, "run-a"))
-    b = export.export_weights(tmp_path, "n", second.state_dict(), record_of(second, "run-b"))
+    a = export.export_weights(tmp_path, "n", first.state_dict(), run_record(first, "run-a"))
+    b = export.export_weights(tmp_path, "n", second.state_dict(), run_record(second, "run-b"))
     assert (a.name, b.name) == ("n.safetensors", "n-2.safetensors")
     assert_same(weights.load_weights(a)[0], first)
     assert_same(weights.load_weights(b)[0], second)
     # Each run finds its own again, and --overwrite takes the name.
-    assert export.export_weights(tmp_path, "n", second.state_dict(), record_of(second, "run-b")) == b
-    assert export.export_weights(tmp_path, "n", second.state_dict(), record_of(second, "run-b"), overwrite=True) == a
+    assert export.export_weights(tmp_path, "n", second.state_dict(), run_record(second, "run-b")) == b
+    assert export.export_weights(tmp_path, "n", second.state_dict(), run_record(second, "run-b"), overwrite=True) == a
     assert_same(weights.load_weights(a)[0], second)
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_an_export_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    model = make(GPT)
+    model = make_model(GPT)
     with pytest.raises(files.SaveError, match="cannot write into the folder"):
         export.claim_export(tmp_path / "file", "n", "run-a", overwrite=False)
     with pytest.raises(files.SaveError, match="cannot write into the folder"):
-        export.export_weights(tmp_path / "file", "n", model.state_dict(), record_of(model))
+        export.export_weights(tmp_path / "file", "n", model.state_dict(), run_record(model))

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lit_gpt import cli
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.ui.display import Denoising, printable
+from lit_gpt.ui.trajectory import DenoisingTrajectory, without_control_characters
 from scripts.chat import main
 from tests.support.small_models import export_both
 from tests.support.training_runs import hear_interrupts
@@ -187,7 +187,7 @@ def test_tokens_appear_on_a_terminal(models):
     assert terminal.end() == 0
     words = ["--ckpt_path", models["arm"], "--prompt", "To be", "--context_length", "9"]
     piped = subprocess.run([*SCRIPT, *words], capture_output=True, text=True, timeout=120).stdout
-    assert terminal.shown.replace("\r\n", "\n") == printable(piped)
+    assert terminal.shown.replace("\r\n", "\n") == without_control_characters(piped)
 
 
 @pytest.mark.parametrize("kind", ["arm", "mdm"])
@@ -210,8 +210,8 @@ def test_an_interrupt_without_a_terminal(models, monkeypatch, chatting, tmp_path
     """What was there is printed, and drawn."""
     from lit_gpt.ui.completion import Writer
 
-    def stopping(self, request, whole=Writer.states):
-        for state in whole(self, request):
+    def stopping(self, request, sampling, whole=Writer.states):
+        for state in whole(self, request, sampling):
             yield state
             if state.step == 40:
                 raise KeyboardInterrupt
@@ -225,8 +225,8 @@ def test_an_interrupt_without_a_terminal(models, monkeypatch, chatting, tmp_path
 
 def test_a_model_cannot_command_the_terminal():
     text = "a\x1b[2J\x07b\n\tc\u00a0é\u200d"
-    assert printable(text) == "a�[2J�b\n\tc\u00a0é\u200d"
-    assert Denoising([text], [1], 2).rich(1).plain == printable(text)
+    assert without_control_characters(text) == "a�[2J�b\n\tc\u00a0é\u200d"
+    assert DenoisingTrajectory([text], [1], 2).styled_text(1).plain == without_control_characters(text)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from lit_gpt.config import Config
 from lit_gpt.data.packed_format import PackedDatasetBuilder
 from lit_gpt.files import file_sha256, write_json
 from lit_gpt.model.causal import GPT
-from lit_gpt.ui.info import describe, to_json
-from tests.checkpoints.test_weights import make, record_of, write_run_checkpoint
+from lit_gpt.ui.info import info_as_json, path_info
+from tests.support.checkpoint_files import make_model, run_record, write_run_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,11 +32,11 @@ def info(*arguments: object) -> subprocess.CompletedProcess[str]:
 def make_run(folder: Path) -> Path:
     """A finished run with a whole checkpoint and a broken one."""
     folder.mkdir()
-    model = make(GPT)
+    model = make_model(GPT)
     write_run_checkpoint(folder, model, 4)
     broken = write_run_checkpoint(folder, model, 8)
     broken.write_bytes(broken.read_bytes()[:-10])
-    write_json(folder / "run.json", {**record_of(model), "finished": True, "result": {"val_loss": 3.25}})
+    write_json(folder / "run.json", {**run_record(model), "finished": True, "result": {"val_loss": 3.25}})
     return folder
 
 
@@ -63,8 +63,8 @@ def test_the_script_prints_a_table(tmp_path: Path) -> None:
 
 
 def test_the_script_prints_json(tmp_path: Path) -> None:
-    model = make(GPT)
-    path = export.export_weights(tmp_path, "some", model.state_dict(), record_of(model))
+    model = make_model(GPT)
+    path = export.export_weights(tmp_path, "some", model.state_dict(), run_record(model))
     done = info(path, "--json")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
@@ -82,32 +82,32 @@ def test_the_script_fails_in_one_line(tmp_path: Path) -> None:
 
 def test_run_folder(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    shown = describe(folder)
+    shown = path_info(folder)
     assert shown["finished"] is True and shown["written by"] is None
     assert [entry["state"][:8] for entry in shown["checkpoints"]] == ["complete", "broken: "]
-    assert describe(folder / "run.json") == shown
-    one = describe(folder / "iter-000004-ckpt.pth")
+    assert path_info(folder / "run.json") == shown
+    one = path_info(folder / "iter-000004-ckpt.pth")
     assert one["what"] == "checkpoint" and one["state"] == "complete" and one["step"] == 1 and one["kind"] == "arm"
-    assert describe(folder / "iter-000004-ckpt.json") == one
-    json.loads(to_json(shown))
+    assert path_info(folder / "iter-000004-ckpt.json") == one
+    json.loads(info_as_json(shown))
 
 
 def test_published_files(tmp_path: Path) -> None:
-    model = make(GPT, Config.from_name(6, vocab_size=64))
+    model = make_model(GPT, Config.from_name(6, vocab_size=64))
     torch.save({"model": model.state_dict(), "hparams": {"bs": 3}, "iter_num": 5, "step_count": 5}, tmp_path / "a.pth")
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     for name in ("a.pth", "a.safetensors"):
-        shown = describe(tmp_path / name)
+        shown = path_info(tmp_path / name)
         assert shown["kind"] == "arm" and shown["model"].startswith("Diff_LLaMA_6M (by its shapes")
-    assert describe(tmp_path / "a.pth")["settings"] == {"bs": 3}
+    assert path_info(tmp_path / "a.pth")["settings"] == {"bs": 3}
     (tmp_path / "a.pth").unlink()
-    assert describe(tmp_path)["files"] == {"a.safetensors": (tmp_path / "a.safetensors").stat().st_size}
+    assert path_info(tmp_path)["files"] == {"a.safetensors": (tmp_path / "a.safetensors").stat().st_size}
 
 
 def test_packed_data(tmp_path: Path) -> None:
     folder = make_packed(tmp_path / "data")
     last = folder / "train_slim_0000000001.bin"
-    shown = describe(last)
+    shown = path_info(last)
     assert shown["tokens"] == 100 and shown["dtype"] == "uint16" and shown["largest id"] == 151
     assert shown["sha256"] == file_sha256(last)
     manifest = {
@@ -115,11 +115,11 @@ def test_packed_data(tmp_path: Path) -> None:
         "tokenizer": {"source": "tok", "vocab_size": 300},
     }
     (folder / "train_slim.manifest.json").write_text(json.dumps(manifest))
-    assert describe(last)["tokens without padding"] == 50
-    whole = describe(folder)
+    assert path_info(last)["tokens without padding"] == 50
+    whole = path_info(folder)
     assert whole["what"] == "packed folder" and whole["tokens"] == 150
     assert whole["series"]["train_slim"]["files"] == 2
-    of_manifest = describe(folder / "train_slim.manifest.json")
+    of_manifest = path_info(folder / "train_slim.manifest.json")
     assert of_manifest["what"] == "manifest" and of_manifest["tokens"] == 150 and of_manifest["files"] == 2
 
 
@@ -134,7 +134,7 @@ def test_tokenizer(tmp_path: Path) -> None:
         input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=40, minloglevel=2, hard_vocab_limit=False
     )
     for path in (folder, folder / "tokenizer.model"):
-        shown = describe(path)
+        shown = path_info(path)
         assert shown["what"] == "tokenizer" and shown["sha256"] == file_sha256(folder / "tokenizer.model")
         assert shown["vocabulary"] > 20
 
@@ -169,5 +169,5 @@ NONE_OF_OURS: dict[str, tuple[Any, str]] = {
 def test_what_is_none_of_ours(tmp_path: Path, case: str) -> None:
     make_path, reason = NONE_OF_OURS[case]
     with pytest.raises(ValueError, match=reason) as raised:
-        describe(make_path(tmp_path))
+        path_info(make_path(tmp_path))
     assert "\n" not in str(raised.value)

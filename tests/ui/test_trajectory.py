@@ -1,19 +1,17 @@
-"""What is watched: the text of tokens, the order in which they were revealed, a training's progress."""
+"""Denoising trajectories: the text of single tokens, and the order in which they were revealed."""
 
 from __future__ import annotations
 
 import io
-import re
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
-from rich.console import Console
 
 from lit_gpt.sampling.sequence import State
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.ui.display import Denoising, TrainingProgress, token_texts
+from lit_gpt.ui.trajectory import DenoisingTrajectory, token_texts
 
 MASK = 400
 TEXT = "To be, or not to be:\n that is  the question\n\nWhether 'tis nobler é in the mind to suffer\n"
@@ -57,40 +55,22 @@ def test_token_texts_join_to_the_text(tokenizer: Tokenizer) -> None:
     assert token_texts(tokenizer, [MASK, tokenizer.eos_id], MASK) == ["", ""]
 
 
-def test_denoising_is_what_the_states_show(tokenizer: Tokenizer) -> None:
+def test_trajectory_is_what_the_states_show(tokenizer: Tokenizer) -> None:
     text = "To be, or not\n"
     ids = tokenizer.encode_ids(text)
-    denoising = Denoising.from_states(states(ids), 0, MASK, tokenizer)
-    assert denoising.revealed == [0, 0, *(2 if position % 2 else 4 for position in range(3, len(ids) + 1))]
-    assert denoising.plain(5) == denoising.plain(4) == text
-    hidden = sum(at == 4 for at in denoising.revealed)
-    assert denoising.plain(2).count("__") == denoising.plain(3).count("__") == hidden
-    assert denoising.plain(0).count("__") == len(ids) - 2
-    assert denoising.rich(4).plain == text
-    assert denoising.rich(0).plain.count("▒▒") == len(ids) - 2
+    trajectory = DenoisingTrajectory.from_states(states(ids), 0, MASK, tokenizer)
+    assert trajectory.revealed == [0, 0, *(2 if position % 2 else 4 for position in range(3, len(ids) + 1))]
+    assert trajectory.plain_text(5) == trajectory.plain_text(4) == text
+    hidden = sum(at == 4 for at in trajectory.revealed)
+    assert trajectory.plain_text(2).count("__") == trajectory.plain_text(3).count("__") == hidden
+    assert trajectory.plain_text(0).count("__") == len(ids) - 2
+    assert trajectory.styled_text(4).plain == text
+    assert trajectory.styled_text(0).plain.count("▒▒") == len(ids) - 2
 
 
-def test_snapshots_begin_before_and_end_after(tokenizer: Tokenizer) -> None:
-    denoising = Denoising(["a"] * 41, [0, *range(1, 41)], 50)
-    picked = denoising.snapshots(6)
+def test_selected_steps_begin_before_and_end_after(tokenizer: Tokenizer) -> None:
+    trajectory = DenoisingTrajectory(["a"] * 41, [0, *range(1, 41)], 50)
+    picked = trajectory.select_steps(6)
     assert picked[0] == 0 and picked[-1] == 40 and len(picked) == 6 and picked == sorted(set(picked))
-    assert denoising.snapshots(50) == list(range(41))
-    assert Denoising(["a"], [0], 3).snapshots(6) == [0]
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_training_progress(terminal: bool) -> None:
-    file = io.StringIO()
-    console = Console(file=file, force_terminal=terminal, width=100)
-    with TrainingProgress(console, 60) as show:
-        show("run arm: 60 steps")
-        for step in range(10, 61, 10):
-            line = f"iter {step} step {step}: loss 5.{step}00, iter time: 1.00ms 1234 tokens/s remaining time: 0 hours."
-            show(line)
-        show("error: not repeated here")
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
-    assert "run arm: 60 steps" in shown and "not repeated" not in shown
-    if terminal:
-        assert "60/60" in shown and "1,234 tokens/s" in shown
-    else:
-        assert "step 10:" in shown and "step 20:" not in shown and "step 60:" in shown
+    assert trajectory.select_steps(50) == list(range(41))
+    assert DenoisingTrajectory(["a"], [0], 3).select_steps(6) == [0]

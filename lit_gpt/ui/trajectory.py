@@ -1,13 +1,11 @@
-"""What somebody watches in a terminal: text that emerges from masks, and a training script's progress.
+"""The denoising trajectory of a text: the order in which the tokens of one row came out of their masks, as text.
 
-Decisions: what is watched is a `Denoising`, the finished tokens of one row and the step in which each was revealed;
-every picture of any step follows from that, here and in `plots`. Rich is imported when it is used; torch never is. May
-import canvas and tokenizer only, for their types.
+What is kept is a `DenoisingTrajectory`, the finished tokens of one row and the step in which each was revealed; the text
+after any step follows from that, here and in `trajectory_images`. Torch and rich are imported where they are needed.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,6 @@ from unicodedata import category
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
     from rich.text import Text
 
     from lit_gpt.sampling.sequence import State
@@ -23,15 +20,13 @@ if TYPE_CHECKING:
 
 PLAIN_MASK = " __"
 """A masked token in plain text."""
-_RICH_MASK = " ▒▒"
-_NEW, _GIVEN, _HIDDEN = "bold green", "bold", "dim"
-_STEP_LINE = re.compile(r"step (\d+): loss ([\d.]+), .* (\d+) tokens/s")
-_EVERY = 5
+_STYLED_MASK = " ▒▒"
+_NEW_STYLE, _GIVEN_STYLE, _MASK_STYLE = "bold green", "bold", "dim"
 
 
 @dataclass(frozen=True)
-class Denoising:
-    """How one row of text came out of its masks."""
+class DenoisingTrajectory:
+    """The finished tokens of one row, and the step in which each was revealed."""
 
     texts: list[str]
     """The finished tokens' texts; joined they are the row's text."""
@@ -41,8 +36,8 @@ class Denoising:
     """Steps of the sampler."""
 
     @classmethod
-    def from_states(cls, states: Sequence[State], row: int, mask_id: int, tokenizer: Tokenizer) -> Denoising:
-        """Collect one row.
+    def from_states(cls, states: Sequence[State], row: int, mask_id: int, tokenizer: Tokenizer) -> DenoisingTrajectory:
+        """The trajectory of one row.
 
         Args:
             states: from `sampling.sample_states` of an MDM, the first one before the first step.
@@ -50,33 +45,35 @@ class Denoising:
             mask_id: id of [MASK].
             tokenizer: of the model.
         """
-        watch = RowWatch(mask_id, tokenizer, row)
+        recorder = TrajectoryRecorder(mask_id, tokenizer, row)
         for state in states:
-            watch.see(state)
-        return watch.denoising()
+            recorder.add(state)
+        return recorder.trajectory()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
 
-    def plain(self, step: int) -> str:
+    def plain_text(self, step: int) -> str:
         """The text after a step, without colours; each hidden token is `PLAIN_MASK`."""
         shown = zip(self.texts, self.revealed, strict=True)
         return "".join(text if at <= step else PLAIN_MASK for text, at in shown)
 
-    def rich(self, step: int) -> Text:
+    def styled_text(self, step: int) -> Text:
         """The text after a step: what was given is bold, what the step revealed is green, masks are dim."""
         from rich.text import Text
 
         shown = Text()
         for text, at in zip(self.texts, self.revealed, strict=True):
             if at > step:
-                shown.append(_RICH_MASK, _HIDDEN)
+                shown.append(_STYLED_MASK, _MASK_STYLE)
             else:
-                shown.append(printable(text), _GIVEN if at == 0 else _NEW if at == step else "")
+                shown.append(
+                    without_control_characters(text), _GIVEN_STYLE if at == 0 else _NEW_STYLE if at == step else ""
+                )
         return shown
 
-    def snapshots(self, count: int) -> list[int]:
+    def select_steps(self, count: int) -> list[int]:
         """At most `count` steps worth looking at: before the first, the last, and evenly many tokens between."""
         order = sorted(at for at in self.revealed if 0 < at <= self.steps)
         if not order:
@@ -87,11 +84,11 @@ class Denoising:
         return sorted({0, *picked, order[-1]})
 
 
-class RowWatch:
-    """Follows one row of an MDM's canvas state by state; `denoising` is what has been seen so far."""
+class TrajectoryRecorder:
+    """Collects one row of an MDM's states; `trajectory` is what it has been given so far."""
 
     def __init__(self, mask_id: int, tokenizer: Tokenizer, row: int = 0, start: int = 0) -> None:
-        """Nothing has been seen.
+        """Nothing has been collected.
 
         Args:
             mask_id: id of [MASK].
@@ -104,8 +101,8 @@ class RowWatch:
         self._since: list[int] = []
         self._step = 0
 
-    def see(self, state: State) -> bool:
-        """Take in the next state; returns whether it shows something new."""
+    def add(self, state: State) -> bool:
+        """Take the next state; returns whether a token of the row differs from the state before."""
         ids = state.tokens()[self._row].tolist()[self._start :]
         changed = ids != self._ids
         before = zip(self._ids, self._since, strict=True) if self._ids else [(None, 0)] * len(ids)
@@ -113,7 +110,7 @@ class RowWatch:
         self._ids, self._step = ids, state.step
         return changed
 
-    def denoising(self) -> Denoising:
+    def trajectory(self) -> DenoisingTrajectory:
         """The row up to the last state; a token counts as revealed in the step since which it stands there."""
         revealed = [
             self._step + 1 if token == self._mask_id else since
@@ -122,18 +119,18 @@ class RowWatch:
         texts = token_texts(self._tokenizer, self._ids, self._mask_id)
         if texts and texts[0].startswith(" ") and not self._tokenizer.decode(self._ids[:1]).startswith(" "):
             texts[0] = texts[0][1:]  # the dummy space that the tokenizer put before the text
-        return Denoising(texts, revealed, self._step)
+        return DenoisingTrajectory(texts, revealed, self._step)
 
 
-def print_snapshots(denoising: Denoising, console: Console, count: int) -> None:
-    """Print the text at some steps, below a line that says which."""
-    for step in denoising.snapshots(count):
-        console.print(f"  --- after step {step} of {denoising.steps}")
-        console.print(indented(denoising.plain(step)), markup=False, soft_wrap=True)
+def print_trajectory(trajectory: DenoisingTrajectory, console: Console, count: int) -> None:
+    """Print the text after some steps, each below a line with the step's number."""
+    for step in trajectory.select_steps(count):
+        console.print(f"  --- after step {step} of {trajectory.steps}")
+        console.print(indented(trajectory.plain_text(step)), markup=False, soft_wrap=True)
 
 
-def printable(text: str) -> str:
-    """The text with U+FFFD for characters that would command a terminal, which a model may write."""
+def without_control_characters(text: str) -> str:
+    """The text with U+FFFD in place of characters that control a terminal, which a model may write."""
     return "".join("\ufffd" if category(one) == "Cc" and one not in "\n\t" else one for one in text)
 
 
@@ -152,48 +149,3 @@ def token_texts(tokenizer: Tokenizer, ids: Iterable[int], mask_id: int | None = 
     for token in set(ids) - known.keys():
         known[token] = tokenizer.decode([*anchor, token])[skip:]
     return [known[token] for token in ids]
-
-
-class TrainingProgress:
-    """Shows a training script's lines: a progress bar on a terminal, every fifth line of the log elsewhere.
-
-    A context manager; call it with each line.
-    """
-
-    def __init__(self, console: Console, steps: int) -> None:
-        """Nothing is shown before the context is entered.
-
-        Args:
-            console: where to.
-            steps: of the whole training.
-        """
-        self._console, self._steps, self._logged = console, steps, 0
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> TrainingProgress:
-        if self._console.is_terminal:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self._console)
-            self._bar.start()
-            self._task = self._bar.add_task("starting", total=self._steps)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, line: str) -> None:
-        """Show a line."""
-        found = _STEP_LINE.search(line)
-        if found and self._bar is not None:
-            text = f"loss {float(found[2]):.3f}  {int(found[3]):,} tokens/s"
-            self._bar.update(self._task, completed=int(found[1]), description=text)
-            return
-        if found:
-            self._logged += 1
-            if self._logged % _EVERY != 1 and int(found[1]) != self._steps:
-                return
-        if not line.startswith("error: "):
-            self._console.print(f"  {line}", markup=False, soft_wrap=True)

@@ -1,0 +1,53 @@
+"""Images of a trajectory: they open, and what they say is in their pixels."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_gpt.ui.trajectory import DenoisingTrajectory
+from lit_gpt.ui.trajectory_images import animate_trajectory, draw_trajectory
+from tests.support.images import share_of_color
+
+TEXTS = ["GRE", "MIO", ":", "\n", *(f" word{i}" if i % 7 else "\n" for i in range(1, 60))]
+GREY = (206, 206, 206)
+
+
+@pytest.fixture
+def trajectory() -> DenoisingTrajectory:
+    return DenoisingTrajectory(TEXTS, [0] * 4 + list(range(1, len(TEXTS) - 3)), len(TEXTS) - 4)
+
+
+def test_image_of_a_trajectory(tmp_path: Path, trajectory: DenoisingTrajectory) -> None:
+    path = tmp_path / "trajectory.png"
+    draw_trajectory(trajectory, "Tokens by step", path)
+    image = Image.open(path).convert("RGB")
+    width, height = image.size
+    first, last = (
+        image.crop((0, 0, width // 3, height // 2)),
+        image.crop((2 * width // 3, height // 2, width, height - 62)),
+    )
+    assert share_of_color(first, GREY) > 0.2 and share_of_color(last, GREY) < 1e-3
+    assert len(set(map(tuple, np.asarray(last).reshape(-1, 3)))) > 40  # a colour for every step
+
+
+def test_animation_of_a_trajectory(tmp_path: Path, trajectory: DenoisingTrajectory) -> None:
+    path = tmp_path / "trajectory.gif"
+    animate_trajectory(trajectory, path)
+    with Image.open(path) as image:
+        grey = []
+        for frame in range(image.n_frames):
+            image.seek(frame)
+            grey.append(share_of_color(image, GREY))
+    assert len(grey) == len(trajectory.select_steps(60)) and grey[0] > 0.2 and grey[-1] < 1e-3
+    assert all(after < before + 1e-3 for before, after in itertools.pairwise(grey))
+
+
+def test_long_tokens_and_blank_lines_stay_on_the_picture(tmp_path: Path) -> None:
+    odd = DenoisingTrajectory(["x" * 200, "\n", "\n", "\n", "", " ", "\u6f22", "\ufffd"], [0, 1, 1, 1, 2, 2, 3, 9], 3)
+    draw_trajectory(odd, "Odd", tmp_path / "odd.png", panels=4)
+    assert Image.open(tmp_path / "odd.png").size[1] < 600
