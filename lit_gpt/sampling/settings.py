@@ -1,7 +1,8 @@
 """How to sample, as plain values: the one description that flags, the page and the library share.
 
-Imports no torch, so that `--help` is quick. A field's metadata say what a person must know of it; the names in it are
-those of `setting`'s arguments.
+Imports no torch, so that `--help` is quick. A field's metadata say what a person must know of it: `help` for
+flags, `text` without the owner, which `kind` (`arm`, `mdm`, None for both) and `algorithm` name, and the rest of
+`setting`'s arguments.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ ALGORITHM_NAMES = ("origin", "greedy", "threshold", "entropy")
 def setting(
     default: Any,
     text: str,
-    *,
-    kind: str | None = None,
-    algorithm: str | None = None,
+    owner: str | None = None,
     needs: str | None = None,
     choices: tuple[str, ...] = (),
     bounds: tuple[float, float | None] | None = None,
@@ -28,15 +27,16 @@ def setting(
     Args:
         default: its value unless another one is given.
         text: what it does.
-        kind: `arm` or `mdm` where only that kind of model has a use for it; `mdm` for an algorithm's.
-        algorithm: the one that it is a parameter of. If it is off by default, only that algorithm may switch it on.
+        owner: who alone has a use for it: `arm`, `mdm`, or one of the MDM's algorithms. If it is off by default, other
+            algorithms refuse it.
         needs: another field, without which only the default will do.
         choices: its values, if there are few.
         bounds: its smallest and its largest value; None is any finite number.
     """
-    kind = "mdm" if algorithm else kind
-    owner = ", ".join(filter(None, (kind and kind.upper(), algorithm)))
-    metadata: dict[str, Any] = {"help": f"{owner}: {text}" if owner else text[0].upper() + text[1:]}
+    algorithm = None if owner in (None, "arm", "mdm") else owner
+    kind = "mdm" if algorithm else owner
+    before = ", ".join(filter(None, (kind and kind.upper(), algorithm)))
+    metadata: dict[str, Any] = {"help": f"{before}: {text}" if before else text[0].upper() + text[1:]}
     metadata |= {"text": text, "kind": kind, "algorithm": algorithm, "needs": needs}
     return field(default=default, metadata=metadata | {"choices": choices, "bounds": bounds})
 
@@ -48,24 +48,24 @@ class Sampling:
     algorithm: str = setting(
         "origin",
         "origin, greedy (also spelt greddy), threshold or entropy.",
-        kind="mdm",
+        owner="mdm",
         choices=ALGORITHM_NAMES,
     )
     steps: int = setting(
         128,
         "denoising steps, for threshold and entropy at most; more steps than masked positions is normal use.",
-        kind="mdm",
+        owner="mdm",
         bounds=(1, None),
     )
     temperature: float = setting(
         1.0, "0 takes the likeliest token; 1 samples from the model's distribution.", bounds=(0, None)
     )
-    cfg_scale: float = setting(0.0, "classifier-free guidance; 0 is none.", kind="mdm", bounds=(0, None))
+    cfg_scale: float = setting(0.0, "classifier-free guidance; 0 is none.", owner="mdm", bounds=(0, None))
     seed: int = setting(1234, "together with a row's number it decides all that is random.")
     use_cache: bool = setting(
         True,
         "keep keys and values instead of reading the whole row again for each token; the tokens are the same.",
-        kind="arm",
+        owner="arm",
     )
     top_k: int = setting(0, "draw only from the k likeliest tokens; 0 from all.", bounds=(0, None))
     top_p: float = setting(
@@ -73,43 +73,43 @@ class Sampling:
     )
     min_new_tokens: int = setting(0, "no end token among the first so many new ones.", bounds=(0, None))
     threshold: float = setting(
-        0.9, "reveal every token with at least this confidence.", algorithm="threshold", bounds=(0, 1)
+        0.9, "reveal every token with at least this confidence.", owner="threshold", bounds=(0, 1)
     )
     entropy_bound: float = setting(
         0.1,
         "nats that the tokens of one step may share; higher is faster and less careful.",
-        algorithm="entropy",
+        owner="entropy",
         bounds=(0, math.inf),
     )
     block_length: int = setting(
         0,
         "write blocks of so many tokens from left to right, each in its share of the steps; 0 is one block.",
-        kind="mdm",
+        owner="mdm",
         bounds=(0, None),
     )
     cache: str = setting(
         "none",
         "with block_length, keep keys and values of what a block's steps do not change: none, prefix or dual.",
-        kind="mdm",
+        owner="mdm",
         needs="block_length",
         choices=("none", "prefix", "dual"),
     )
     refresh: int = setting(
         0,
         "with cache, read everything again after so many steps; 0 only at each block's start, 1 is exact.",
-        kind="mdm",
+        owner="mdm",
         bounds=(0, None),
     )
     remask: float = setting(
         0.0,
         "largest share of written tokens that a step masks again, to be written better (ReMDM-cap).",
-        algorithm="origin",
+        owner="origin",
         bounds=(0, 1),
     )
     early_stop: bool = setting(
         False,
         "once the end token stands with nothing masked before it, the row is done: end tokens fill the rest.",
-        kind="mdm",
+        owner="mdm",
     )
 
     def __post_init__(self) -> None:
