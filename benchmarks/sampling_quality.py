@@ -59,7 +59,7 @@ class Point:
 def main() -> None:
     """Sample, judge, print."""
     flags = parse(Flags, None, __doc__)
-    from lit_gpt.checkpoints.weights import load_model
+    from lit_gpt.checkpoints.weights import read_model
     from lit_gpt.devices import keep_freed_memory
     from lit_gpt.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def main() -> None:
             raise FileNotFoundError(
                 f"no model in {Path(folder, kind, 'model')}: run scripts/quickstart.py --out {folder}"
             )
-        models[name] = load_model(files[0], kind=kind)[0]
+        models[name] = read_model(files[0], kind=kind)[0]
     ids = Tokenizer(Path(flags.folder) / "tokenizer").encode_ids(
         (Path(flags.folder) / "text" / "validation.txt").read_text()
     )
@@ -162,12 +162,11 @@ def measure(
 
 def judged(judge: Transformer, texts: Sequence[Sequence[int]]) -> tuple[float, float]:
     """Perplexity of what follows the prompts under the judge, and the share of distinct pairs of neighbours."""
-    from lit_gpt.likelihood.loglikelihood import Reader, Request, arm_likelihoods
-    from lit_gpt.model.logits import model_logits
+    from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, arm_likelihoods
+    from lit_gpt.likelihood.scoring import ScoringModel
 
-    reader = Reader(model_logits(judge), judge.config.mask_id, judge.config.vocab_size, 8192)
-    requests = [Request(tuple(text[:PROMPT]), tuple(text[PROMPT:])) for text in texts]
-    nll = sum(result.nll for _, result in arm_likelihoods(reader, requests))
+    requests = [LikelihoodRequest(tuple(text[:PROMPT]), tuple(text[PROMPT:])) for text in texts]
+    nll = sum(result.nll for _, result in arm_likelihoods(ScoringModel.of(judge, 8192), requests))
     pairs = [pair for text in texts for pair in zip(text[PROMPT:], text[PROMPT + 1 :], strict=False)]
     return math.exp(nll / sum(len(request.target) for request in requests)), len(set(pairs)) / len(pairs)
 

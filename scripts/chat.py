@@ -27,7 +27,7 @@ _SAVED = (*_PICTURES, ".jsonl")
 
 @dataclass(frozen=True)
 class Flags(Sampling):
-    """Flags of the chat: its own, and the settings of sampling."""
+    """Flags of the chat: the settings of sampling, and its own."""
 
     ckpt_path: str = ""
     """A `.safetensors` or `.pth` file, or a run folder."""
@@ -64,16 +64,21 @@ def main() -> None:
 
     from rich.console import Console
 
-    from lit_gpt.ui.completion import Writer
+    from lit_gpt.checkpoints.loaded import load_model
+    from lit_gpt.ui.completion import Completer
     from lit_gpt.ui.terminal import TerminalSession, TerminalSettings
 
-    writer = Writer.load(flags.ckpt_path, flags.model, flags.tokenizer, flags.device)
-    if writer.kind == "arm" and Path(flags.save or "").suffix in _PICTURES:
+    loaded = load_model(
+        flags.ckpt_path, model_name=flags.model, tokenizer=flags.tokenizer, device=flags.device, dtype="float32"
+    )
+    # Opened now: a missing tokenizer ends the command, not a line of the conversation.
+    _ = loaded.tokenizer
+    if loaded.kind == "arm" and Path(flags.save or "").suffix in _PICTURES:
         raise ValueError(f"--save {flags.save}: a picture shows masks, which an ARM has none of; give FILE.jsonl")
-    _warn_of_unused(flags, writer.kind)
-    length = writer.model.config.block_size if flags.context_length is None else flags.context_length
+    _warn_of_unused(flags, loaded.kind)
     shown = TerminalSettings(flags.gap, flags.chat, flags.delay, flags.snapshots, flags.save)
-    session = TerminalSession(writer, Sampling.of(flags), length, shown, Console(highlight=False))
+    length = loaded.model.config.block_size if flags.context_length is None else flags.context_length
+    session = TerminalSession(Completer(loaded), Sampling.of(flags), length, shown, Console(highlight=False))
     if flags.prompt is not None:
         session.complete(flags.prompt)
     else:

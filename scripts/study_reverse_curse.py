@@ -18,7 +18,6 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +29,8 @@ from lit_gpt.cli import parse, run
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lit_gpt.pipeline import Stage
+    from lit_gpt.pipeline import Pipeline, Stage
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("arm", "mdm")
 # Where the answers to a question lie: of whom, and in which direction, as evaluate_reverse.py names them.
 QUESTIONS = {
@@ -42,23 +40,8 @@ QUESTIONS = {
     ("both orders", "description to name"): ("dtn", "same"),
 }
 CURSE = ("one order", "description to name")
-FORWARD = ("{name} is", "Everybody knows that {name} is", "The person called {name} was")
-BACKWARD = ("{description} is", "The name of {description} is", "Ask {description} and you meet")
-"""The phrasings; the first of each is asked. A completion follows behind a space and ends with a full stop."""
-
 _VOCABULARY = 1000
-_WORDS_OF_A_KIND = 40
-_JOBS = (
-    "baker pilot painter judge farmer diver poet smith sailor nurse tailor miner singer gardener dentist weaver hunter "
-    "doctor fisher builder teacher brewer printer dancer"
-)
-_DEEDS = (
-    "found the silver bell|sold the old lighthouse|saved the last wolf|lost the blue diamond|drew the first map|"
-    "crossed the frozen lake|opened the iron gate|stole the golden harp|planted the tallest oak|broke the stone bridge|"
-    "cured the sick queen|raised the sunken ship|wrote the secret letter|tamed the white horse|climbed the north tower|"
-    "fed the hungry lions|burned the wooden mill|caught the clever fox|painted the empty church|won the great race|"
-    "baked the largest cake|rang the midnight alarm|dug the deepest well|caged the wild parrot"
-)
+"""Pieces of the tokenizer: enough for whole words of what is invented."""
 _REPORT = """# The reversal curse, in a quarter of an hour
 
 Written by `{command}` on {date}, commit {commit}; training: {minutes}.
@@ -129,209 +112,114 @@ def main() -> None:
 
     from rich.console import Console
 
+    from lit_gpt.pipeline import Pipeline
+
     console = Console(highlight=False)
-    study = Study(flags, Path(flags.out), console)
-    study.make_facts()
-    length = study.make_start()
-    results = {kind: study.train_and_ask(kind, length) for kind in KINDS}
-    write_report(flags, study.commands, results, console)
+    # Progress bars are for terminals.
+    pipeline = Pipeline(Path(flags.out), console, lambda line: bool(line.strip()) and "%|" not in line)
+    facts = make_facts(flags, pipeline)
+    start = make_start(flags, pipeline, facts)
+    results = {kind: train_and_ask(kind, flags, pipeline, facts, start) for kind in KINDS}
+    write_report(flags, results, console)
 
 
-class Study:
-    """The stages; each is done once for its settings and those before it."""
-
-    def __init__(self, flags: Flags, out: Path, console: Console) -> None:
-        self.flags, self.out, self.console = flags, out, console
-        self.settings: dict[str, Any] = {}
-        # What was run, as a user types it.
-        self.commands: list[str] = []
-
-    def make_facts(self) -> None:
-        """Invent people, and write what is read about them and what is asked."""
-        flags = self.flags
-        self.settings |= {"people": flags.people, "seed": flags.seed}
-        stage, done = self._stage("facts", "1/4 invent people")
-        if done is not None:
-            return
-        people = list(invent_people(flags.people, random.Random(flags.seed)))
-        one_order, both_orders = people[0::2], people[1::2]
-        texts = [fact(form, person) for person in people for form in FORWARD]
-        texts += [fact(form, person) for person in both_orders for form in BACKWARD]
-        files = {
-            "all_prompts_train": texts,
-            "p2d_prompts_test": [fact(FORWARD[0], person) for person in one_order],
-            "d2p_reverse_prompts_test": [fact(FORWARD[0], person) for person in both_orders],
-            "d2p_prompts_test": [fact(BACKWARD[0], person) for person in both_orders],
-            "p2d_reverse_prompts_test": [fact(BACKWARD[0], person) for person in one_order],
-        }
-        for name, lines in files.items():
-            path = stage.folder / f"{name}.jsonl"
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        (stage.folder / "texts.txt").write_text("\n".join(one["prompt"] + one["completion"] for one in texts))
-        self.console.print(
-            f"  {len(texts):,} texts; the first: {texts[0]['prompt']}{texts[0]['completion']}", soft_wrap=True
-        )
-        stage.finish({})
-
-    def make_start(self) -> int:
-        """A tokenizer of whole words, and both models with random weights; returns the longest text's tokens."""
-        flags = self.flags
-        self.settings |= {"n_layer": flags.n_layer, "n_embd": flags.n_embd}
-        stage, done = self._stage("start", "2/4 a tokenizer and random weights")
-        if done is not None:
-            return int(done["length"])
-        texts = self.out / "facts" / "texts.txt"
-        arguments = ["scripts/train_tokenizer.py", "--source_path", texts, "--destination_path", stage.folder]
-        self._run([*arguments, "--document", "line", "--vocab_size", _VOCABULARY])
-
-        from lit_gpt.checkpoints.export import WeightsRecord, export_weights
-        from lit_gpt.config import Config
-        from lit_gpt.model.bidirectional import TransEncoder
-        from lit_gpt.model.causal import GPT
-        from lit_gpt.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer(stage.folder)
-        # bos and eos around each.
-        length = 2 + max(len(tokenizer.encode_ids(line)) for line in texts.read_text(encoding="utf-8").split("\n"))
-        config = Config(
-            "study",
-            flags.n_layer,
-            4,
-            flags.n_embd,
-            3 * flags.n_embd,
-            4,
-            block_size=length,
-            vocab_size=tokenizer.vocab_size,
-        )
-        for model_class in (GPT, TransEncoder):
-            model = model_class(config)
-            model.init_weights(flags.seed)
-            record = WeightsRecord(model.kind, config, {"source": str(stage.folder)})
-            export_weights(stage.folder, model.kind, model.state_dict(), record)
-        self.console.print(f"  texts of up to {length} tokens")
-        stage.finish({"length": length})
-        return length
-
-    def train_and_ask(self, kind: str, length: int) -> list[dict[str, Any]]:
-        """Train one model, and ask it at every checkpoint.
-
-        Returns:
-            Per checkpoint `step` and `accuracy`, the shares of right answers in the order of QUESTIONS; and, at the last
-            one, `minutes` of training.
-        """
-        flags = self.flags
-        steps = flags.arm_steps if kind == "arm" else flags.mdm_steps
-        names = ("batch_size", "learning_rate", "checkpoints", "sampling_steps")
-        settings = self.settings | {name: getattr(flags, name) for name in names} | {"steps": steps}
-        stage, done = self._stage(kind, f"{3 + KINDS.index(kind)}/4 train the {kind.upper()} and ask it", settings)
-        interval = max(1, -(-steps // flags.checkpoints))
-        train = [
-            *("sft/finetune_mdm_reverse.py", "--pretrain_path", self.out / "start" / f"{kind}.safetensors"),
-            *("--data_file", self.out / "facts" / "all_prompts_train.jsonl", "--max_steps", steps),
-            *(
-                "--bs",
-                flags.batch_size,
-                "--learning_rate",
-                flags.learning_rate,
-                "--min_lr",
-                f"{flags.learning_rate / 10:g}",
-            ),
-            *("--seed", flags.seed, "--save_interval", interval, "--keep_checkpoints", 0, "--log_interval", interval),
-            *("--out_dir", stage.folder, "--log_dir", stage.folder / "log", "--models_dir", stage.folder / "model"),
-        ]
-        self.commands.append(typed(train))
-        if done is not None:
-            self.commands += done["commands"]
-            return list(done["curve"])
-        started = time.monotonic()
-        self._run(train)
-        minutes = (time.monotonic() - started) / 60
-        curve = []
-        for checkpoint in sorted(stage.folder.glob("*/iter-*-ckpt.pth")):
-            asked = {qs_type: self._ask(kind, checkpoint, qs_type, length) for qs_type in ("ntd", "dtn")}
-            accuracies = {qs_type: answered(self._run(command)) for qs_type, command in asked.items()}
-            shares = [accuracies[qs_type][direction] for qs_type, direction in QUESTIONS.values()]
-            curve.append({"step": json.loads(checkpoint.with_suffix(".json").read_text())["step"], "accuracy": shares})
-        curve[-1]["minutes"] = minutes
-        last = [typed(command) for command in asked.values()]
-        self.commands += last
-        stage.finish({"curve": curve, "commands": last})
-        return curve
-
-    def _ask(self, kind: str, checkpoint: Path, qs_type: str, length: int) -> list[Any]:
-        """The command that asks a checkpoint one kind of question."""
-        command = ["evaluate_reverse.py", "--qs_type", qs_type, "--ckpt-path", checkpoint, "--length", length]
-        command += [
-            "--data_dir",
-            self.out / "facts",
-            "--output",
-            checkpoint.with_name(f"{checkpoint.stem}-{qs_type}.jsonl"),
-        ]
-        return command + (["--cfg", 0, "--steps", self.flags.sampling_steps] if kind == "mdm" else [])
-
-    def _stage(
-        self, name: str, title: str, settings: dict[str, Any] | None = None
-    ) -> tuple[Stage, dict[str, Any] | None]:
-        """Announce a stage; also its result if an earlier run has finished it."""
-        from lit_gpt.pipeline import Stage
-
-        stage = Stage(self.out / name, dict(self.settings if settings is None else settings))
-        done = stage.begin()
-        self.console.print(title if done is None else f"{title}: done before", style="bold")
-        return stage, done
-
-    def _run(self, command: list[Any]) -> list[str]:
-        """Run one of our scripts, show what it prints, and return it."""
-        from lit_gpt.pipeline import run_script
-
-        lines: list[str] = []
-
-        def show(line: str) -> None:
-            # Bars of progress are for terminals.
-            if line.strip() and "%|" not in line:
-                lines.append(line)
-                self.console.print(f"  {line}", markup=False, soft_wrap=True)
-
-        script, *arguments = map(str, command)
-        run_script([str(ROOT / script), *arguments], show)
-        return lines
+# --- the stages -------------------------------------------------------------------------------------------------------
 
 
-# --- people -----------------------------------------------------------------------------------------------------------
+def make_facts(flags: Flags, pipeline: Pipeline) -> Stage:
+    """Invent people, and write what is read about them and what is asked."""
+    from lit_gpt.evaluation.invented_people import asked_facts, invent_people, training_facts
+
+    stage = pipeline.begin("facts", "1/4 invent people", {"people": flags.people, "seed": flags.seed})
+    if stage.result is not None:
+        return stage
+    people = invent_people(flags.people, random.Random(flags.seed))
+    facts = training_facts(people)
+    for name, lines in {"all_prompts_train.jsonl": facts, **asked_facts(people)}.items():
+        (stage.folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    texts = [fact["prompt"] + fact["completion"] for fact in facts]
+    (stage.folder / "texts.txt").write_text("\n".join(texts))
+    pipeline.console.print(f"  {len(texts):,} texts; the first: {texts[0]}", soft_wrap=True)
+    stage.finish({})
+    return stage
 
 
-def invent_people(count: int, chance: random.Random) -> Iterator[dict[str, str]]:
-    """People with a name and a description of their own.
+def make_start(flags: Flags, pipeline: Pipeline, facts: Stage) -> Stage:
+    """A tokenizer of whole words, and both models with random weights; the result has the longest text's `length`."""
+    settings = {**facts.settings, "n_layer": flags.n_layer, "n_embd": flags.n_embd}
+    stage = pipeline.begin("start", "2/4 a tokenizer and random weights", settings)
+    if stage.result is not None:
+        return stage
+    texts = facts.folder / "texts.txt"
+    command = ["scripts/train_tokenizer.py", "--source_path", texts, "--destination_path", stage.folder]
+    pipeline.run([*command, "--document", "line", "--vocab_size", _VOCABULARY])
 
-    Raises:
-        ValueError: more people than names.
+    from lit_gpt.checkpoints.export import WeightsRecord, export_weights
+    from lit_gpt.config import Config
+    from lit_gpt.model.bidirectional import TransEncoder
+    from lit_gpt.model.causal import GPT
+    from lit_gpt.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(stage.folder)
+    # bos and eos around each.
+    length = 2 + max(len(tokenizer.encode_ids(line)) for line in texts.read_text(encoding="utf-8").split("\n"))
+    width = flags.n_embd
+    config = Config("study", flags.n_layer, 4, width, 3 * width, 4, block_size=length, vocab_size=tokenizer.vocab_size)
+    for model_class in (GPT, TransEncoder):
+        model = model_class(config)
+        model.init_weights(flags.seed)
+        record = WeightsRecord(model.kind, config, {"source": str(stage.folder)})
+        export_weights(stage.folder, model.kind, model.state_dict(), record)
+    pipeline.console.print(f"  texts of up to {length} tokens")
+    stage.finish({"length": length})
+    return stage
+
+
+def train_and_ask(kind: str, flags: Flags, pipeline: Pipeline, facts: Stage, start: Stage) -> dict[str, Any]:
+    """Train one model, and ask it at every checkpoint.
+
+    Returns:
+        `curve`: per checkpoint `step` and `accuracy`, the shares of right answers in the order of QUESTIONS, and, at the
+        last one, `minutes` of training; `commands`: the training and the last questions as a user types them.
     """
-    first = invented(_WORDS_OF_A_KIND, ("a", "o", "i"), chance)
-    last = invented(_WORDS_OF_A_KIND, ("en", "ick", "uld"), chance)
-    towns = invented(_WORDS_OF_A_KIND, ("burg", "holm", "ford"), chance)
-    names = [f"{one} {other}" for one in first for other in last]
-    jobs, deeds = _JOBS.split(), _DEEDS.split("|")
-    descriptions = [f"the {job} from {town} who {deed}" for job in jobs for town in towns for deed in deeds]
-    if count > len(names):
-        raise ValueError(f"--people {count}: there are {len(names)} names")
-    for name, description in zip(chance.sample(names, count), chance.sample(descriptions, count), strict=True):
-        yield {"name": name, "description": description}
+    steps = flags.arm_steps if kind == "arm" else flags.mdm_steps
+    names = ("batch_size", "learning_rate", "checkpoints", "sampling_steps")
+    settings = {**start.settings, **{name: getattr(flags, name) for name in names}, "steps": steps}
+    stage = pipeline.begin(kind, f"{3 + KINDS.index(kind)}/4 train the {kind.upper()} and ask it", settings)
+    train = training_command(flags, steps, start.folder / f"{kind}.safetensors", facts.folder, stage.folder)
+    if stage.result is not None:
+        return {"curve": stage.result["curve"], "commands": [typed(train), *stage.result["commands"]]}
+    assert start.result is not None
+    started = time.monotonic()
+    pipeline.run(train)
+    minutes = (time.monotonic() - started) / 60
+    curve: list[dict[str, Any]] = []
+    for checkpoint in sorted(stage.folder.glob("*/iter-*-ckpt.pth")):
+        asked: dict[str, list[Any]] = {}
+        for qs_type in ("ntd", "dtn"):
+            asked[qs_type] = ["evaluate_reverse.py", "--qs_type", qs_type, "--ckpt-path", checkpoint]
+            asked[qs_type] += ["--length", start.result["length"], "--data_dir", facts.folder]
+            asked[qs_type] += ["--output", checkpoint.with_name(f"{checkpoint.stem}-{qs_type}.jsonl")]
+            asked[qs_type] += ["--cfg", 0, "--steps", flags.sampling_steps] if kind == "mdm" else []
+        accuracies = {qs_type: read_accuracies(pipeline.run(command)) for qs_type, command in asked.items()}
+        shares = [accuracies[qs_type][direction] for qs_type, direction in QUESTIONS.values()]
+        curve.append({"step": json.loads(checkpoint.with_suffix(".json").read_text())["step"], "accuracy": shares})
+    curve[-1]["minutes"] = minutes
+    commands = [typed(command) for command in asked.values()]
+    stage.finish({"curve": curve, "commands": commands})
+    return {"curve": curve, "commands": [typed(train), *commands]}
 
 
-def invented(count: int, endings: tuple[str, ...], chance: random.Random) -> list[str]:
-    """Different words that no language has."""
-    words: dict[str, None] = {}
-    while len(words) < count:
-        middle = chance.choice("aeiou") + chance.choice(("l", "m", "n", "r", "v", "rd", "lt", "nn"))
-        words[(chance.choice("BDFGKLMPRTVZ") + middle + chance.choice(endings))] = None
-    return list(words)
-
-
-def fact(form: str, person: dict[str, str]) -> dict[str, str]:
-    """A text in the form of the reversal curse's files: what is asked, and its completion."""
-    answer = person["description"] if "{name}" in form else person["name"]
-    question = form.format(**person)
-    return {"prompt": question[0].upper() + question[1:], "completion": f" {answer}."}
+def training_command(flags: Flags, steps: int, weights: Path, facts: Path, folder: Path) -> list[Any]:
+    """The fine-tuning script and its arguments."""
+    interval = max(1, -(-steps // flags.checkpoints))
+    return [
+        *("sft/finetune_mdm_reverse.py", "--pretrain_path", weights),
+        *("--data_file", facts / "all_prompts_train.jsonl", "--max_steps", steps, "--bs", flags.batch_size),
+        *("--learning_rate", flags.learning_rate, "--min_lr", f"{flags.learning_rate / 10:g}", "--seed", flags.seed),
+        *("--save_interval", interval, "--keep_checkpoints", 0, "--log_interval", interval),
+        *("--out_dir", folder, "--log_dir", folder / "log", "--models_dir", folder / "model"),
+    ]
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -342,25 +230,27 @@ def typed(command: list[Any]) -> str:
     return shlex.join(["python", *map(str, command)])
 
 
-def answered(lines: list[str]) -> dict[str, float]:
+def read_accuracies(lines: list[str]) -> dict[str, float]:
     """The shares of right answers in the last line of evaluate_reverse.py, in the same direction and in reverse."""
     found = re.search(r"accs: ([\d.e-]+), accs_reverse: ([\d.e-]+)", lines[-1])
     assert found is not None, lines
     return {"same": float(found[1]), "reverse": float(found[2])}
 
 
-def write_report(flags: Flags, commands: list[str], results: dict[str, list[dict[str, Any]]], console: Console) -> None:
+def write_report(flags: Flags, results: dict[str, dict[str, Any]], console: Console) -> None:
     """A table, a picture and the commands, for people."""
     from lit_gpt.evaluation.generated_answers import wilson_interval
+    from lit_gpt.evaluation.invented_people import DESCRIPTION_FIRST, NAME_FIRST
     from lit_gpt.files import make_folder
     from lit_gpt.ui.plots import plot_accuracies
     from lit_gpt.versions import commit
 
+    curves = {kind: result["curve"] for kind, result in results.items()}
     folder = Path(flags.docs)
     make_folder(folder)
     panels = {
-        f"{kind.upper()}, {results[kind][-1]['step']:,} steps": {
-            f"{people}: {direction}": [(one["step"], one["accuracy"][number]) for one in results[kind]]
+        f"{kind.upper()}, {curves[kind][-1]['step']:,} steps": {
+            f"{people}: {direction}": [(one["step"], one["accuracy"][number]) for one in curves[kind]]
             for number, (people, direction) in enumerate(QUESTIONS)
         }
         for kind in KINDS
@@ -372,12 +262,12 @@ def write_report(flags: Flags, commands: list[str], results: dict[str, list[dict
     for number, (people, direction) in enumerate(QUESTIONS):
         cells = []
         for kind in KINDS:
-            share, count = results[kind][-1]["accuracy"][number], asked[people == "both orders"]
+            share, count = curves[kind][-1]["accuracy"][number], asked[people == "both orders"]
             low, high = wilson_interval(round(share * count), count)
             cells.append(f"{share:.1%} ({low:.1%} to {high:.1%})")
         name = "**" if (people, direction) == CURSE else ""
         rows.append(f"| {name}{people}{name} | {name}{direction}{name} | {' | '.join(cells)} |")
-    minutes = ", ".join(f"{kind.upper()} {results[kind][-1]['minutes']:.1f} minutes" for kind in KINDS)
+    minutes = ", ".join(f"{kind.upper()} {curves[kind][-1]['minutes']:.1f} minutes" for kind in KINDS)
     text = _REPORT.format(
         date=time.strftime("%Y-%m-%d"),
         commit=(commit() or "unknown")[:8],
@@ -386,9 +276,9 @@ def write_report(flags: Flags, commands: list[str], results: dict[str, list[dict
         minutes=minutes,
         table="\n".join(rows),
         command=typed(["scripts/study_reverse_curse.py"]),
-        commands="\n".join(commands),
-        forward="; ".join(f'"{form} ..."' for form in FORWARD).format(name="NAME"),
-        backward="; ".join(f'"{form} ..."' for form in BACKWARD).format(description="the DESCRIPTION"),
+        commands="\n".join(command for kind in KINDS for command in results[kind]["commands"]),
+        forward="; ".join(f'"{form} ..."' for form in NAME_FIRST).format(name="NAME"),
+        backward="; ".join(f'"{form} ..."' for form in DESCRIPTION_FIRST).format(description="the DESCRIPTION"),
     )
     (folder / "reverse_curse.md").write_text(text, encoding="utf-8")
     console.print("\n" + "\n".join(rows), markup=False, soft_wrap=True)

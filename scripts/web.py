@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
     from lit_gpt.config import Config
     from lit_gpt.sampling.sequence import State
-    from lit_gpt.ui.completion import Request as Wish
-    from lit_gpt.ui.completion import Writer
+    from lit_gpt.ui.completion import Completer, CompletionRequest
 
 PAGE = Path(__file__).with_name("web_page.html")
 _MOST_STEPS = 4096
@@ -145,11 +144,12 @@ def _inspect(path: Path) -> Described:
 
 
 @lru_cache(maxsize=2)
-def load(path: str, changed_ns: int, tokenizer: str | None, device: str | None) -> Writer:
+def load(path: str, changed_ns: int, tokenizer: str | None, device: str | None) -> Completer:
     """A checkpoint's model and tokenizer; the last two stay in memory, unless a file has changed meanwhile."""
-    from lit_gpt.ui.completion import Writer
+    from lit_gpt.checkpoints.loaded import load_model
+    from lit_gpt.ui.completion import Completer
 
-    return Writer.load(path, tokenizer=tokenizer, device=device)
+    return Completer(load_model(path, tokenizer=tokenizer, device=device, dtype="float32"))
 
 
 # --- the form -----------------------------------------------------------------------------------------------------
@@ -212,10 +212,10 @@ def _read_value(control: dict[str, Any], value: Any) -> Any:
 class Job:
     """A generation that has passed all checks; a state is told as what changed since the one before."""
 
-    def __init__(self, name: str, writer: Writer, wish: Wish, sampling: Sampling) -> None:
+    def __init__(self, name: str, completer: Completer, typed: CompletionRequest, sampling: Sampling) -> None:
         """Nothing is computed yet; ValueError if the prompt or the settings do not suit the model."""
-        self.name, self._writer, self._wish = name, writer, wish
-        self._states = writer.states(wish, sampling)
+        self.name, self._completer, self._typed = name, completer, typed
+        self._states = completer.states(typed, sampling)
         self._last: State | None = None
         self._row: list[tuple[int, float]] = []
 
@@ -226,7 +226,7 @@ class Job:
         state = next(self._states, None)
         if state is None:
             return None
-        tokenizer, mask_id = self._writer.tokenizer, self._writer.model.config.mask_id
+        tokenizer, mask_id = self._completer.loaded.tokenizer, self._completer.loaded.model.config.mask_id
         ids, confidence = state.tokens()[0].tolist(), state.confidences()[0].tolist()
         before = [*self._row, *[(-1, 0.0)] * (len(ids) - len(self._row))]
         self._last, self._row = state, [(token, round(value, 4)) for token, value in zip(ids, confidence, strict=True)]
@@ -242,7 +242,7 @@ class Job:
 
     def text(self) -> str:
         """What stands there now, as text."""
-        return self._writer.text(self._last, self._wish) if self._last else ""
+        return self._completer.text(self._last, self._typed) if self._last else ""
 
 
 class Server:
@@ -297,8 +297,8 @@ class Server:
         length = settings.pop("context_length", length)
         # Its mistakes are told before a large model is read.
         sampling = Sampling(**settings)
-        writer = load(name, Path(name).stat().st_mtime_ns, self._tokenizer, self._device)
-        return Job(name, writer, writer.request(prompt, length), sampling)
+        completer = load(name, Path(name).stat().st_mtime_ns, self._tokenizer, self._device)
+        return Job(name, completer, completer.request(prompt, length), sampling)
 
     async def _lines(self, job: Job, request: Request) -> AsyncIterator[str]:
         """The body of an answer; ends early when nobody reads it any more."""

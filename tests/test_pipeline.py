@@ -22,21 +22,21 @@ def script(folder: Path, body: str) -> str:
 
 def test_a_stage_is_done_once_per_setting(tmp_path: Path) -> None:
     folder = tmp_path / "stage"
-    stage = Stage(folder, {"size": 1})
-    assert stage.begin() is None
+    stage = Stage.open(folder, {"size": 1})
+    assert stage.result is None
     (folder / "half.txt").write_text("half done")
-    assert Stage(folder, {"size": 1}).begin() is None  # not finished: goes on with what there is
+    assert Stage.open(folder, {"size": 1}).result is None  # not finished: goes on with what there is
     assert (folder / "half.txt").exists()
-    assert stage.finish({"loss": 2.5}) == {"loss": 2.5}
-    assert Stage(folder, {"size": 1}).begin() == {"loss": 2.5}
-    assert Stage(folder, {"size": 2}).begin() is None
+    assert stage.finish({"loss": 2.5}) == stage.result == {"loss": 2.5}
+    assert Stage.open(folder, {"size": 1}).result == {"loss": 2.5}
+    assert Stage.open(folder, {"size": 2}).result is None
     assert not (folder / "half.txt").exists()
 
 
 def test_a_stage_leaves_foreign_files_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="holds files of something else"):
-        Stage(tmp_path, {}).begin()
+        Stage.open(tmp_path, {})
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lit_gpt.model.causal import GPT, KVCache
+from lit_gpt.model.causal import GPT
 from lit_gpt.randomness import Stream, uniform
 from lit_gpt.sampling.categorical import Drawing, draw
 from lit_gpt.sampling.denoising import TOKEN
+from lit_gpt.sampling.kv_cache import KVCache
 from lit_gpt.sampling.sequence import Canvas, State
 from lit_gpt.sampling.settings import Sampling
 
@@ -95,8 +96,7 @@ def cached(model: GPT, batch: int, capacity: int) -> NextLogitsFn:
     cache = KVCache(model.config, batch, capacity, weight.device, dtype)
 
     def last_logits(input_ids: Tensor, positions: Tensor, key_mask: Tensor | None) -> Tensor:
-        hidden = model.hidden_states(input_ids, positions, key_mask, cache.layers, cache.length)
-        cache.length += input_ids.size(1)
+        hidden = model.hidden_states(input_ids, positions, model.visibility.padded(key_mask), cache)
         return model.lm_head(hidden[:, -1:])  # type: ignore[no-any-return]
 
     return last_logits

@@ -81,7 +81,12 @@ def sample_states(
     canvas = prompt_canvas(prompts, rows, next(model.parameters()).device)
     new = [total - len(prompt) for total, prompt in zip(lengths, prompts, strict=True)]
     capacity = canvas.input_ids.size(1) + max(new)
-    logits_fn = cached(model, len(new), capacity) if sampling.use_cache else recomputed(model)
+    visibility = model.visibility
+    logits_fn = (
+        cached(model, len(new), capacity)
+        if sampling.use_cache
+        else recomputed(lambda ids, positions, key_mask: model(ids, positions, visibility.padded(key_mask)))
+    )
     return extend(logits_fn, canvas, new, sampling, config.vocab_size, stop_id)
 
 

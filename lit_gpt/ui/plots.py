@@ -5,6 +5,7 @@ Matplotlib is imported when it is used.
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,17 @@ class LossCurve:
     """(tokens seen, nats per token)."""
     validation: list[tuple[int, float]]
     """(tokens seen, nats per token)."""
+
+    @classmethod
+    def from_csv(cls, label: str, path: Path | str, tokens_per_step: float) -> LossCurve:
+        """The losses in a run's metrics.csv, whose rows have optimizer steps."""
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        train_losses, val_losses = (
+            [(int(int(row["step"]) * tokens_per_step), float(row[name])) for row in rows if row.get(name)]
+            for name in ("metric/train_loss", "metric/val_loss")
+        )
+        return cls(label, train_losses, val_losses)
 
 
 def plot_losses(curves: Sequence[LossCurve], title: str, path: Path) -> None:

@@ -6,6 +6,7 @@ after any step follows from that, here and in `trajectory_images`. Torch and ric
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 PLAIN_MASK = " __"
 """A masked token in plain text."""
 _STYLED_MASK = " ▒▒"
+_REPLAY_S = 4
 _NEW_STYLE, _GIVEN_STYLE, _MASK_STYLE = "bold green", "bold", "dim"
 
 
@@ -127,6 +129,21 @@ def print_trajectory(trajectory: DenoisingTrajectory, console: Console, count: i
     for step in trajectory.select_steps(count):
         console.print(f"  --- after step {step} of {trajectory.steps}")
         console.print(indented(trajectory.plain_text(step)), markup=False, soft_wrap=True)
+
+
+def replay_trajectory(trajectory: DenoisingTrajectory, console: Console, count: int) -> None:
+    """Show the text after every step in turn, within about 4 seconds; where there is no terminal, after `count` steps."""
+    if not console.is_terminal:
+        print_trajectory(trajectory, console, count)
+        return
+
+    from rich.live import Live
+    from rich.padding import Padding
+
+    with Live(console=console, auto_refresh=False) as live:
+        for step in trajectory.select_steps(trajectory.steps):
+            live.update(Padding(trajectory.styled_text(step), (0, 0, 0, 2)), refresh=True)
+            time.sleep(_REPLAY_S / trajectory.steps)
 
 
 def without_control_characters(text: str) -> str:

@@ -1,39 +1,18 @@
-"""The study of the reversal curse: its people and texts, and all of it at a small size."""
+"""The study of the reversal curse, at a small size."""
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import subprocess
 import sys
 
-import pytest
-
-from scripts.study_reverse_curse import BACKWARD, FORWARD, answered, fact, invent_people
+from scripts.study_reverse_curse import read_accuracies
 from tests.support.training_runs import ROOT, environment
 
 
-def test_people_have_names_and_descriptions_of_their_own():
-    people = list(invent_people(600, random.Random(1)))
-    for field in ("name", "description"):
-        assert len({person[field] for person in people}) == 600
-    assert people == list(invent_people(600, random.Random(1)))
-    with pytest.raises(ValueError, match="--people 5000: there are 1600 names"):
-        next(invent_people(5000, random.Random(1)))
-
-
-def test_facts_say_who_is_who_in_either_order():
-    person = {"name": "Balo Faren", "description": "the baker from Tolburg who found the silver bell"}
-    assert fact(FORWARD[0], person) == {"prompt": "Balo Faren is", "completion": f" {person['description']}."}
-    assert fact(BACKWARD[0], person) == {
-        "prompt": "T" + person["description"][1:] + " is",
-        "completion": " Balo Faren.",
-    }
-
-
 def test_shares_are_read_from_the_evaluations_last_line():
-    assert answered(["x", "qs_type: dtn, accs: 1.0, accs_reverse: 6.9e-05"]) == {"same": 1.0, "reverse": 6.9e-05}
+    assert read_accuracies(["x", "qs_type: dtn, accs: 1.0, accs_reverse: 6.9e-05"]) == {"same": 1.0, "reverse": 6.9e-05}
 
 
 def test_the_whole_study_small(tmp_path):
