@@ -279,7 +279,7 @@ class LoadedModel:
     def complete(
         self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, length: int
     ) -> list[list[int] | None]:
-        """Complete a batch of prompts; an ARM's row ends with the end token.
+        """Complete a batch of prompts, up to the tokenizer's end token.
 
         Args:
             prompts: token ids of each.
@@ -297,9 +297,9 @@ class LoadedModel:
         has_room = [number for number, prompt in enumerate(prompts) if len(prompt) < length]
         if not has_room:
             return finished
+        fitting, numbers = [prompts[n] for n in has_room], [rows[n] for n in has_room]
         try:
             with self.autocast():
-                fitting, numbers = [prompts[n] for n in has_room], [rows[n] for n in has_room]
                 ids = sample(self.model, fitting, sampling, length, self.tokenizer.eos_id, numbers)
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -15,14 +15,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evaluate_gsm8k import Flags, answer, main
+from evaluate_gsm8k import Flags, main
 from lit_gpt import cli
-from lit_gpt.checkpoints import loaded
 from lit_gpt.checkpoints.export import WeightsRecord, export_weights
+from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.config import Config
 from lit_gpt.diffusion import forward_process, masking_probability
 from lit_gpt.evaluation.generated_answers import checkpoint_name, wilson_interval
-from lit_gpt.evaluation.gsm8k import extract_answer, is_small_arithmetic, normalised, same_answer
+from lit_gpt.evaluation.gsm8k import answer_word_problems, extract_answer, is_small_arithmetic, normalised, same_answer
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
@@ -170,7 +170,6 @@ class Scripted:
         return [1, *map(ord, text)]
 
     def complete(self, prompts, rows, sampling, length):
-        assert length == 64
         texts = [self.tokenizer.decode(ids) for ids in prompts]
         self.calls.append((texts, list(rows), sampling.cfg_scale))
         said = [self.script[text] for text in texts]
@@ -181,7 +180,7 @@ def asked(kind, script):
     answerer = Scripted(kind, script)
     questions = [{"index": 3, "question": "a", "target": "4"}, {"index": 7, "question": "b", "target": "5"}]
     rounds = [Sampling(cfg_scale=0.1), Sampling(cfg_scale=0.2)]
-    return answerer.calls, answer(answerer, rounds, 64, questions)
+    return answerer.calls, answer_word_problems(answerer, rounds, 64, questions)
 
 
 def test_an_mdm_is_asked_twice():
@@ -405,21 +404,19 @@ def test_answers_of_other_settings_are_not_mixed(evaluating, tmp_path):
 def test_the_published_settings(folder, evaluating, tmp_path, monkeypatch):
     seen = []
 
-    def sample(model, prompts, sampling, length, stop_id, rows):
-        assert (length, stop_id) == (LENGTH, eos_id)
-        seen.append((sampling, "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"))
-        return [torch.tensor([*prompt, 70]) for prompt in prompts]
+    def complete(self, prompts, rows, sampling, length):
+        seen.append((sampling, length, self.dtype))
+        return [[*prompt, 70] for prompt in prompts]
 
-    monkeypatch.setattr(loaded, "sample", sample)
-    eos_id = Tokenizer(folder / "tokenizer").eos_id
+    monkeypatch.setattr(LoadedModel, "complete", complete)
     for model, scales in (("mdm", (0.1, 0.1)), ("arm", (0.0, 0.0))):
         assert evaluating(model, "--output", str(tmp_path / f"{model}.jsonl"))[0] == 0
         published = Sampling("greddy", steps=256, temperature=0.1, seed=1234)
-        assert seen == [(replace(published, cfg_scale=scale), "float32") for scale in scales]
+        assert seen == [(replace(published, cfg_scale=scale), LENGTH, "float32") for scale in scales]
         seen.clear()
     words = ("--cfg1", "0.3", "--cfg2", "0.4", "--dtype", "bfloat16", "--output", str(tmp_path / "other.jsonl"))
     assert evaluating("mdm", *words)[0] == 0
-    assert [(sampling.cfg_scale, dtype) for sampling, dtype in seen] == [(0.3, "bfloat16"), (0.4, "bfloat16")]
+    assert [(sampling.cfg_scale, dtype) for sampling, _, dtype in seen] == [(0.3, "bfloat16"), (0.4, "bfloat16")]
     assert Flags().length == 256 and Flags().data == "data/gsm8k/test.jsonl"
 
 

@@ -9,11 +9,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 from evaluate_reverse import Flags, main
 from lit_gpt import cli
-from lit_gpt.checkpoints import loaded
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.checkpoints.weights import read_model
 from lit_gpt.evaluation.reversal import DATA_DIR, FILES, character_bleu, is_right
@@ -237,15 +235,14 @@ def test_answers_of_other_settings_are_not_mixed(evaluating, tmp_path):
 def test_the_published_settings(models, evaluating, tmp_path, monkeypatch):
     seen = []
 
-    def sample(model, prompts, sampling, length, stop_id, rows):
-        seen.append((sampling, length, stop_id))
-        return [torch.tensor(prompt) for prompt in prompts]
+    def complete(self, prompts, rows, sampling, length):
+        seen.append((sampling, length))
+        return [None] * len(prompts)
 
-    monkeypatch.setattr(loaded, "sample", sample)
-    eos_id = Tokenizer(models["tokenizer"]).eos_id
+    monkeypatch.setattr(LoadedModel, "complete", complete)
     for kind, scale in (("mdm", 0.8), ("arm", 0.0)):
         assert evaluating(kind, "--length", "52", "--output", str(tmp_path / f"{kind}.jsonl"))[0] == 0
-        assert seen == [(Sampling("greddy", 32, 0.0, scale, 1234), 52, eos_id)]
+        assert seen == [(Sampling("greddy", 32, 0.0, scale, 1234), 52)]
         seen.clear()
     assert Flags().length == 52 and Flags().data_dir == DATA_DIR
 
