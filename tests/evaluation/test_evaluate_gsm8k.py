@@ -179,7 +179,7 @@ class Scripted:
 def asked(kind, script):
     answerer = Scripted(kind, script)
     questions = [{"index": 3, "question": "a", "target": "4"}, {"index": 7, "question": "b", "target": "5"}]
-    rounds = [Sampling(64, cfg_scale=0.1), Sampling(64, cfg_scale=0.2)]
+    rounds = [Sampling(cfg_scale=0.1), Sampling(cfg_scale=0.2)]
     return answerer.calls, answer_word_problems(answerer, rounds, 64, questions)
 
 
@@ -411,7 +411,7 @@ def test_the_published_settings(folder, evaluating, tmp_path, monkeypatch):
     monkeypatch.setattr(LoadedModel, "complete", complete)
     for model, scales in (("mdm", (0.1, 0.1)), ("arm", (0.0, 0.0))):
         assert evaluating(model, "--output", str(tmp_path / f"{model}.jsonl"))[0] == 0
-        published = Sampling(LENGTH, "greddy", steps=256, temperature=0.1, seed=1234)
+        published = Sampling("greddy", steps=256, temperature=0.1, seed=1234)
         assert seen == [(replace(published, cfg_scale=scale), LENGTH, "float32") for scale in scales]
         seen.clear()
     words = ("--cfg1", "0.3", "--cfg2", "0.4", "--dtype", "bfloat16", "--output", str(tmp_path / "other.jsonl"))

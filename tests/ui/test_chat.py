@@ -210,8 +210,8 @@ def test_an_interrupt_without_a_terminal(models, monkeypatch, chatting, tmp_path
     """What was there is printed, and drawn."""
     from lit_gpt.ui.completion import Completer
 
-    def stopping(self, request, whole=Completer.states):
-        for state in whole(self, request):
+    def stopping(self, request, sampling, whole=Completer.states):
+        for state in whole(self, request, sampling):
             yield state
             if state.step == 40:
                 raise KeyboardInterrupt
