@@ -11,18 +11,13 @@ after Ctrl-C or a kill the same command goes on. The last line is `{answer_file}
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+<<<<<<< HEAD
 from lit_gpt.cli import Interrupted, parse, run, warn
 
 if TYPE_CHECKING:
@@ -74,13 +69,17 @@ class Flags:
     """Has no effect: a model is on one device."""
     num_gpus_total: int = 1
     """Has no effect: start the script with torchrun for several GPUs."""
+=======
+from lit_gpt.cli import parse, run
+from lit_gpt.evaluation.settings import MtBenchAnswerFlags
+>>>>>>> main
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Load, answer, write."""
-    flags = parse(Flags, argv, __doc__)
-    _check(flags)
+    """Answer every question, print where and how fast."""
+    flags = parse(MtBenchAnswerFlags, argv, __doc__)
 
+<<<<<<< HEAD
     from lit_gpt.evaluation.mt_bench.benchmark_files import BenchmarkFiles, read_mt_bench_questions
     from lit_gpt.sampling.settings import Sampling
 
@@ -255,6 +254,13 @@ def _to_first(lines: list[dict[str, Any]], rank: int, processes: int) -> list[di
     parts: list[Any] | None = None if rank else [None] * processes
     torch.distributed.gather_object(lines, parts)
     return [line for part in parts or [] for line in part]
+=======
+    from lit_gpt.evaluation.mt_bench.answers import write_answers
+
+    if written := write_answers(flags):
+        path, elapsed_s = written
+        print(f"{path}, inference time: {elapsed_s:.1f} s")
+>>>>>>> main
 
 
 if __name__ == "__main__":
