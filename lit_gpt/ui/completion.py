@@ -56,13 +56,8 @@ class Completer:
             ValueError: gaps of no token, or more of them than the context has room for.
         """
         if chat:
-<<<<<<< HEAD
             row = self.loaded.prompt_ids(CHAT_TEMPLATE.format(question=text))
-            return CompletionRequest(row, sampling, len(row))
-=======
-            row = self.loaded.prompt_ids(CHAT.format(question=text))
             return CompletionRequest(row, context_length, len(row))
->>>>>>> main
         row = infill_row(text, self.loaded.tokenizer, self.loaded.model.config.mask_id, gap)
         if not row and isinstance(self.loaded.model, GPT):
             row = [self.loaded.tokenizer.bos_id]

@@ -19,7 +19,6 @@ from PIL import Image
 from eval import gen_model_answer, show_result
 from lit_gpt import cli
 from lit_gpt.checkpoints.loaded import load_model
-<<<<<<< HEAD
 from lit_gpt.data.sft_formats import CHAT_TEMPLATE
 from lit_gpt.evaluation.mt_bench.benchmark_files import (
     BenchmarkFiles,
@@ -36,13 +35,7 @@ from lit_gpt.evaluation.mt_bench.tables import (
     model_ratings,
     pairwise_records,
 )
-from lit_gpt.sampling.samplers import sample
-=======
-from lit_gpt.data.sft_formats import CHAT
-from lit_gpt.evaluation.mt_bench.bench import Bench, Question, answer_line, read_answers, read_lines, read_questions
-from lit_gpt.evaluation.mt_bench.tables import Record, aligned, by_category, model_scores, records
 from lit_gpt.sampling.sample import sample
->>>>>>> main
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.ui.plots import plot_radar
 from tests.support.small_models import export_arm_and_mdm
@@ -216,17 +209,10 @@ def test_an_answer_is_the_text_behind_the_prompt(models, folder, script, kind):
     """By the sampler itself: the seed is the choice, the random stream the question's, whatever the batch."""
     loaded = load_model(models[kind])
     end, guidance = loaded.tokenizer.eos_id, 0.6 if kind == "mdm" else 0.0
-<<<<<<< HEAD
-    how = Sampling(300, steps=6, cfg_scale=guidance, stop_id=end, seed=1)
+    how = Sampling(steps=6, cfg_scale=guidance, seed=1)
     questions = read_mt_bench_questions(BENCH.questions, 0, 8)
     prompts = [loaded.prompt_ids(CHAT_TEMPLATE.format(question=question.turns[0])) for question in questions]
-    rows = sample(loaded.model, prompts, how, rows=[question.question_id for question in questions])
-=======
-    how = Sampling(steps=6, cfg_scale=guidance, seed=1)
-    questions = read_questions(BENCH.questions, 0, 8)
-    prompts = [loaded.prompt_ids(CHAT.format(question=question.turns[0])) for question in questions]
     rows = sample(loaded.model, prompts, how, 300, end, [question.question_id for question in questions])
->>>>>>> main
     answered = [row.tolist()[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
     assert any(end in ids[:-1] for ids in answered) or kind == "arm", "some text is behind an end token"
     expected = [loaded.tokenizer.decode(ids[: [*ids, end].index(end)]).strip() for ids in answered]
