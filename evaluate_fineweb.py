@@ -25,7 +25,7 @@ from lit_gpt.cli import parse, run, warn
 if TYPE_CHECKING:
     import numpy as np
 
-    from lit_gpt.likelihood.loglikelihood import Likelihood, Request
+    from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest
 
 _ROWS_AT_ONCE = 1024
 
@@ -121,13 +121,16 @@ def main() -> None:
 
 def check(flags: Flags) -> None:
     """Refuse what is wrong with the flags alone, all of it at once."""
+    from lit_gpt.likelihood.estimators import ESTIMATORS
+
     problems = []
     if flags.type not in ("arm", "mdm"):
         problems.append(f"--type {flags.type}: choose arm or mdm")
     if not flags.ckpt_path:
         problems.append("--ckpt_path is missing: name the checkpoint")
-    if flags.estimator not in ("mc", "exact"):
-        problems.append(f"--estimator {flags.estimator}: choose mc or exact")
+    bounds = [name for name, estimator in ESTIMATORS.items() if estimator.is_bound]
+    if flags.estimator not in bounds:
+        problems.append(f"--estimator {flags.estimator}: choose {' or '.join(bounds)}")
     for name in ("batch_size", "mc_samples", "length", "rows"):
         value = getattr(flags, name)
         if value is not None and value < 1:
@@ -167,27 +170,27 @@ def read_rows(folder: Path, crawl: str, length: int, vocab_size: int) -> tuple[i
     return count, row_of
 
 
-def row_request(kind: str, row: np.ndarray, number: int) -> Request:
+def row_request(kind: str, row: np.ndarray, number: int) -> LikelihoodRequest:
     """An ARM needs a first token to start from; an MDM scores all. Each row has noise of its own."""
-    from lit_gpt.likelihood.loglikelihood import Request
+    from lit_gpt.likelihood.loglikelihood import LikelihoodRequest
 
     ids = tuple(row.tolist())
-    return Request(ids[:1], ids[1:], number) if kind == "arm" else Request((), ids, number)
+    return LikelihoodRequest(ids[:1], ids[1:], number) if kind == "arm" else LikelihoodRequest((), ids, number)
 
 
-def score_rows(model: Any, requests: Sequence[Request], flags: Flags) -> Iterator[tuple[int, Likelihood]]:
+def score_rows(model: Any, requests: Sequence[LikelihoodRequest], flags: Flags) -> Iterator[tuple[int, Likelihood]]:
     """Results as they come."""
     from lit_gpt.diffusion import EPS
-    from lit_gpt.likelihood.loglikelihood import Method, Reader, arm_likelihoods, mdm_likelihoods
-    from lit_gpt.model.logits import model_logits
+    from lit_gpt.likelihood.estimators import ESTIMATORS, make_estimator
+    from lit_gpt.likelihood.loglikelihood import LikelihoodSettings, arm_likelihoods, mdm_likelihoods
+    from lit_gpt.likelihood.scoring import ScoringModel
 
-    config, device = model.config, next(model.parameters()).device
-    max_tokens = flags.batch_size * min(flags.length, config.block_size)
-    reader = Reader(model_logits(model), config.mask_id, config.vocab_size, max_tokens, device)
+    scoring_model = ScoringModel.of(model, flags.batch_size * min(flags.length, model.config.block_size))
     if flags.type == "arm":
-        return arm_likelihoods(reader, requests)
-    method = Method(flags.estimator, mc_num=flags.mc_samples, budget=flags.mc_samples, eps=EPS, seed=flags.seed)
-    return mdm_likelihoods(reader, requests, method)
+        return arm_likelihoods(scoring_model, requests)
+    parameters = {ESTIMATORS[flags.estimator].passes_parameter: flags.mc_samples, "eps": EPS}
+    settings = LikelihoodSettings(make_estimator(flags.estimator, parameters), seed=flags.seed)
+    return mdm_likelihoods(scoring_model, requests, settings)
 
 
 def progress(total: int, rank: int) -> Any:

@@ -27,7 +27,7 @@ from benchmarks.common import OwnProcess, print_table
 from lit_gpt.cli import parse, run
 
 if TYPE_CHECKING:
-    from lit_gpt.likelihood.loglikelihood import Likelihood, Method, Request
+    from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings
     from lit_gpt.model.layers import Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,33 +105,46 @@ def next_line_ids(tokenizer: Any, count: int) -> list[tuple[list[int], list[list
     return found[:count]
 
 
-def cut(questions: Sequence[tuple[list[int], list[list[int]]]], length: int, context: int = 128) -> list[Request]:
+def cut(
+    questions: Sequence[tuple[list[int], list[list[int]]]], length: int, context: int = 128
+) -> list[LikelihoodRequest]:
     """All answers of all questions: `length` tokens of each behind at most `context` of the question's."""
-    from lit_gpt.likelihood.loglikelihood import Request
+    from lit_gpt.likelihood.loglikelihood import LikelihoodRequest
 
     return [
-        Request(tuple(prefix[-context:]), tuple(ids[1 : 1 + length]))
+        LikelihoodRequest(tuple(prefix[-context:]), tuple(ids[1 : 1 + length]))
         for prefix, answers in questions
         for ids in answers
     ]
 
 
-def estimates(model: Transformer, requests: Sequence[Request], method: Method) -> list[Likelihood]:
+def estimates(
+    model: Transformer, requests: Sequence[LikelihoodRequest], settings: LikelihoodSettings
+) -> list[Likelihood]:
     """Ours, in the order of the requests."""
-    from lit_gpt.likelihood.loglikelihood import Reader, mdm_likelihoods
-    from lit_gpt.model.logits import model_logits
+    from lit_gpt.likelihood.loglikelihood import mdm_likelihoods
+    from lit_gpt.likelihood.scoring import ScoringModel
 
-    reader = Reader(model_logits(model), model.config.mask_id, model.config.vocab_size, MAX_TOKENS)
-    found = dict(mdm_likelihoods(reader, requests, method))
+    found = dict(mdm_likelihoods(ScoringModel.of(model, MAX_TOKENS), requests, settings))
     return [found[number] for number in range(len(requests))]
 
 
-def deviation(model: Transformer, requests: Sequence[Request], method: Method, draws: int) -> float:
+def with_passes(name: str, passes: int) -> LikelihoodSettings:
+    """An estimator that may take so many forward passes."""
+    from lit_gpt.likelihood.estimators import ESTIMATORS, make_estimator
+    from lit_gpt.likelihood.loglikelihood import LikelihoodSettings
+
+    return LikelihoodSettings(make_estimator(name, {ESTIMATORS[name].passes_parameter: passes}))
+
+
+def deviation(
+    model: Transformer, requests: Sequence[LikelihoodRequest], settings: LikelihoodSettings, draws: int
+) -> float:
     """Root mean square over requests of the standard deviation over independent draws, nats."""
     from dataclasses import replace
 
     every = [replace(request, stream=draw) for request in requests for draw in range(1, draws + 1)]
-    values = [result.nll for result in estimates(model, every, method)]
+    values = [result.nll for result in estimates(model, every, settings)]
     groups = [values[n : n + draws] for n in range(0, len(values), draws)]
     return math.sqrt(statistics.mean(statistics.variance(group) for group in groups))
 
@@ -143,21 +156,19 @@ def speed_at_equal_error(
     plain: OwnProcess, model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags
 ) -> None:
     """Time to a standard error no larger than that of mc with 128 draws, by length of the target."""
-    from lit_gpt.likelihood.loglikelihood import Method
-
     print(f"## Time to the standard error of mc with {MC_DRAWS} samples\n")
     rows: list[list[str]] = []
     totals: dict[str, list[tuple[float, float]]] = {}
     for length in (*SHORT, *LONG):
         requests = cut(questions, length)
         sample = requests[::4][:6]
-        plain_error = deviation(model, sample, Method("mc", mc_num=MC_DRAWS), flags.draws)
+        plain_error = deviation(model, sample, with_passes("mc", MC_DRAWS), flags.draws)
         for budget in BUDGETS:
-            error = deviation(model, sample, Method("exact", budget=budget), flags.draws)
+            error = deviation(model, sample, with_passes("exact", budget), flags.draws)
             if error <= plain_error:
                 break
         # A request in four: the plain side takes them one at a time, so its time is in proportion.
-        work = (plain, "mc", requests[::4]), (model, requests, Method("exact", budget=budget))
+        work = (plain, "mc", requests[::4]), (model, requests, with_passes("exact", budget))
         plain_s, ours_s, ratio = alternate(*work, flags.rounds)[:3]
         plain_s, ratio = 4 * plain_s, 4 * ratio
         group = "1 to 6" if length in SHORT else "7 to 40"
@@ -188,15 +199,13 @@ def variance_at_equal_passes(
     model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags
 ) -> None:
     """mc's variance over exact's, for every length from 2 to 40, at the passes of one sweep over all levels."""
-    from lit_gpt.likelihood.loglikelihood import Method
-
     print("\n## Variance at equal numbers of passes\n")
     rows, worst = [], math.inf
     for length in range(2, 41):
         passes = sum(-(-length // k) for k in range(1, length + 1))
         sample = cut(questions, length, 24)[::4][:3]
-        plain = deviation(model, sample, Method("mc", mc_num=passes), flags.draws) ** 2
-        own = deviation(model, sample, Method("exact", budget=passes), flags.draws) ** 2
+        plain = deviation(model, sample, with_passes("mc", passes), flags.draws) ** 2
+        own = deviation(model, sample, with_passes("exact", passes), flags.draws) ** 2
         # Below rounding an enumerated bound has no variance.
         share = plain / own if own > 1e-8 else math.inf
         worst = min(worst, share)
@@ -206,15 +215,16 @@ def variance_at_equal_passes(
 
 
 def same_values(
-    names: list[str], plain: OwnProcess, model: Transformer, requests: list[Request], rounds: int
+    names: list[str], plain: OwnProcess, model: Transformer, requests: list[LikelihoodRequest], rounds: int
 ) -> list[str]:
     """The row of a published procedure on some requests: times, and that the values agree."""
-    from lit_gpt.likelihood.loglikelihood import Method
+    from lit_gpt.likelihood.chain_rule import ChainRule
+    from lit_gpt.likelihood.loglikelihood import LikelihoodSettings
 
     greedy = "greedy" in names[1]
     work = (
         (plain, "lambada" if greedy else "chain_rule", requests),
-        (model, requests, Method("chain_rule", greedy=greedy)),
+        (model, requests, LikelihoodSettings(ChainRule(), greedy=greedy)),
     )
     plain_s, ours_s, ratio, plain_values, results = alternate(*work, rounds)
     pairs = [value if greedy else (value, False) for value in plain_values]
@@ -224,22 +234,20 @@ def same_values(
     return [*names, *times, f"{difference:.1e} nats"]
 
 
-def last_words(tokenizer: Any, count: int) -> list[Request]:
+def last_words(tokenizer: Any, count: int) -> list[LikelihoodRequest]:
     """LAMBADA's passages and their last words, cut to what the quickstart's model reads."""
-    from lit_gpt.likelihood.loglikelihood import Request
+    from lit_gpt.likelihood.loglikelihood import LikelihoodRequest
 
     requests = []
     for line in (ROOT / "data" / "lambada" / "test.jsonl").read_text().splitlines()[:count]:
         context, _, word = json.loads(line)["text"].rpartition(" ")
         prefix, target = tokenizer.encode_ids(context), tokenizer.encode_ids("a " + word)[1:]
-        requests.append(Request(tuple(prefix[-120 + len(target) :]), tuple(target)))
+        requests.append(LikelihoodRequest(tuple(prefix[-120 + len(target) :]), tuple(target)))
     return requests
 
 
 def errors_by_passes(model: Transformer, questions: list[tuple[list[int], list[list[int]]]], flags: Flags) -> None:
     """Standard error against passes for some lengths, as a table and a plot."""
-    from lit_gpt.likelihood.loglikelihood import Method
-
     lengths, counts = (2, 4, 8, 16, 40), (2, 4, 8, 16, 32, 64, 128, 256, 512)
     curves: dict[str, list[tuple[float, float]]] = {}
     rows = []
@@ -247,9 +255,9 @@ def errors_by_passes(model: Transformer, questions: list[tuple[list[int], list[l
         cells = [str(count)]
         for length in lengths:
             sample = cut(questions, length, 24)[::8][:3]
-            for name, method in (("mc", Method("mc", mc_num=count)), ("exact", Method("exact", budget=count))):
+            for name in ("mc", "exact"):
                 whole = name == "exact" and 2**length - 1 <= count
-                error = 0.0 if whole else deviation(model, sample, method, max(8, flags.draws // 2))
+                error = 0.0 if whole else deviation(model, sample, with_passes(name, count), max(8, flags.draws // 2))
                 cells.append(f"{error:.3f}")
                 if not whole:
                     curves.setdefault(f"{name}, {length} tokens", []).append((count, error))
@@ -287,7 +295,9 @@ def draw(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
 
 
 def alternate(
-    plain: tuple[OwnProcess, str, list[Request]], ours: tuple[Transformer, list[Request], Method], rounds: int
+    plain: tuple[OwnProcess, str, list[LikelihoodRequest]],
+    ours: tuple[Transformer, list[LikelihoodRequest], LikelihoodSettings],
+    rounds: int,
 ) -> tuple[float, float, float, list[Any], list[Likelihood]]:
     """Median seconds of both sides, in turn, the median of their ratio within a round, and what each found."""
     side, what, requests = plain

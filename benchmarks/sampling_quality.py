@@ -164,12 +164,11 @@ def measure(
 
 def judged(judge: Transformer, texts: Sequence[Sequence[int]]) -> tuple[float, float]:
     """Perplexity of what follows the prompts under the judge, and the share of distinct pairs of neighbours."""
-    from lit_gpt.likelihood.loglikelihood import Reader, Request, arm_likelihoods
-    from lit_gpt.model.logits import model_logits
+    from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, arm_likelihoods
+    from lit_gpt.likelihood.scoring import ScoringModel
 
-    reader = Reader(model_logits(judge), judge.config.mask_id, judge.config.vocab_size, 8192)
-    requests = [Request(tuple(text[:PROMPT]), tuple(text[PROMPT:])) for text in texts]
-    nll = sum(result.nll for _, result in arm_likelihoods(reader, requests))
+    requests = [LikelihoodRequest(tuple(text[:PROMPT]), tuple(text[PROMPT:])) for text in texts]
+    nll = sum(result.nll for _, result in arm_likelihoods(ScoringModel.of(judge, 8192), requests))
     pairs = [pair for text in texts for pair in zip(text[PROMPT:], text[PROMPT + 1 :], strict=False)]
     return math.exp(nll / sum(len(request.target) for request in requests)), len(set(pairs)) / len(pairs)
 

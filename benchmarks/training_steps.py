@@ -26,6 +26,7 @@ from lit_gpt.model import kernels
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
+from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.randomness import Stream, uniform_grid
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -118,7 +119,8 @@ def ours(cell: Cell, bf16: bool, compiled: bool = True) -> Step:
     )
 
     def loss(batch: Batch) -> Tensor:
-        return model.weighted_nll(*batch)[0]
+        input_ids, targets, weights = batch
+        return model.weighted_nll(LossTerms(input_ids, targets, weights, weights != 0))[0]
 
     return _stepper(model, adamw, loss, bf16)
 

@@ -1,25 +1,37 @@
 """What every script does the same way: read flags from a dataclass, and turn a user's mistake into one line.
 
-Flags are the fields of a dataclass; `--help` shows their docstrings; `--config FILE` sets what flags can. Dashes and
-underscores in flag names are the same. Imports of the package stay out of here, so that `--help` is quick.
+Flags are the fields of a dataclass; `--help` shows their docstrings; `--config FILE` sets what flags can. Decisions: argparse
+only splits the command line into texts; a text becomes a value in one place, wherever it comes from, so that a config
+file's scalar counts as it is spelled, like a typed one; dashes and underscores in a flag's name are the same.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import sys
 import time
+import typing
 from collections.abc import Callable, Sequence
+from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar
 
-Flags = TypeVar("Flags")
+FlagsT = TypeVar("FlagsT")
 USER_ERROR_CODE = 2
 # How long a process other than the first waits before it reports an error of its own.
 _OTHERS_WAIT_S = 3.0
+# YAML 1.1's words, in any case.
+_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+# Characters of a wrong value in its error.
+_LONGEST_SHOWN = 100
+# Levels of a config file; flags need two (`data_weights: {a: 1}`).
+_DEEPEST = 9
 
 
 class Interrupted(Exception):
@@ -31,13 +43,14 @@ class Interrupted(Exception):
 
 
 def parse(
-    flags: type[Flags], argv: Sequence[str] | None, description: str, defaults: dict[str, Any] | None = None
-) -> Flags:
+    flags: type[FlagsT], argv: Sequence[str] | None, description: str, defaults: dict[str, Any] | None = None
+) -> FlagsT:
     """Read command-line flags into a dataclass.
 
     Args:
-        flags: a dataclass; every field is a flag, its docstring the help text. A class attribute `ALIASES` may map
-            other spellings to fields.
+        flags: a dataclass of defaults; every field is a flag, its docstring (or `metadata["help"]`) the help text. Types:
+            str, int, float, bool, lists, dictionaries by str, and unions of them with None. A class attribute `ALIASES`
+            may map other spellings to fields.
         argv: the arguments; None means sys.argv.
         description: the first lines of `--help`.
         defaults: values that replace the dataclass's own.
@@ -48,39 +61,26 @@ def parse(
     Raises:
         SystemExit: after `--help` (code 0) or a wrong flag or value (code 2, one line).
     """
-    from argparse import RawDescriptionHelpFormatter
-
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
-
-    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Keeps the description's lines: it shows commands to copy."""
-
-    class Parser(ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            fail(f"{_explain(message)} (--help lists the flags)")
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    program = os.path.basename(sys.argv[0])
-    parser = Parser(
-        prog=program,
-        usage=f"{program} [--flag VALUE ...]",
-        description=description,
-        formatter_class=Formatter,
-        allow_abbrev=False,
-        default_env=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="Read flags from this YAML or JSON file; flags win over it.")
-    parser.add_class_arguments(flags, as_group=False)
-    if defaults:
-        parser.set_defaults(defaults)
-    words = _as_typed(flags, _underscores(sys.argv[1:] if argv is None else argv, getattr(flags, "ALIASES", {})))
+    # `--batch-size` is `--batch_size`; what follows a = stays.
+    words = [
+        re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+        for word in (sys.argv[1:] if argv is None else argv)
+    ]
+    # The texts are read from the source, which takes longer than all the rest.
+    helps = _help_texts(flags) if {"-h", "--help"} & set(words) else {}
     try:
-        words = _with_config(flags, words)
+        known, unknown = _parser(flags, description, defaults or {}, helps).parse_known_args(words)
+        if unknown:
+            raise ValueError(f"unrecognized arguments: {' '.join(unknown)} (--help lists the flags)")
+        typed = vars(known)
+        texts = _read_config(flags, typed.pop("config", [])) | typed
+        kinds = typing.get_type_hints(flags)
+        values = {name: _flag_value(name, text, kinds[name]) for name, text in texts.items()}
+    except argparse.ArgumentError as error:
+        fail(f"{error.argument_name}: {error.message} (--help lists the flags)")
     except (ValueError, OSError) as error:
         fail(_one_line(_describe(error)))
-    values = parser.parse_args(words).as_dict()
-    values.pop("config", None)
-    return flags(**values)
+    return flags(**{**(defaults or {}), **values})
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
@@ -169,90 +169,160 @@ def _speaks() -> bool:
     return os.getppid() == parent
 
 
-def _underscores(argv: Sequence[str], aliases: dict[str, str]) -> list[str]:
-    """`--batch-size` and `--batch_size` are the same flag, and so are a historic spelling and its name."""
-    result = []
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            name = name.removeprefix("--").replace("-", "_")
-            argument = f"--{aliases.get(name, name)}{equals}{value}"
-        result.append(argument)
-    return result
+def _parser(flags: type, description: str, defaults: dict[str, Any], helps: dict[str, str]) -> argparse.ArgumentParser:
+    """An argparse parser that gives the text of every flag that is typed, and shows types and defaults in its help."""
+    program = os.path.basename(sys.argv[0])
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage=f"{program} [--flag VALUE ...]",
+        description=description,
+        # Keeps the description's lines: it shows commands to copy.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    config_help = "Read flags from this YAML or JSON file; flags win over it."
+    parser.add_argument("--config", metavar="FILE", action="append", help=config_help)
+    kinds = typing.get_type_hints(flags)
+    aliases = getattr(flags, "ALIASES", {})
+    for field in dataclasses.fields(flags):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = defaults.get(field.name, default)
+        shown = default if isinstance(default, str) else json.dumps(default, default=str)
+        about = f"(type: {_type_name(kinds[field.name])}{f', default: {shown}' if shown else ''})"
+        options: dict[str, Any] = {}
+        if bool in _alternatives(kinds[field.name]):
+            options = {"nargs": "?", "const": "true", "metavar": "{true,false}"}
+        elif any(typing.get_origin(one) is list for one in _alternatives(kinds[field.name])):
+            options = {"nargs": "+", "action": "extend"}
+        names = [field.name, *(name for name, meant in aliases.items() if meant == field.name)]
+        text = f"{helps.get(field.name, '')} {about}".strip().replace("%", "%%")
+        parser.add_argument(*(f"--{name}" for name in names), dest=field.name, help=text, **options)
+    return parser
 
 
-def _as_typed(flags: type, argv: Sequence[str]) -> list[str]:
-    """Flags as users type them: `--overwrite` alone is true, `--logger csv,wandb` or `--logger csv wandb` a list."""
-    types = {field.name: str(field.type) for field in dataclasses.fields(flags)}
-    result, rest = [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        kind = types.get(name, "") if word.startswith("--") else ""
-        if kind in ("bool", "<class 'bool'>") and not equals and (not rest or rest[0].lower() not in ("true", "false")):
-            word = f"--{name}=true"
-        elif kind.startswith("list["):
-            values = [value] if equals else []
-            while not equals and rest and not rest[0].startswith("--"):
-                values.append(rest.pop(0))
-            if len(values) == 1 and re.fullmatch(r"\w+(,\w+)+", values[0]):
-                values = values[0].split(",")
-            if values and not values[0].startswith("["):
-                word = f"--{name}={json.dumps(values)}"
-            elif values:
-                word = f"--{name}={' '.join(values)}"
-        result.append(word)
-    return result
+def _help_texts(flags: type) -> dict[str, str]:
+    """What is said about the fields of a dataclass: `metadata["help"]`, else the docstring after the field."""
+    import docstring_parser
+
+    found: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(flags.__mro__)):
+        # Without its source, a class has no such docstrings.
+        with contextlib.suppress(OSError, TypeError):
+            found |= {one.arg_name: one.description or "" for one in docstring_parser.parse_from_object(base).params}
+    return found | {field.name: text for field in dataclasses.fields(flags) if (text := field.metadata.get("help"))}
 
 
-def _with_config(flags: type, argv: list[str]) -> list[str]:
-    """Replace `--config FILE` by the flags that the file sets, put first, so that typed flags win.
-
-    A scalar counts as it is spelled (`model: 170`, `compile: on`), as on the command line.
+def _read_config(flags: type, paths: list[str]) -> dict[str, Any]:
+    """The flags that a config file sets, as texts, and lists and mappings of texts.
 
     Raises:
-        ValueError: the file is no mapping of flags.
+        ValueError: there are several files; the file is no mapping of flags.
         OSError: the file cannot be read.
     """
-    path, rest = None, []
-    words = iter(argv)
-    for word in words:
-        if word == "--config" or word.startswith("--config="):
-            if path is not None:
-                raise ValueError("--config is given twice")
-            path = word.partition("=")[2] or next(words, "")
-        else:
-            rest.append(word)
-    if path is None:
-        return rest
+    if len(paths) > 1:
+        raise ValueError("--config is given twice")
+    known = {field.name: field.name for field in dataclasses.fields(flags)} | getattr(flags, "ALIASES", {})
+    found = {}
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            try:
+                content = _read_yaml(file.read())
+            except ValueError as error:
+                raise ValueError(f"--config {path}: neither YAML nor JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"--config {path}: expected lines such as 'model: 170'")
+        for key, value in content.items():
+            if (name := key.replace("-", "_")) not in known:
+                raise ValueError(f"--config {path}: unknown flag {key} (--help lists the flags)")
+            found[known[name]] = value
+    return found
+
+
+def _read_yaml(text: str) -> Any:
+    """YAML (or JSON) as texts, and lists and dictionaries of texts; no types, so that `170` and `on` stay as spelled.
+
+    Raises:
+        ValueError: it is no YAML; or a short text that takes forever: aliases of aliases, or brackets without end.
+    """
     import yaml
 
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    depth = 0
     try:
-        spelled, typed = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text)
+        for event in yaml.parse(text, Loader=yaml.BaseLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("an alias (*name): write the value itself")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise ValueError(f"more than {_DEEPEST} levels of brackets")
+        return yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: neither YAML nor JSON: {error}") from error
-    if not isinstance(typed, dict):
-        raise ValueError(f"--config {path}: expected lines such as 'model: 170'")
-    known = {field.name for field in dataclasses.fields(flags)}
-    result = []
-    for key, value in zip(spelled, typed.values(), strict=True):
-        name = key.replace("-", "_")
-        name = getattr(flags, "ALIASES", {}).get(name, name)
-        if name not in known:
-            raise ValueError(f"--config {path}: unknown flag {key} (--help lists the flags)")
-        result.append(f"--{name}={json.dumps(value) if isinstance(value, dict | list) else spelled[key]}")
-    return [*result, *rest]
+        raise ValueError(str(error)) from error
 
 
-def _explain(message: str) -> str:
-    """The parser's message with the flag spelled as it is typed and the type as a word."""
-    line = re.sub(r"<class '(\w+)'>", r"\1", _one_line(message)).replace("NoneType", "null")
-    line = re.sub(r"Parser key \"([\w.]+)\": ", r"--\1: ", line)
-    if union := re.search(r"^(--[\w.]+): .*Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$", line):
-        return f"{union[1]}: expected {union[2].replace(', ', ' or ')}, got {union[3]}"
-    return line.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
+def _flag_value(name: str, text: Any, kind: Any) -> Any:
+    """`_convert`, with an error that names the flag, what it expects and what was given."""
+    try:
+        return _convert(text, kind)
+    except ValueError:
+        shown = " ".join(map(str, text)) if isinstance(text, list) else str(text)
+        shown = shown if len(shown) <= _LONGEST_SHOWN else shown[:_LONGEST_SHOWN] + "..."
+        raise ValueError(
+            f"--{name}: expected {_type_name(kind, ' or ')}, got {shown} (--help lists the flags)"
+        ) from None
+
+
+def _convert(text: Any, kind: Any) -> Any:
+    """Turn a text, or a list or dictionary of texts, into a value of a type; of a union, the first that fits.
+
+    Raises:
+        ValueError: it is none. Integers beyond 64 bits and numbers that are not finite are none either: no flag means
+            them, and what they overflow says less.
+    """
+    alternatives = _alternatives(kind)
+    if NoneType in alternatives and text in ("null", "~"):
+        return None
+    if len(alternatives) > 1:
+        for alternative in alternatives:
+            with contextlib.suppress(ValueError):
+                return _convert(text, alternative)
+    elif typing.get_origin(kind) is list:
+        return [_convert(item, typing.get_args(kind)[0]) for item in _list_items(text)]
+    elif typing.get_origin(kind) is dict:
+        content = _read_yaml(text) if isinstance(text, str) else text
+        if isinstance(content, dict):
+            return {key: _convert(item, typing.get_args(kind)[1]) for key, item in content.items()}
+    elif isinstance(text, str):
+        if kind is str:
+            return text
+        if kind is bool and text.lower() in _SWITCH:
+            return _SWITCH[text.lower()]
+        if kind is int and (number := int(text)).bit_length() <= 64:
+            return number
+        if kind is float and math.isfinite(value := float(text)):
+            return value
+    raise ValueError(f"no {_type_name(kind)}: {text}")
+
+
+def _list_items(text: Any) -> list[Any]:
+    """The items of a list that is spelled as words (`a b`), with commas (`a,b`) or as YAML (`[a, b]`, one or more words)."""
+    words = [text] if isinstance(text, str) else text
+    line = " ".join(words) if all(isinstance(word, str) for word in words) else ""
+    if line.startswith("[") and line.endswith("]"):
+        return _read_yaml(line)
+    return line.split(",") if re.fullmatch(r"\w+(,\w+)+", line) else words
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type alone."""
+    return typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+
+
+def _type_name(kind: Any, between: str = " | ") -> str:
+    """A type as users read it: `int | null`, `list[str]`."""
+    names = {NoneType: "null"} | {plain: plain.__name__ for plain in (str, int, float, bool)}
+    return between.join(names.get(one, str(one)) for one in _alternatives(kind))
 
 
 def _describe(error: Exception) -> str:

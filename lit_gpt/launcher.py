@@ -37,7 +37,7 @@ options (before SCRIPT; as --name=VALUE or --name VALUE, with - or _):
   --main-address HOST  address of machine 0, default 127.0.0.1
   --main-port PORT     port of machine 0, default 29400 (on a single machine: one that is free)
   --strategy NAME      left to the script unless given: auto, ddp, fsdp
-  --precision NAME     left to the script unless given: bf16-mixed, 16-mixed, bf16-true, 32-true
+  --precision NAME     left to the script unless given: bf16-mixed, bf16-true, 32-true
   --help               show this text
 
 Plain `python SCRIPT ARGS` and `fabric run OPTIONS SCRIPT ARGS` start the same scripts."""

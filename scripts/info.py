@@ -42,13 +42,11 @@ def main() -> None:
 
 
 def _arguments(argv: list[str]) -> list[str]:
-    """A bare path as `--path PATH`, and a bare `--json` as `--json true`."""
+    """A bare path as `--path PATH`, also behind `--json`."""
     result = []
-    for before, argument, after in zip(["", *argv], argv, [*argv[1:], ""], strict=False):
+    for before, argument in zip(["", *argv], argv, strict=False):
         is_value = before in ("--path", "--config") or (before == "--json" and argument in ("true", "false"))
-        if not argument.startswith("-") and not is_value:
-            result.append("--path")
-        result.append("--json=true" if argument == "--json" and after not in ("true", "false") else argument)
+        result += [argument] if argument.startswith("-") or is_value else ["--path", argument]
     return result
 
 

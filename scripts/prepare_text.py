@@ -36,7 +36,7 @@ class PrepareFlags:
     """Flags of the preparation."""
 
     source_path: list[str] = field(default_factory=list)
-    """Files, folders or glob patterns of text, read in this order; several follow one flag or stand as [A, B]."""
+    """Files, folders or glob patterns of text, in this order; several follow one flag or stand as [A, B]."""
     destination_path: str = ""
     """Folder of the packed files; made if it is missing."""
     tokenizer_path: str = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
@@ -63,9 +63,7 @@ class PrepareFlags:
 
 def main() -> None:
     """Check the flags, pack, say what came out."""
-    from lit_gpt.data.text_sources import join_sources
-
-    flags = parse(PrepareFlags, join_sources(sys.argv[1:]), __doc__)
+    flags = parse(PrepareFlags, None, __doc__)
     _check(flags)
 
     from lit_gpt.data.preparation import prepare

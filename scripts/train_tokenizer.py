@@ -48,9 +48,7 @@ class TokenizerFlags:
 
 def main() -> None:
     """Read, learn, write."""
-    from lit_gpt.data.text_sources import join_sources
-
-    flags = parse(TokenizerFlags, join_sources(sys.argv[1:]), __doc__)
+    flags = parse(TokenizerFlags, None, __doc__)
     if not flags.source_path or not flags.destination_path:
         raise ValueError("give --source_path (files, folders or patterns of text) and --destination_path (a folder)")
     if flags.document not in ("file", "line"):

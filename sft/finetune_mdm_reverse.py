@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         source=REVERSE,
         max_length=2048,
         objective=lambda model, _: (
-            NextResponseToken() if model.causal else MaskedResponse(model.config.mask_id, **masked)
+            NextResponseToken() if model.kind == "arm" else MaskedResponse(model.config.mask_id, **masked)
         ),
         group_sizes=MDM_GROUP_SIZES,
         warmup_steps=lambda _: 200,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lit_gpt.cli import parse
+from lit_gpt.training.settings import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,6 +126,185 @@ def test_wrong_flags(capsys, argv, message):
     assert message in error(capsys, *argv)
 
 
+# --- every spelling of every type -------------------------------------------------------------------------------------
+
+REFUSED = object()
+# What a text is as int, as float and as bool. YAML's rarer numbers (0x1F, 1:30, .inf) and numbers that fit nowhere are
+# refused, and whole numbers stay whole: 1e2 is a float.
+SPELLINGS: list[tuple[str, object, object, object]] = [
+    ("8", 8, 8.0, REFUSED),
+    ("0", 0, 0.0, REFUSED),
+    ("1", 1, 1.0, REFUSED),
+    ("-3", -3, -3.0, REFUSED),
+    ("+5", 5, 5.0, REFUSED),
+    ("007", 7, 7.0, REFUSED),
+    ("1_000", 1000, 1000.0, REFUSED),
+    (" 8 ", 8, 8.0, REFUSED),
+    ("8\n", 8, 8.0, REFUSED),
+    ("9223372036854775807", 2**63 - 1, 2.0**63, REFUSED),
+    ("18446744073709551615", 2**64 - 1, 2.0**64, REFUSED),
+    ("18446744073709551616", REFUSED, 2.0**64, REFUSED),
+    ("1180591620717411303424", REFUSED, 2.0**70, REFUSED),
+    ("-1180591620717411303424", REFUSED, -(2.0**70), REFUSED),
+    ("9" * 5000, REFUSED, REFUSED, REFUSED),
+    ("9" * 1_000_000, REFUSED, REFUSED, REFUSED),
+    ("8.0", REFUSED, 8.0, REFUSED),
+    ("100.", REFUSED, 100.0, REFUSED),
+    ("0.", REFUSED, 0.0, REFUSED),
+    (".5", REFUSED, 0.5, REFUSED),
+    ("-.5", REFUSED, -0.5, REFUSED),
+    ("1e2", REFUSED, 100.0, REFUSED),
+    ("1E2", REFUSED, 100.0, REFUSED),
+    ("12e03", REFUSED, 12000.0, REFUSED),
+    ("1e-2", REFUSED, 0.01, REFUSED),
+    ("-1e-2", REFUSED, -0.01, REFUSED),
+    ("100_000.5", REFUSED, 100000.5, REFUSED),
+    ("5e-324", REFUSED, 5e-324, REFUSED),
+    ("1.7976931348623157e308", REFUSED, 1.7976931348623157e308, REFUSED),
+    ("1e400", REFUSED, REFUSED, REFUSED),
+    ("true", REFUSED, REFUSED, True),
+    ("True", REFUSED, REFUSED, True),
+    ("TRUE", REFUSED, REFUSED, True),
+    ("yes", REFUSED, REFUSED, True),
+    ("on", REFUSED, REFUSED, True),
+    ("false", REFUSED, REFUSED, False),
+    ("no", REFUSED, REFUSED, False),
+    ("off", REFUSED, REFUSED, False),
+    *(
+        (text, REFUSED, REFUSED, REFUSED)
+        for text in (
+            *("", " ", "x", "much", "a b", "y", "inf", "-inf", ".inf", "nan", ".nan", "NaN", "Infinity"),
+            *("null", "~", "None", "none", "0x1F", "0o17", "0b11", "1:30", "2026-01-01", "2026-01-01 10:00:00"),
+            *("1,000", "1,2", "a,b", "1e3.5", "0.1.2", "8 # c", "# c", "!!int 8", '"8"', "'8'", "*a", "&a b", "@f"),
+            *(
+                "a: b",
+                "{",
+                "[",
+                "[1,2]",
+                "{a: 1}",
+                "{}",
+                "[]",
+                "-",
+                "=",
+                "a=b",
+                "--a",
+                "-a",
+                "C:\\x",
+                "~/x",
+                "é",
+                "a\nb",
+            ),
+        )
+    ),
+]
+
+
+@dataclass
+class Typed:
+    """One flag of every type that the scripts have."""
+
+    whole: int = 7
+    whole_or_none: int | None = 7
+    number: float = 0.5
+    number_or_none: float | None = 0.5
+    switch: bool = False
+    text: str = "d"
+    text_or_none: str | None = "d"
+    whole_or_text: int | str = 32
+    text_or_whole: str | int | None = "d"
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: repr(spelling[0][:30]))
+def test_spellings(capsys, spelling):
+    text, whole, number, switch = spelling
+    absent = text in ("null", "~")
+    expected = {
+        "whole": whole,
+        "whole_or_none": None if absent else whole,
+        "number": number,
+        "number_or_none": None if absent else number,
+        "switch": switch,
+        "text": text,
+        "text_or_none": None if absent else text,
+        "whole_or_text": text if whole is REFUSED else whole,
+        "text_or_whole": None if absent else text,
+    }
+    for name, value in expected.items():
+        if value is REFUSED:
+            with pytest.raises(SystemExit) as stop:
+                parse(Typed, [f"--{name}={text}"], "")
+            line = capsys.readouterr().err
+            assert stop.value.code == 2 and line.startswith(f"error: --{name}: expected ") and line.count("\n") == 1
+            assert len(line) < 250
+        else:
+            read = getattr(parse(Typed, [f"--{name}={text}"], ""), name)
+            assert read == value and type(read) is type(value)
+
+
+@dataclass
+class Collections:
+    """Flags with several values."""
+
+    names: list[str] = field(default_factory=lambda: ["csv"])
+    names_or_none: list[str] | None = None
+    weights: dict[str, float] = field(default_factory=lambda: {"t": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("words", "items"),
+    [
+        (["a"], ["a"]),
+        (["a", "b"], ["a", "b"]),
+        (["a,b"], ["a", "b"]),
+        (["a,b", "c"], ["a,b", "c"]),
+        (["/a,b"], ["/a,b"]),
+        (["a,"], ["a,"]),
+        (["a b"], ["a b"]),
+        (["[a,b]"], ["a", "b"]),
+        (["[a,", "b]"], ["a", "b"]),
+        (['["a", "b"]'], ["a", "b"]),
+        (["[1, on, null]"], ["1", "on", "null"]),
+        (["[]"], []),
+        (["[ab]*.txt"], ["[ab]*.txt"]),
+        (["-3"], ["-3"]),
+        (["1e2"], ["1e2"]),
+        ([""], [""]),
+    ],
+)
+def test_spellings_of_lists(words, items):
+    read = parse(Collections, ["--names", *words, "--names-or-none", *words], "")
+    assert read.names == items and read.names_or_none == items
+
+
+def test_a_list_collects_over_repeated_flags():
+    assert parse(Collections, ["--names", "a", "--names=b"], "").names == ["a", "b"], "without the default"
+    assert parse(Collections, ["--names_or_none", "[b]"], "").names == ["csv"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a": 1, "b": 0.5}', {"a": 1.0, "b": 0.5}),
+        ("{a: 1e2}", {"a": 100.0}),
+        ("a: 1", {"a": 1.0}),
+        ("{1: 2}", {"1": 2.0}),
+        ("{}", {}),
+    ],
+)
+def test_spellings_of_weights(text, value):
+    assert parse(Collections, [f"--weights={text}"], "").weights == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "a", "a=1", "[1]", '{"a": "x"}', '{"a": null}', '{"a": true}', "{a: [1]}", "{a: 1", "{a: 1e400}"]
+)
+def test_weights_that_are_none(capsys, text):
+    with pytest.raises(SystemExit):
+        parse(Collections, [f"--weights={text}"], "")
+    line = f"error: --weights: expected dict[str, float], got {text} (--help lists the flags)"
+    assert capsys.readouterr().err == " ".join(line.split()) + "\n"
+
+
 # --- config files -----------------------------------------------------------------------------------------------------
 
 
@@ -159,12 +339,42 @@ def test_a_json_file_is_a_config_file(tmp_path):
         ("model: [6\n", "neither YAML nor JSON"),
         ("just words\n", "expected lines such as 'model: 170'"),
         ("batch_size: many\n", "--batch_size: expected int, got many"),
+        ("batch_size: 2026-01-01\n", "--batch_size: expected int, got 2026-01-01"),
+        ("batch_size: [8]\n", "--batch_size: expected int, got 8"),
+        ("model: {size: 6}\n", "--model: expected str, got {'size': '6'}"),
+        ("data_weights: {a: x}\n", "--data_weights: expected dict[str, float], got {'a': 'x'}"),
+        ("batch_size: 99999999999999999999\n", "--batch_size: expected int, got 99999999999999999999"),
+        ("? [a]\n: 1\n", "neither YAML nor JSON"),
+        ("model: \x00\n", "neither YAML nor JSON"),
+        ("[" * 100_000, "more than 9 levels of brackets"),
+        ("logger: &all [csv]\nmodel: *all\n", "an alias (*name): write the value itself"),
     ],
 )
 def test_wrong_config_files(capsys, tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     assert message in error(capsys, "--config", str(path))
+
+
+def test_aliases_that_stand_for_more_than_memory_are_refused_at_once(capsys, tmp_path):
+    path = tmp_path / "run.yaml"
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 30)]
+    path.write_text("\n".join(lines))
+    begin = time.monotonic()
+    assert "an alias" in error(capsys, "--config", str(path))
+    assert time.monotonic() - begin < 5
+
+
+def test_two_config_files(capsys, tmp_path):
+    assert "--config is given twice" in error(capsys, "--config", "a.yaml", "--config=b.yaml")
+
+
+def test_historic_spellings_are_flags_and_keys(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("bs: 8\n")
+    assert parse(FinetuneConfig, ["--config", str(path), "--epoch", "2"], "").batch_size == 8
+    assert parse(FinetuneConfig, ["--bs=4", "--epoch", "2"], "").epochs == 2.0
 
 
 def test_a_missing_config_file(capsys, tmp_path):
@@ -243,6 +453,25 @@ def test_help_explains_every_flag_and_shows_the_commands(name):
     for flag in ("--model", "--flops", "--nodes_num", "--batch_size", "--data_dir", "--resume", "--config"):
         assert f"  {flag} " in done.stdout
     assert "Compute budget in units of 1e18 FLOPs" in " ".join(done.stdout.split())
+
+
+def test_help_shows_types_and_defaults(capsys):
+    @dataclass
+    class Told:
+        """Flags."""
+
+        rate: float | None = None
+        """At most 1 % of it."""
+        names: list[str] = field(default_factory=lambda: ["csv"], metadata={"help": "Said in the metadata."})
+        fast: bool = False
+
+    with pytest.raises(SystemExit) as stop:
+        parse(Told, ["--help"], "A test.\n\n    keeps its lines", defaults={"rate": 2})
+    out = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert "--rate RATE At most 1 % of it. (type: float | null, default: 2)" in out
+    assert 'Said in the metadata. (type: list[str], default: ["csv"])' in out
+    assert "(type: bool, default: false)" in out
 
 
 def test_help_loads_nothing_heavy():

@@ -46,7 +46,7 @@ LATE |= {
     "zstandard",
     "tensorboard",
     "wandb",
-    "jsonargparse",
+    "docstring_parser",
     "lm_eval",
     "litgpt",
     "math_verify",

@@ -331,27 +331,3 @@ def _hidden(path: Path) -> bool:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def join_sources(argv: list[str]) -> list[str]:
-    """Arguments with `--source_path A B` turned into what the flag parser reads: one source per flag.
-
-    Args:
-        argv: a script's arguments.
-    """
-    result: list[str] = []
-    sources: list[str] = []
-    reading = False
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
-            reading = name.replace("-", "_") == "__source_path"
-            if reading and equals:
-                sources.append(value)
-                reading = False
-                continue
-        if not reading:
-            result.append(word)
-        elif not word.startswith("--"):
-            sources.append(word)
-    return result + [f"--source_path+={source}" for source in sources]

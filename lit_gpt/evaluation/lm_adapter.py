@@ -21,8 +21,15 @@ from lit_gpt.cli import warn
 from lit_gpt.devices import choose_device, has_native_bf16, join_processes
 from lit_gpt.evaluation.result_cache import EvalCache, request_key
 from lit_gpt.evaluation.settings import DTYPES, ModelArgs
-from lit_gpt.likelihood.loglikelihood import Likelihood, Method, Reader, Request, arm_likelihoods, mdm_likelihoods
-from lit_gpt.model.logits import guided, model_logits
+from lit_gpt.likelihood.estimators import make_estimator
+from lit_gpt.likelihood.loglikelihood import (
+    Likelihood,
+    LikelihoodRequest,
+    LikelihoodSettings,
+    arm_likelihoods,
+    mdm_likelihoods,
+)
+from lit_gpt.likelihood.scoring import ScoringModel
 from lit_gpt.randomness import hash_int
 from lit_gpt.sampling.samplers import sample
 from lit_gpt.sampling.settings import Sampling
@@ -85,17 +92,14 @@ class Adapter:
         self.max_length = arguments.max_length or config.block_size
         self._check()
         self.dtype = evaluation_dtype(arguments.dtype, self._device)
-        self.method = Method(
-            estimator=arguments.nll_type,
-            mc_num=arguments.mc_num,
-            budget=arguments.budget,
+        self.likelihood_settings = LikelihoodSettings(
+            make_estimator(arguments.nll_type, vars(arguments)),
             cfg_scale=float(arguments.cfg),
             greedy=arguments.greedy,
             pad_to=self.max_length if arguments.padding else 0,
             seed=arguments.seed,
         )
-        logits_fn = guided(model_logits(self.model), self.method.cfg_scale, config.mask_id)
-        self.reader = Reader(logits_fn, config.mask_id, config.vocab_size, self._batch_tokens(), self._device)
+        self.scoring_model = ScoringModel.of(self.model, self._batch_tokens())
         self.checkpoint_hash = state_hash(self.model.state_dict())
         self._cache = EvalCache(cache_folder, self._identity(), self._rank)
         self._errors: list[float] = []
@@ -133,12 +137,12 @@ class Adapter:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         owners: list[int] = []
-        pairs: list[Request] = []
+        pairs: list[LikelihoodRequest] = []
         for number, request in enumerate(requests):
             ids = self.tokenizer.encode_ids(request.args[0])
             for window in get_rolling_token_windows(ids, self.tokenizer.bos_id, self._room - 1, 1):
                 prefix, target = make_disjoint_window(window)
-                pairs.append(Request(tuple(prefix), tuple(target)))
+                pairs.append(LikelihoodRequest(tuple(prefix), tuple(target)))
                 owners.append(number)
         totals = [0.0] * len(requests)
         for number, result in zip(owners, self._likelihoods(pairs, disable_tqdm), strict=True):
@@ -177,10 +181,10 @@ class Adapter:
         """Say how sure the likelihoods are, and end what was opened."""
         summary = self.error_summary()
         if summary["requests"] and not self._rank:
-            effort = {"mc": f", mc_num {self.method.mc_num}", "exact": f", budget {self.method.budget}"}
-            how = f"{self.method.estimator}{effort.get(self.method.estimator, '')}, cfg {self.method.cfg_scale:g}"
+            settings = self.likelihood_settings
+            how = f"{settings.estimator.description()}, cfg {settings.cfg_scale:g}"
             print(
-                f"likelihoods: {'exact (left to right)' if self.kind == 'arm' else how}, seed {self.method.seed}; the "
+                f"likelihoods: {'exact (left to right)' if self.kind == 'arm' else how}, seed {settings.seed}; the "
                 f"estimator's standard error is {summary['mean']:.4f} nats on average and at most "
                 f"{summary['largest']:.4f} over {summary['requests']} requests"
             )
@@ -230,16 +234,16 @@ class Adapter:
         prefix = bos + self.tokenizer.encode_ids(stripped)
         return prefix, (bos + self.tokenizer.encode_ids(stripped + continuation))[len(prefix) :]
 
-    def _fit(self, prefix: list[int], target: list[int]) -> Request:
+    def _fit(self, prefix: list[int], target: list[int]) -> LikelihoodRequest:
         """The end of what is too long; an ARM keeps a token before its first target."""
         target = target[-(self._room - 1) :]
-        return Request(tuple(prefix[-(self._room - len(target)) :]), tuple(target))
+        return LikelihoodRequest(tuple(prefix[-(self._room - len(target)) :]), tuple(target))
 
-    def _likelihoods(self, requests: Sequence[Request], disable_tqdm: bool) -> list[Likelihood]:
+    def _likelihoods(self, requests: Sequence[LikelihoodRequest], disable_tqdm: bool) -> list[Likelihood]:
         """Results in the order of the requests, each distinct one computed once, or found in the cache."""
         keys = [request_key("likelihood", request.prefix, request.target) for request in requests]
         found: dict[str, Likelihood] = {}
-        todo: dict[str, Request] = {}
+        todo: dict[str, LikelihoodRequest] = {}
         for key, request in zip(keys, requests, strict=True):
             known = self._cache.get(key)
             if not request.target:
@@ -258,10 +262,10 @@ class Adapter:
         self._errors += [found[key].standard_error for key in keys]
         return [found[key] for key in keys]
 
-    def _estimate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Likelihood]]:
+    def _estimate(self, requests: Sequence[LikelihoodRequest]) -> Iterator[tuple[int, Likelihood]]:
         if self.kind == "arm":
-            return arm_likelihoods(self.reader, requests)
-        return mdm_likelihoods(self.reader, requests, self.method)
+            return arm_likelihoods(self.scoring_model, requests)
+        return mdm_likelihoods(self.scoring_model, requests, self.likelihood_settings)
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -277,7 +281,7 @@ class Adapter:
             self.arguments.alg,
             self.arguments.steps or new_tokens,
             temperature,
-            self.method.cfg_scale,
+            self.likelihood_settings.cfg_scale,
             self.arguments.seed,
             self.tokenizer.eos_id,
         )
@@ -328,13 +332,8 @@ class Adapter:
             "generation": [arguments.alg, arguments.steps, arguments.temperature],
         }
         if self.kind == "arm":
-            return {**known, "estimator": "exact (left to right)", "seed": self.method.seed}
-        method = dataclasses.asdict(self.method)
-        # What the estimator at hand does not use may not split the cache.
-        for name, owner in (("mc_num", "mc"), ("budget", "exact")):
-            if method["estimator"] != owner:
-                del method[name]
-        return {**known, **method}
+            return {**known, "estimator": "exact (left to right)", "seed": self.likelihood_settings.seed}
+        return {**known, **self.likelihood_settings.identity()}
 
     def _batch_tokens(self) -> int:
         size = str(self.arguments.batch_size)

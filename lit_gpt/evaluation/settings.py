@@ -34,9 +34,9 @@ class ModelArgs:
     temperature: float = 0.0
     """Of generate_until, where the task does not say."""
     nll_type: str = "mc"
-    """MDM: mc, chain_rule or exact."""
+    """MDM: the estimator by its name, one of `likelihood/estimators.py`."""
     mc_num: int = 1024
-    """MDM: draws of mc."""
+    """MDM: draws of mc, the published estimator."""
     budget: int = 128
     """MDM: forward passes that exact may spend on a target."""
     cfg: float = 0.0

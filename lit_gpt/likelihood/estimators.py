@@ -1,202 +1,43 @@
-"""Estimators of an MDM's likelihood as plans: which tokens are masked in which pass, and what becomes of the losses.
-
-The bound on the negative log-likelihood of a target of L tokens, in nats (SMDM, arXiv 2410.18514, section 3; in its form
-over numbers of masked tokens: Ou et al. 2024, arXiv 2406.03736):
-
-    integral over t in (0, 1) of E[sum over masked i of CE_i / t]  =  sum_{k=1..L} (1/k) E_{|M| = k}[sum_{i in M} CE_i(M)]
-
-Decisions: a plan is a function of (length, effort, keys) and sees no model; random masks are a function of the keys, the
-draw and the position in the target; the standard error is that of the estimator, 0 where nothing was drawn. May import
-noise only.
-
-R rows (masks), L tokens of the target.
-"""
+"""The estimators of an MDM's likelihood by name; a new one is a file beside this one and a line here."""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor
+from lit_gpt.likelihood.chain_rule import ChainRule
+from lit_gpt.likelihood.exact import ExactBound
+from lit_gpt.likelihood.monte_carlo import MonteCarlo
+from lit_gpt.likelihood.plan import Estimator
 
-from lit_gpt.randomness import Stream, uniform
-
-# What a token's cross-entropy is expected to be when k of L tokens are masked, as a share of what it is when all are:
-# the control variate of `exact_plan`. Any numbers leave the estimate unbiased; on a trained model of 1M parameters this line
-# had less variance than constant shares of 0 and 0.7 at 4 to 20 tokens, and about that of a constant 1.
-_SHARE_AT_NONE, _SHARE_AT_ALL = 0.6, 1.0
-# The answers of a question come one after the other and have the same plan where their lengths are the same.
-_KEPT_PLANS = 8
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which tokens are masked in which pass, and what the cross-entropies come to."""
-
-    masks: Tensor
-    """(R, L) bool: True is read as [MASK]."""
-    scored: Tensor
-    """(R, L) bool, within `masks`."""
-    reduce: Callable[[Tensor], tuple[float, float]]
-    """Cross-entropies (R, L) float64, 0 where not scored, to (nll, standard error)."""
+_CLASSES: tuple[type[Estimator], ...] = (
+    MonteCarlo,
+    ChainRule,
+    ExactBound,
+)
+ESTIMATORS = {estimator.name: estimator for estimator in _CLASSES}
 
 
-@functools.lru_cache(maxsize=_KEPT_PLANS)
-def chain_rule_plan(length: int) -> Plan:
-    """The left-to-right product: in pass j the tokens from j on are masked, and token j is scored.
-
-    Not the bound, but the likelihood of one order of unmasking. Source: SMDM's `nll_type=chain_rule`.
-    """
-    return Plan(
-        torch.ones(length, length, dtype=torch.bool).triu(),
-        torch.eye(length, dtype=torch.bool),
-        lambda nll: (float(nll.sum()), 0.0),
-    )
-
-
-@functools.lru_cache(maxsize=_KEPT_PLANS)
-def mc_plan(length: int, draws: int, eps: float, *keys: int) -> Plan:
-    """The integral by low-discrepancy times: mean over i of sum_masked CE / p_i.
-
-    Here p = (1 - eps) t + eps is the masking probability and t_i = (u + i / n) mod 1.
-
-    Source: SMDM's `nll_type=mc` (published: n is the forward batch; here all draws). The standard error compares
-    neighbours in t (collapsed strata: Cochran 1977, section 5A.12), so it counts what the strata do not.
+def make_estimator(name: str, values: Mapping[str, Any]) -> Estimator:
+    """The estimator of a name, with those of some settings that are its parameters.
 
     Args:
-        length: L.
-        draws: n.
-        eps: as `Method.eps`.
-        *keys: what the random numbers are a function of.
+        name: one of `ESTIMATORS`.
+        values: settings by name; what no estimator knows is passed over, what is missing has the estimator's default.
+
+    Raises:
+        ValueError: an unknown name, or parameters out of range, also those of estimators that were not asked for.
     """
-    position = torch.arange(length)
-    shift = float(uniform(*keys, int(Stream.LIKELIHOOD), torch.tensor(-1)))
-    times = ((torch.arange(draws, dtype=torch.float64) + shift) / draws) % 1.0
-    p_mask = (1 - eps) * times + eps
-    masks = uniform(*keys, int(Stream.LIKELIHOOD), torch.arange(draws)[:, None], position) < p_mask[:, None]
-
-    def reduce(nll: Tensor) -> tuple[float, float]:
-        values = nll.sum(1) / p_mask.clamp(min=torch.finfo(torch.float64).tiny)
-        pairs = values[: draws // 2 * 2].view(-1, 2)
-        spread = (pairs[:, 0] - pairs[:, 1]).square().sum() * (draws / max(1, 2 * len(pairs)))
-        return float(values.mean()), float(spread.sqrt() / draws) if len(pairs) else math.nan
-
-    return Plan(masks, masks, reduce)
-
-
-@functools.lru_cache(maxsize=_KEPT_PLANS)
-def exact_plan(length: int, budget: int, *keys: int) -> Plan:
-    """The bound as a sum over numbers of masked tokens, without a draw where the budget allows.
-
-    With 2^L - 1 <= budget every mask is read. Otherwise one pass masks everything, which gives the term k = L and a
-    first guess a_i of every token's cross-entropy; the other n passes take k from 1 to L - 1 systematically with density
-    q_k ~ sqrt((1/k) (1 - k/L)), the spread of a mean of k tokens, and
-
-        nll = sum_k g_k mean(a) + (1/n) sum_j (1/q_{k_j}) mean_{i in M_j} (CE_i(M_j) - g_{k_j} a_i),    g_L = 1.
-
-    The masks, in the order of k, are cut from a chain of random permutations: neighbouring passes, whose k are alike,
-    partition the target, so that every token is scored about as often at every level, and by symmetry each mask is
-    uniform among those of its size. The estimate is unbiased for any g. Its standard error compares successive scorings
-    of the same token.
-
-    Args:
-        length: L.
-        budget: passes, at least 2.
-        *keys: what the random numbers are a function of.
-    """
-    if length < 63 and 2**length - 1 <= budget:
-        return _all_masks(length)
-    shift = float(uniform(*keys, int(Stream.LIKELIHOOD), torch.tensor(-2)))
-    sizes, weights = systematic_sizes(length, budget - 1, shift)
-    drawn = permutation_masks(length, sizes, *keys)
-    masks = torch.cat((torch.ones(1, length, dtype=torch.bool), drawn))
-    share = _SHARE_AT_NONE + (_SHARE_AT_ALL - _SHARE_AT_NONE) * torch.arange(1, length + 1).double() / length
-    coefficients = weights / sizes
-
-    def reduce(nll: Tensor) -> tuple[float, float]:
-        first = nll[0]
-        residual = (nll[1:] - share[sizes - 1, None] * first) * drawn
-        value = share.sum() * first.mean() + (coefficients * residual.sum(1)).sum()
-        return float(value), _chain_error(residual, drawn, coefficients)
-
-    return Plan(masks, masks, reduce)
-
-
-def systematic_sizes(length: int, count: int, shift: float) -> tuple[Tensor, Tensor]:
-    """Numbers of masked tokens by systematic sampling, in rising order, and their weights.
-
-    Args:
-        length: L, at least 2.
-        count: n.
-        shift: in [0, 1), the one random number.
-
-    Returns:
-        (n,) int64 in [1, L - 1], k_j at the quantile (j + shift) / n; and (n,) float64 1 / (n q_{k_j}), whose sum over
-        f(k_j) estimates the sum of f(k).
-    """
-    sizes = torch.arange(1, length, dtype=torch.float64)
-    density = ((1 / sizes) * (1 - sizes / length)).sqrt()
-    density /= density.sum()
-    points = (torch.arange(count, dtype=torch.float64) + shift) / count
-    index = torch.searchsorted(density.cumsum(0), points, right=True).clamp(max=length - 2)
-    return index + 1, 1 / (count * density[index])
-
-
-def permutation_masks(length: int, sizes: Tensor, *keys: int) -> Tensor:
-    """Masks of given sizes, cut one after the other from a chain of random permutations of the target.
-
-    A mask that a permutation's end leaves unfinished takes the rest from the next one, passing over what it has.
-
-    Args:
-        length: L.
-        sizes: (R,) int64 in [1, L].
-        *keys: what the permutations are a function of; a longer target orders its first tokens alike.
-
-    Returns:
-        (R, L) bool.
-    """
-    masks = torch.zeros(len(sizes), length, dtype=torch.bool)
-    waiting: list[int] = []
-    for row, size in enumerate(sizes.tolist()):
-        chosen, waiting = waiting[:size], waiting[size:]
-        if len(chosen) < size:
-            order = uniform(*keys, int(Stream.LIKELIHOOD), -3, row, torch.arange(length)).argsort().tolist()
-            taken = set(chosen)
-            fresh = [token for token in order if token not in taken]
-            missing = size - len(chosen)
-            chosen, waiting = chosen + fresh[:missing], fresh[missing:] + [token for token in order if token in taken]
-        masks[row, chosen] = True
-    return masks
-
-
-def _all_masks(length: int) -> Plan:
-    """Every mask but the empty one, weighted so that the sum is the bound: 1 / (L C(L-1, k-1)) for one of k tokens."""
-    numbers = torch.arange(1, 2**length)
-    masks = (numbers[:, None] >> torch.arange(length)) & 1 == 1
-    by_size = torch.tensor([0.0] + [1 / (length * math.comb(length - 1, k - 1)) for k in range(1, length + 1)]).double()
-    weights = by_size[masks.sum(1)]
-    return Plan(masks, masks, lambda nll: (float((weights * nll.sum(1)).sum()), 0.0))
-
-
-def _chain_error(residual: Tensor, masks: Tensor, coefficients: Tensor) -> float:
-    """Standard error of sum_j c_j sum_{i in M_j} residual_ij, from differences between a token's successive scorings.
-
-    Args:
-        residual: (n, L) float64, 0 where not scored.
-        masks: (n, L) bool.
-        coefficients: (n,) float64.
-    """
-    last = torch.full((masks.size(1),), math.nan, dtype=torch.float64)
-    squares, pairs = 0.0, 0
-    for row, mask in zip(residual, masks, strict=True):
-        again = mask & ~last.isnan()
-        squares += float((row - last)[again].square().sum() / 2)
-        pairs += int(again.sum())
-        last = torch.where(mask, row, last)
-    if not pairs:
-        return math.nan
-    total = float((coefficients.square() * masks.sum(1)).sum())
-    return math.sqrt(squares / pairs * total)
+    problems, made = [], {}
+    if name not in ESTIMATORS:
+        problems.append(f"estimator {name!r} is unknown: choose from {', '.join(ESTIMATORS)}")
+    for estimator in ESTIMATORS.values():
+        known = {field.name for field in dataclasses.fields(estimator)}
+        try:
+            made[estimator.name] = estimator(**{key: value for key, value in values.items() if key in known})
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("likelihood: " + "; ".join(problems))
+    return made[name]

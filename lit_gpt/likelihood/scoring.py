@@ -1,11 +1,10 @@
 """Cross-entropies of chosen tokens in many rows at once: the forward passes behind every likelihood.
 
-Decisions: rows of different requests share a batch, sorted by length and padded on the right under a key mask, so a
-result depends on no batch-mate; the head runs only on the positions that are scored (`reading`); equal inputs are read
-once, whoever asks (the answers of a multiple-choice question often differ in what they score, not in what is read).
-May import reading only.
+Rows of different requests share a batch, sorted by length and padded on the right, where a mask hides the padding: a row's
+result does not depend on the other rows. Logits are computed at the scored positions only. Equal rows are evaluated once,
+for all requests that have them: the answers of a multiple-choice question often differ only in the tokens that are scored.
 
-R rows of a query, B rows of a batch, T tokens, N scored positions, V vocabulary.
+R rows of a request, B rows of a batch, T tokens, N scored positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,12 +15,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_gpt.model.logits import LogitsBatch, LogitsFn
+from lit_gpt.model.layers import Transformer
+from lit_gpt.model.logits import LogitsBatch, LogitsFn, model_logits
 
 
 @dataclass(frozen=True)
-class Query:
-    """Rows of one request, all of one length."""
+class ScoringModel:
+    """A model as likelihoods use it: a function from batches to logits, and its limits."""
+
+    logits_fn: LogitsFn
+    mask_id: int
+    vocab_size: int
+    """Real tokens; ids from here on are padding of the vocabulary and are never the likeliest."""
+    max_tokens: int
+    """Tokens of a batch, padding included; a longer row is a batch of its own. Decides speed and memory, not results."""
+    device: torch.device | str = "cpu"
+    """Where the batches go."""
+
+    @classmethod
+    def of(cls, model: Transformer, max_tokens: int) -> ScoringModel:
+        """A network on its own device."""
+        config, device = model.config, next(model.parameters()).device
+        return cls(model_logits(model), config.mask_id, config.vocab_size, max_tokens, device)
+
+
+@dataclass(frozen=True)
+class ScoringInput:
+    """The rows of one request, all of one length."""
 
     input_ids: Tensor
     """(R, T) int64: what the model reads."""
@@ -30,12 +50,12 @@ class Query:
     targets: Tensor
     """(T,) int64: what each position should predict; anything where no row is scored."""
     prompt_length: int = 0
-    """Leading tokens that guidance hides in its second pass."""
+    """Leading tokens that guidance replaces by [MASK] in its second pass."""
 
 
 @dataclass(frozen=True)
-class Scores:
-    """A query's results, all (R, T) and 0 where nothing is scored."""
+class TokenScores:
+    """The results of one request's rows, all (R, T) and 0 where nothing is scored."""
 
     nll: Tensor
     """float32: -log p(target), nats."""
@@ -46,97 +66,79 @@ class Scores:
 
 
 @torch.no_grad()
-def score(
-    logits_fn: LogitsFn, queries: Sequence[Query], vocab_size: int, max_tokens: int, device: torch.device | str = "cpu"
-) -> list[Scores]:
-    """Score every row of every query.
+def score_tokens(model: ScoringModel, inputs: Sequence[ScoringInput]) -> list[TokenScores]:
+    """Score every row of every request.
 
     Args:
-        logits_fn: the model, see `reading`.
-        queries: in any order.
-        vocab_size: K; ids from here on are padding of the vocabulary and are never the likeliest.
-        max_tokens: tokens of a batch, padding included; a longer row is a batch of its own. Halved when memory runs out.
-        device: where the model reads.
+        model: its `max_tokens` is halved for the rest of the call when memory runs out.
+        inputs: in any order.
 
     Returns:
-        One `Scores` per query, on the CPU.
+        The scores of each input, on the CPU.
 
     Raises:
         ValueError: a single row does not fit into memory.
     """
     results = [
-        Scores(torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
-        for shape in (query.input_ids.shape for query in queries)
+        TokenScores(torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
+        for shape in (own.input_ids.shape for own in inputs)
     ]
-    rows = _distinct_rows(queries)
-    start = 0
+    rows = _distinct_rows(inputs)
+    start, max_tokens = 0, model.max_tokens
     while start < len(rows):
-        length = queries[rows[start][0][0]].input_ids.size(1)
-        group = rows[start : start + max(1, max_tokens // length)]
+        length = inputs[rows[start][0][0]].input_ids.size(1)
+        batch_rows = rows[start : start + max(1, max_tokens // length)]
         try:
-            batch, targets = _read_batch(queries, group, device)
-            found = _evaluate(logits_fn(batch), targets, vocab_size)
+            batch, targets = _padded_batch(inputs, batch_rows, model.device)
+            found = _scores(model.logits_fn(batch), targets, model.vocab_size)
         except torch.OutOfMemoryError:
-            if len(group) == 1:
-                raise ValueError(f"a row of {length} tokens does not fit into the memory of {device}") from None
-            max_tokens = len(group) * length // 2
+            if len(batch_rows) == 1:
+                raise ValueError(f"a row of {length} tokens does not fit into the memory of {model.device}") from None
+            max_tokens = len(batch_rows) * length // 2
             continue
-        start += len(group)
-        _hand_out(queries, group, found, results)
+        start += len(batch_rows)
+        _store(inputs, batch_rows, found, results)
     return results
 
 
-_User = tuple[int, int]
-"""(number of the query, number of its row)."""
+_EqualRows = list[tuple[int, int]]
+"""Rows with equal input, each as (number of the request, number of its row)."""
 
 
-def _distinct_rows(queries: Sequence[Query]) -> list[list[_User]]:
-    """Rows that read the same, together; longest first, so that memory runs out at once or not at all."""
-    users: dict[tuple[int, bytes], list[_User]] = {}
-    for number, query in enumerate(queries):
-        wide = query.input_ids.numpy()
-        for row in range(len(wide)):
-            users.setdefault((query.prompt_length, wide[row].tobytes()), []).append((number, row))
-    return sorted(users.values(), key=lambda group: -queries[group[0][0]].input_ids.size(1))
+def _distinct_rows(inputs: Sequence[ScoringInput]) -> list[_EqualRows]:
+    """Rows grouped by what the model reads; longest first, so that memory runs out at once or not at all."""
+    groups: dict[tuple[int, bytes], _EqualRows] = {}
+    for request, own in enumerate(inputs):
+        input_ids = own.input_ids.numpy()
+        for row in range(len(input_ids)):
+            groups.setdefault((own.prompt_length, input_ids[row].tobytes()), []).append((request, row))
+    return sorted(groups.values(), key=lambda equal: -inputs[equal[0][0]].input_ids.size(1))
 
 
-def _read_batch(
-    queries: Sequence[Query], group: list[list[_User]], device: torch.device | str
+def _padded_batch(
+    inputs: Sequence[ScoringInput], batch_rows: list[_EqualRows], device: torch.device | str
 ) -> tuple[LogitsBatch, Tensor]:
     """The padded batch of some distinct rows, and the targets (N,) of its scored positions."""
-    width = max(queries[users[0][0]].input_ids.size(1) for users in group)
-    input_ids = torch.zeros(len(group), width, dtype=torch.int64)
-    key_mask, prompt_mask = (torch.zeros(len(group), width, dtype=torch.bool) for _ in range(2))
-    where, targets = [], []
-    for place, users in enumerate(group):
-        query, row = queries[users[0][0]], users[0][1]
-        length = query.input_ids.size(1)
-        input_ids[place, :length] = query.input_ids[row]
-        key_mask[place, :length] = True
-        prompt_mask[place, : query.prompt_length] = True
-        for number, own_row in users:
-            positions = queries[number].scored[own_row].nonzero().squeeze(1)
-            where.append(positions + place * width)
-            targets.append(queries[number].targets[positions])
+    width = max(inputs[equal[0][0]].input_ids.size(1) for equal in batch_rows)
+    input_ids = torch.zeros(len(batch_rows), width, dtype=torch.int64)
+    key_mask, prompt_mask = (torch.zeros(len(batch_rows), width, dtype=torch.bool) for _ in range(2))
+    indices, targets = [], []
+    for batch_row, equal in enumerate(batch_rows):
+        first, first_row = inputs[equal[0][0]], equal[0][1]
+        length = first.input_ids.size(1)
+        input_ids[batch_row, :length] = first.input_ids[first_row]
+        key_mask[batch_row, :length] = True
+        prompt_mask[batch_row, : first.prompt_length] = True
+        for request, row in equal:
+            positions = inputs[request].scored[row].nonzero().squeeze(1)
+            indices.append(positions + batch_row * width)
+            targets.append(inputs[request].targets[positions])
     padded = None if bool(key_mask.all()) else key_mask.to(device)
-    batch = LogitsBatch(input_ids.to(device), padded, prompt_mask.to(device), torch.cat(where).to(device))
+    batch = LogitsBatch(input_ids.to(device), padded, prompt_mask.to(device), torch.cat(indices).to(device))
     return batch, torch.cat(targets).to(device)
 
 
-def _hand_out(
-    queries: Sequence[Query], group: list[list[_User]], found: tuple[Tensor, Tensor, Tensor], results: list[Scores]
-) -> None:
-    """Put what was found at the scored positions of a group of distinct rows where each of their users looks for it."""
-    start = 0
-    for number, row in (user for users in group for user in users):
-        scored = queries[number].scored[row]
-        part = slice(start, start := start + int(scored.sum()))
-        scores = results[number]
-        for value, whole in zip(found, (scores.nll, scores.best_ids, scores.best_probability), strict=True):
-            whole[row, scored] = value[part]
-
-
-def _evaluate(logits: Iterator[Tensor], targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(logits: Iterator[Tensor], targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy, likeliest token and its probability at every scored position, (N,) each, on the CPU."""
     parts, start = [], 0
     for chunk in logits:
@@ -146,3 +148,19 @@ def _evaluate(logits: Iterator[Tensor], targets: Tensor, vocab_size: int) -> tup
         parts.append((total - chunk.gather(1, own[:, None]).squeeze(1), best_ids, (best - total).exp()))
     nll, best_ids, best_probability = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return nll, best_ids, best_probability
+
+
+def _store(
+    inputs: Sequence[ScoringInput],
+    batch_rows: list[_EqualRows],
+    found: tuple[Tensor, Tensor, Tensor],
+    results: list[TokenScores],
+) -> None:
+    """Write the values (N,) of a batch's scored positions into the results of all requests that have its rows."""
+    start = 0
+    for request, row in (one for equal in batch_rows for one in equal):
+        scored = inputs[request].scored[row]
+        part = slice(start, start := start + int(scored.sum()))
+        scores = results[request]
+        for values, whole in zip(found, (scores.nll, scores.best_ids, scores.best_probability), strict=True):
+            whole[row, scored] = values[part]

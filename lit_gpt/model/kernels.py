@@ -3,7 +3,7 @@
 Each is one function with a torch implementation that runs anywhere. Attention can also run on flash-attn or xformers
 where they are installed and the tensors suit them; the elementwise kernels are fused by torch.compile, which the trainer
 applies to whole blocks (`layers.Transformer.compile_blocks`) and, on GPUs, this file to the softmax of the loss. This is
-the only file that knows what is installed, and it looks only when asked. It imports nothing of the package.
+the only file that knows what is installed, and it looks only when asked.
 
 B batch, T query tokens, S key tokens, H heads, G query groups (key/value heads), D head size, C width, V vocabulary, N rows.
 """
@@ -74,60 +74,55 @@ def choose(attention_kernel: str, device: torch.device, dtype: torch.dtype, comp
     return f"kernels: attention {attention_kernel}; rms_norm, rotary and swiglu {blocks}; linear + cross-entropy {loss}"
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, per head.
+def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, per head; see `Visibility.attention_arguments`.
 
     Args:
         q: (B, H, T, D).
         k: (B, G, S, D); each key head serves H / G query heads.
         v: (B, G, S, D).
-        causal: query i (the last T of the S positions) sees keys up to S - T + i.
-        key_mask: (B, S) bool, False where a key is padding; None if every key counts. A row with no key gives 0.
+        is_causal: query i sees keys 0 to i; for T = S and without a mask.
+        mask: bool, broadcasts to (B, H, T, S), False where a query does not see a key; None if each sees every key. A
+            query without any key gives 0.
 
     Returns:
         (B, H, T, D), dtype of q.
     """
-    length, keys = q.size(2), k.size(2)
-    if key_mask is None and _attention_choice != "torch" and (length == keys or not causal):
-        return _package_attention(q, k, v, causal)
-    if key_mask is None and length == keys <= _PRODUCTS_KEYS and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        return _attention_by_products(q, k, v, causal)
-    bias = None
-    if key_mask is not None:
-        bias = key_mask[:, None, None, :]
-    if causal and length != keys and length > 1 or causal and bias is not None:
-        past = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
-        bias = past if bias is None else past & bias
+    if mask is None:
+        if _attention_choice != "torch":
+            return _package_attention(q, k, v, is_causal)
+        if q.size(2) == k.size(2) <= _PRODUCTS_KEYS and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            return _attention_by_products(q, k, v, is_causal)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=causal and bias is None and length > 1, enable_gqa=q.size(1) != k.size(1)
+        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1)
     )
 
 
-def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     """`attention` of short rows as two batched products with all scores between them, the softmax in float32."""
     repeat = q.size(1) // k.size(1)
     if repeat > 1:
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)).float() * q.size(-1) ** -0.5
-    if causal:
+    if is_causal:
         past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~past, -torch.inf)
     return scores.softmax(-1).to(q.dtype) @ v
 
 
-def _package_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _package_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     """`attention` by flash-attn or xformers: both take (B, T, H, D) and CUDA half precision."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if _attention_choice == "flash_attn":
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(q, k, v, causal=causal).transpose(1, 2)
+        return flash_attn_func(q, k, v, causal=is_causal).transpose(1, 2)
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
     repeat = q.size(2) // k.size(2)
     if repeat > 1:
         k, v = (x.repeat_interleave(repeat, dim=2) for x in (k, v))
-    return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None).transpose(1, 2)
+    return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if is_causal else None).transpose(1, 2)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,17 +1,20 @@
 """The blocks that the causal and the bidirectional model share, and the base class that turns them into a model.
 
-Decisions: parameter names are the published checkpoints' (SPEC: `transformer.h.N.attn.attn.weight`, ...), so a state
-dict loads without renaming; whether attention is causal is one class attribute of the model; positions and padding are
-explicit arguments, because a row's result may not depend on its batch-mates. May import kernels and config only.
+Parameter names are the published checkpoints' (`transformer.h.N.attn.attn.weight`, ...), so a state dict loads without
+renaming. Positions and visibility are explicit arguments, because a row's result may not depend on the other rows of its
+batch.
 
-B batch, T tokens, S cached and new tokens, C width, H heads, G query groups, D head size, V padded vocabulary.
+B batch, T tokens, S cached and new tokens, W chosen columns, C width, H heads, G query groups, D head size, V padded
+vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 
 from lit_gpt.config import Config
 from lit_gpt.model import kernels
+from lit_gpt.model.loss_terms import LossTerms
+from lit_gpt.model.visibility import Visibility
 
 
 class RMSNorm(nn.Module):
@@ -34,87 +39,79 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps)
 
 
-class LayerCache:
-    """Keys and values of one layer, in memory that is allocated once.
+class AttentionContext(NamedTuple):
+    """What attention needs in every block beside the hidden states; computed once for a forward pass."""
 
-    Attributes:
-        k: (B, G, capacity, D).
-        v: (B, G, capacity, D).
+    rope: tuple[Tensor, Tensor]
+    """cos and sin at the tokens' positions, (T, D/2) or (B, 1, T, D/2) float32 each."""
+    is_causal: bool
+    """As `kernels.attention`."""
+    mask: Tensor | None
+    """As `kernels.attention`."""
+    columns: Tensor | None = None
+    """(B, W) int64: the only columns whose output is wanted; None for all."""
+    query_rope: tuple[Tensor, Tensor] | None = None
+    """`rope` at `columns`, (B, 1, W, D/2); None without `columns`."""
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of tokens that were read before, per layer; the new tokens attend to them too.
+
+    The new tokens stand in the last columns, unless every token attends to every other.
     """
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        self.k, self.v = k, v
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the new tokens' keys and values (B, G, T, D) in; returns those of all columns, (B, G, S, D)."""
+        ...
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Write (B, G, T, D) at column `start`; returns all keys and values up to start + T."""
-        end = start + k.size(2)
-        self.k[:, :, start:end] = k
-        self.v[:, :, start:end] = v
-        return self.k[:, :, :end], self.v[:, :, :end]
+    def columns(self, new_tokens: int) -> int:
+        """S: how many columns there are with so many new tokens."""
+        ...
+
+
+LayerUpdate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`KeyValueCache.update` of one layer."""
 
 
 class SelfAttention(nn.Module):
     """Multi-head attention with rotary positions; q, k and v come from one matrix, rows in query groups."""
 
-    def __init__(self, config: Config, causal: bool) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config, self.causal = config, causal
+        self.config = config
         rows = (config.n_head + 2 * config.n_query_groups) * config.head_size
         self.attn = nn.Linear(config.n_embd, rows, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        key_mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-        start: int = 0,
-    ) -> Tensor:
-        """(B, T, C) to (B, T, C); see `Transformer.hidden_states` for the arguments."""
-        batch, length, _ = x.shape
+    def forward(self, x: Tensor, context: AttentionContext, cached: LayerUpdate | None = None) -> Tensor:
+        """(B, T, C) to (B, T, C), or to (B, W, C) at the context's columns."""
+        q, k, v = self._project(x, context.columns)
+        q, k = kernels.rotary(q, *(context.query_rope or context.rope)), kernels.rotary(k, *context.rope)
+        if cached is not None:
+            k, v = cached(k, v)
+        y = kernels.attention(q, k, v, context.is_causal, context.mask)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def _project(self, x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T or W, D), at some columns or all; keys and values (B, G, T, D)."""
+        batch, length, width = x.shape
         heads, groups, size = self.config.n_head, self.config.n_query_groups, self.config.head_size
         per_group = heads // groups
         # Each group's rows are its query heads, then one key head, then one value head.
-        qkv = self.attn(x).view(batch, length, groups, per_group + 2, size)
-        q, k, v = qkv.split((per_group, 1, 1), dim=3)
-        q = kernels.rotary(q.reshape(batch, length, heads, size).transpose(1, 2), *rope)
-        k = kernels.rotary(k.squeeze(3).transpose(1, 2), *rope)
-        v = v.squeeze(3).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.append(k, v, start)
-        y = kernels.attention(q, k, v, self.causal, key_mask)
-        return self.proj(y.transpose(1, 2).reshape(batch, length, heads * size))
+        if columns is None:
+            qkv = self.attn(x).view(batch, length, groups, per_group + 2, size)
+            q, k, v = qkv.split((per_group, 1, 1), dim=3)
+            q, k, v = q.reshape(batch, length, heads, size), k.squeeze(3), v.squeeze(3)
+        else:
+            by_group = self.attn.weight.view(groups, per_group + 2, size, width)
+            q = F.linear(at_columns(x, columns), by_group[:, :-2].reshape(-1, width)).view(batch, -1, heads, size)
+            k, v = F.linear(x, by_group[:, -2:].reshape(-1, width)).view(batch, length, groups, 2, size).unbind(3)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def look_from(
-        self,
-        seen: Tensor,
-        own: Tensor,
-        rope: tuple[Tensor, Tensor],
-        own_rope: tuple[Tensor, Tensor],
-        key_mask: Tensor | None,
-    ) -> Tensor:
-        """What some positions see: `forward` with keys and values of all tokens and queries of a few.
 
-        Args:
-            seen: (B, T, C).
-            own: (B, W, C), the rows of `seen` that look.
-            rope: of all tokens.
-            own_rope: of those that look.
-            key_mask: (B, T) bool or None.
-
-        Returns:
-            (B, W, C).
-        """
-        assert not self.causal
-        batch, length, width = seen.shape
-        heads, groups, size = self.config.n_head, self.config.n_query_groups, self.config.head_size
-        by_group = self.attn.weight.view(groups, heads // groups + 2, size, width)
-        q = F.linear(own, by_group[:, :-2].reshape(-1, width)).view(batch, -1, heads, size).transpose(1, 2)
-        k, v = F.linear(seen, by_group[:, -2:].reshape(-1, width)).view(batch, length, groups, 2, size).unbind(3)
-        q, k = kernels.rotary(q, *own_rope), kernels.rotary(k.transpose(1, 2), *rope)
-        y = kernels.attention(q, k, v.transpose(1, 2), False, key_mask)
-        return self.proj(y.transpose(1, 2).reshape(batch, -1, heads * size))
+def at_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """(B, T, C) at columns (B, W): (B, W, C)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], columns]
 
 
 class SwiGLU(nn.Module):
@@ -146,46 +143,27 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then + mlp(norm(x))."""
 
-    def __init__(self, config: Config, causal: bool) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = SelfAttention(config, causal)
+        self.attn = SelfAttention(config)
         self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        key_mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-        start: int = 0,
-    ) -> Tensor:
-        """(B, T, C) to (B, T, C); see `Transformer.hidden_states` for the arguments."""
-        x = x + self.attn(self.norm_1(x), rope, key_mask, cache, start)
+    def forward(self, x: Tensor, context: AttentionContext, cached: LayerUpdate | None = None) -> Tensor:
+        """(B, T, C) to (B, T, C), or to (B, W, C) at the context's columns."""
+        attended = self.attn(self.norm_1(x), context, cached)
+        x = (x if context.columns is None else at_columns(x, context.columns)) + attended
         return x + self.mlp(self.norm_2(x))
-
-    def look_from(
-        self,
-        x: Tensor,
-        columns: Tensor,
-        rope: tuple[Tensor, Tensor],
-        own_rope: tuple[Tensor, Tensor],
-        key_mask: Tensor | None,
-    ) -> Tensor:
-        """`forward` at some columns (B, W) of (B, T, C) only: (B, W, C)."""
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        seen, own = self.norm_1(x), x[rows, columns]
-        own = own + self.attn.look_from(seen, seen[rows, columns], rope, own_rope, key_mask)
-        return own + self.mlp(self.norm_2(own))
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, final norm, head. Subclasses say what differs: causality and the embedding's rows."""
+    """Embedding, blocks, final norm, head. Subclasses say what differs: visibility and the embedding's rows."""
 
     kind: ClassVar[str]
     """`arm` or `mdm`: how names of runs and exports, and metadata, call the model."""
-    causal: ClassVar[bool]
+    visibility: ClassVar[Visibility]
+    """Which tokens each token attends to."""
     transformer: Any
     """wte, h (the blocks) and ln_f, under the published names."""
     rope_cos: Tensor
@@ -200,7 +178,7 @@ class Transformer(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(self.embedding_rows(config), config.n_embd),
-                "h": nn.ModuleList(Block(config, self.causal) for _ in range(config.n_layer)),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": RMSNorm(config.n_embd, config.norm_eps),
             }
         )
@@ -244,29 +222,29 @@ class Transformer(nn.Module):
             else:
                 block._compiled_call_impl = None
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor | None = None, visibility: Visibility | None = None
+    ) -> Tensor:
         """Logits (B, T, V) of every position; arguments as `hidden_states`."""
-        return self.lm_head(self.hidden_states(input_ids, positions, key_mask))
+        return self.lm_head(self.hidden_states(input_ids, positions, visibility))
 
     def hidden_states(
         self,
         input_ids: Tensor,
         positions: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        caches: list[LayerCache] | None = None,
-        start: int = 0,
+        visibility: Visibility | None = None,
+        cache: KeyValueCache | None = None,
         columns: Tensor | None = None,
     ) -> Tensor:
         """The final norm's output at every position, or at some.
 
         Args:
             input_ids: (B, T) int64.
-            positions: (B, T) int64 in [0, block_size); None means start, start + 1, ...
-            key_mask: (B, S) bool, False where a token is padding that no one may attend to; S = start + T.
-            caches: one per layer, to be appended to from column `start`; None without a cache.
-            start: columns that the caches hold already.
+            positions: (B, T) int64 in [0, block_size); None means 0, 1, ... and goes without a cache only.
+            visibility: which columns each column attends to, over the cache's and the new ones; None for the model's own.
+            cache: keys and values of tokens that were read before; takes in the new ones.
             columns: (B, W) int64, the only columns that are wanted: the last block then computes nothing else but the
-                keys and values of the others. For bidirectional models without caches.
+                keys and values of the others.
 
         Returns:
             (B, T, C), or (B, W, C) with `columns`.
@@ -274,48 +252,44 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the input is longer than the model's block size.
         """
-        length = input_ids.size(1)
-        if start + length > self.config.block_size and positions is None:
-            raise ValueError(f"input of {start + length} tokens: this model reads at most {self.config.block_size}")
-        if positions is None:
-            rope = (self.rope_cos[start : start + length], self.rope_sin[start : start + length])
-        else:
-            rope = (self.rope_cos[positions][:, None], self.rope_sin[positions][:, None])
+        length, device = input_ids.size(1), input_ids.device
+        if positions is None and length > self.config.block_size:
+            raise ValueError(f"input of {length} tokens: this model reads at most {self.config.block_size}")
+        assert positions is not None or cache is None
+        visibility = visibility or self.visibility
+        keys = length if cache is None else cache.columns(length)
+        rope = (self.rope_cos[:length], self.rope_sin[:length]) if positions is None else self._rope_at(positions)
+        context = AttentionContext(rope, *visibility.attention_arguments(length, keys, device))
         x = self.transformer.wte(input_ids)
-        blocks = list(self.transformer.h)
-        for index, block in enumerate(blocks if columns is None else blocks[:-1]):
+        for layer, block in enumerate(self.transformer.h):
+            if columns is not None and layer == self.config.n_layer - 1:
+                query_rope = self._rope_at(columns if positions is None else positions.gather(1, columns))
+                arguments = visibility.attention_arguments(columns, keys, device)
+                context = AttentionContext(rope, *arguments, columns, query_rope)
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, key_mask, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(x, rope, key_mask, None if caches is None else caches[index], start)
-        if columns is not None:
-            at = columns if positions is None else positions.gather(1, columns)
-            own_rope = (self.rope_cos[at][:, None], self.rope_sin[at][:, None])
-            x = blocks[-1].look_from(x, columns, rope, own_rope, key_mask)
+                x = block(x, context, None if cache is None else functools.partial(cache.update, layer))
         return self.transformer.ln_f(x)
 
-    def weighted_nll(
-        self, input_ids: Tensor, targets: Tensor, weights: Tensor, key_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted sum of cross-entropies, with the head run only where a weight is not 0.
+    def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin at positions (B, T): (B, 1, T, D/2) each."""
+        return self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]
 
-        Args:
-            input_ids: (B, T) int64, what the model reads.
-            targets: (B, T) int64, what each position should predict.
-            weights: (B, T) float32, 0 where a position is not scored.
-            key_mask: as `hidden_states`.
+    def weighted_nll(self, terms: LossTerms) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sum of cross-entropies, with the head run only where a weight is not 0.
 
         Returns:
             sum(weights * CE) as a differentiable scalar; the N cross-entropies in nats, detached float32; and the
             (N,) int64 indices of their positions in the flattened (B * T).
         """
-        hidden = self.hidden_states(input_ids, key_mask=key_mask)
-        scored = weights.flatten().nonzero().squeeze(1)
+        hidden = self.hidden_states(terms.input_ids, terms.positions, terms.visibility)
+        scored = terms.weights.flatten().nonzero().squeeze(1)
         total, nll = kernels.linear_cross_entropy(
             hidden.flatten(0, 1)[scored],
             self.lm_head.weight,
-            targets.flatten()[scored],
-            weights.flatten()[scored],
+            terms.targets.flatten()[scored],
+            terms.weights.flatten()[scored],
         )
         return total, nll, scored
 

@@ -53,15 +53,17 @@ def model_logits(model: Transformer) -> LogitsFn:
 
     def logits(batch: LogitsBatch) -> Iterator[Tensor]:
         rows, length = batch.input_ids.shape
-        if not model.causal:
+        visibility = model.visibility.padded(batch.key_mask)
+        # A causal model would need a mask there, which the fast kernels do not take.
+        if not visibility.causal:
             wanted = torch.zeros(rows * length, dtype=torch.bool, device=batch.indices.device)
             wanted = wanted.index_fill(0, batch.indices, True).view(rows, length)
             columns, places = selected_columns(wanted, batch.max_per_row)
             # The last block computes the wanted positions alone; where they are most of the row, that saves nothing.
             if columns.size(1) <= length * _FEW:
-                hidden = model.hidden_states(batch.input_ids, batch.positions, batch.key_mask, columns=columns)
+                hidden = model.hidden_states(batch.input_ids, batch.positions, visibility, columns=columns)
                 return logits_in_chunks(model, hidden[batch.indices // length, places.flatten()[batch.indices]])
-        hidden = model.hidden_states(batch.input_ids, batch.positions, batch.key_mask)
+        hidden = model.hidden_states(batch.input_ids, batch.positions, visibility)
         return logits_in_chunks(model, hidden.flatten(0, 1)[batch.indices])
 
     return logits

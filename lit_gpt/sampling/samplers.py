@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lit_gpt.model.causal import GPT, KVCache
+from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.logits import LogitsFn, guided, model_logits
 from lit_gpt.randomness import Stream, uniform
 from lit_gpt.sampling.block_cache import block_cached
 from lit_gpt.sampling.categorical import Drawing, draw
 from lit_gpt.sampling.denoising import TOKEN, denoise
+from lit_gpt.sampling.kv_cache import KVCache
 from lit_gpt.sampling.sequence import Canvas, State, context_lengths, masked_canvas, prompt_canvas
 from lit_gpt.sampling.settings import Sampling
 
@@ -93,7 +94,9 @@ def sample_states(
         canvas = prompt_canvas(prompts, rows, device)
         new = [total - len(prompt) for total, prompt in zip(lengths, prompts, strict=True)]
         logits_fn = (
-            cached(model, len(new), canvas.input_ids.size(1) + max(new)) if sampling.use_cache else recomputed(model)
+            cached(model, len(new), canvas.input_ids.size(1) + max(new))
+            if sampling.use_cache
+            else recomputed(lambda ids, positions, mask: model(ids, positions, model.visibility.padded(mask)))
         )
         return extend(logits_fn, canvas, new, sampling, config.vocab_size)
     return denoise(
@@ -183,8 +186,7 @@ def cached(model: GPT, batch: int, capacity: int) -> NextLogitsFn:
     cache = KVCache(model.config, batch, capacity, weight.device, dtype)
 
     def last_logits(input_ids: Tensor, positions: Tensor, key_mask: Tensor | None) -> Tensor:
-        hidden = model.hidden_states(input_ids, positions, key_mask, cache.layers, cache.length)
-        cache.length += input_ids.size(1)
+        hidden = model.hidden_states(input_ids, positions, model.visibility.padded(key_mask), cache)
         return model.lm_head(hidden[:, -1:])  # type: ignore[no-any-return]
 
     return last_logits

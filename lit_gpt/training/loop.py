@@ -1,8 +1,8 @@
 """The one training loop: whatever is trained, from the first step or a checkpoint to the exported model.
 
 An `Experiment` says what is trained, a `TrainConfig` how; the loop knows neither models' kinds nor tasks. Every random
-number comes from counters (see `noise`), the data position is the step, so a checkpoint holds weights, optimizer and one
-number, and a resumed run computes bit for bit what an unbroken one does. May import everything below.
+number comes from counters (see `randomness`), the data position is the step, so a checkpoint holds weights, optimizer and one
+number, and a resumed run computes bit for bit what an unbroken one does.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lit_gpt.data import batching
 from lit_gpt.data.batching import Batch, StepLayout
 from lit_gpt.model import kernels
 from lit_gpt.model.layers import Transformer
+from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.training import loggers, micro_batch, objectives, schedule, speed_monitor
 from lit_gpt.training.experiment import Experiment
-from lit_gpt.training.objectives import Scored
 from lit_gpt.training.run_folder import RunFolder
-from lit_gpt.training.settings import TrainConfig
+from lit_gpt.training.settings import PRECISIONS, TrainConfig
 from lit_gpt.training.validation import Effort, Validation, validate
 
 if TYPE_CHECKING:
@@ -48,10 +48,13 @@ def fit(fabric: Fabric, experiment: Experiment, config: TrainConfig, run_dir: Pa
         The run's result: last validation and where the exported model lies.
 
     Raises:
-        ValueError: the batch does not split over the devices, the run's settings differ from its checkpoint's, the export
-            name is taken, the loss is not finite.
+        ValueError: no training in this precision, the batch does not split over the devices, the run's settings differ
+            from its checkpoint's, the export name is taken, the loss is not finite.
         cli.Interrupted: a signal came; everything is saved.
     """
+    if (precision := devices.precision_name(fabric)) not in PRECISIONS:
+        # A launcher's --precision did not go through the settings.
+        raise ValueError(f"--precision {precision}: expected {', '.join(PRECISIONS)}")
     layout = _layout(fabric, experiment, config)
     with RunFolder.open(fabric, run_dir, experiment, config) as folder:
         if folder.finished is not None:
@@ -85,9 +88,7 @@ class _Trainer:
         self.step = folder.restore(fabric, self.model, self.optimizer)
         self.tokens = folder.total_tokens
         self.speed = speed_monitor.SpeedMonitor(
-            fabric.world_size,
-            speed_monitor.flops_per_token(experiment.model.config, 1.0 if experiment.model.causal else 0.5),
-            speed_monitor.peak_flops(fabric.device, folder.precision),
+            fabric.world_size, speed_monitor.peak_flops(fabric.device, folder.precision)
         )
         self.validated: Validation | None = None
 
@@ -98,8 +99,7 @@ class _Trainer:
         fabric, config, module = self.fabric, self.config, self.experiment.model
         module.checkpoint_blocks = config.activation_checkpointing
         compiled = self._wants_compile()
-        autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
-        dtype = autocast.get(self.folder.precision, torch.float32)
+        dtype = torch.float32 if self.folder.precision == "32-true" else torch.bfloat16
         kernels.choose(config.attention_kernel, fabric.device, dtype, compiled)
         model = fabric.setup_module(module)
         model.mark_forward_method("weighted_nll")
@@ -131,10 +131,7 @@ class _Trainer:
 
         def attempt(micro_batch_size: int) -> None:
             started = time.perf_counter()
-            tokens = torch.zeros((micro_batch_size, self.block_size), dtype=torch.int64, device=self.fabric.device)
-            weights = torch.ones(tokens.shape, device=self.fabric.device)
-            total, _, _ = objectives.weighted_nll(self.fabric, model, tokens, tokens, weights)
-            self.fabric.backward(total)
+            self.fabric.backward(objectives.weighted_nll(self.fabric, model, self._largest_terms(micro_batch_size))[0])
             optimizer.zero_grad(set_to_none=True)
             if compiled and (seconds := time.perf_counter() - started) > 2:
                 self.fabric.print(f"torch.compile: {seconds:.0f} s")
@@ -142,13 +139,12 @@ class _Trainer:
         candidates = [self.layout.micro_batch_size]
         if self.config.micro_batch_size is None:
             known = self.folder.micro_batch_size(self.fabric.world_size)
-            per_token = _activation_bytes(module)
+            terms = self._largest_terms(1)
+            columns, row_bytes = terms.input_ids.size(1), micro_batch.activation_bytes(module, terms)
             candidates = (
                 [known]
                 if known
-                else micro_batch.micro_batch_candidates(
-                    self.layout.device_rows, self.block_size, per_token, self.fabric.device
-                )
+                else micro_batch.micro_batch_candidates(self.layout.device_rows, columns, row_bytes, self.fabric.device)
             )
         try:
             size = micro_batch.largest_that_fits(candidates, attempt)
@@ -162,6 +158,20 @@ class _Trainer:
         # Odd shapes (a cut group, validation) run eagerly from here on: what is compiled must not depend on history.
         torch.compiler.set_stance("eager_on_recompile")
         return compiled
+
+    def _largest_terms(self, rows: int) -> LossTerms:
+        """What the objective makes of `rows` made-up full rows, with every position scored that may be."""
+        batch = Batch(
+            tokens=torch.zeros((rows, self.block_size + 1), dtype=torch.int64),
+            lengths=torch.full((rows,), self.block_size + 1),
+            prompt_lengths=torch.zeros(rows, dtype=torch.int64),
+            cuts=torch.full((rows,), self.block_size),
+            rows=torch.arange(rows),
+            row_weights=torch.ones(rows, dtype=torch.float64),
+            step=0,
+        )
+        terms = self.experiment.objective.training(batch.to(self.fabric.device))
+        return terms._replace(weights=terms.in_denominator.float())
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -203,12 +213,12 @@ class _Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
         for index, batch in enumerate(batches):
             with fabric.no_backward_sync(self.model, enabled=index + 1 < len(batches)):
-                scored = self.experiment.objective.training(batch.to(fabric.device))
-                total = self._weighted_nll(scored)
+                terms = self.experiment.objective.training(batch.to(fabric.device))
+                total, nll, _ = objectives.weighted_nll(fabric, self.model, terms)
                 # Data-parallel gradients are averaged over devices, while the loss is a sum over them.
                 fabric.backward(total * fabric.world_size if fabric.world_size > 1 else total)
                 loss += total.detach()
-            self.tokens += scored.input_ids.numel() * fabric.world_size
+            self._count(batch, terms, nll.numel())
         value, stop = devices.all_reduce_sum(fabric, [float(loss), float(signals.came)])
         limit = config.grad_clip or math.inf
         norm = fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
@@ -223,9 +233,14 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return value, grad_norm, (signals.received or signal.SIGTERM) if stop else 0
 
-    def _weighted_nll(self, scored: Scored) -> torch.Tensor:
-        batch = scored.input_ids, scored.targets, scored.weights, scored.key_mask
-        return objectives.weighted_nll(self.fabric, self.model, *batch)[0]
+    def _count(self, batch: Batch, terms: LossTerms, scored: int) -> None:
+        """Count a micro batch's tokens and FLOPs; an objective may put more columns into a row than it has tokens."""
+        samples, tokens = len(batch.rows), batch.tokens[:, 1:].numel()
+        module = self.experiment.model
+        visibility = terms.visibility or module.visibility
+        flops = speed_monitor.training_flops(module.config, terms, visibility, scored)
+        self.speed.add_micro_batch(samples, tokens, flops)
+        self.tokens += tokens * self.fabric.world_size
 
     # --- what is seen and kept ------------------------------------------------------------------------------------
 
@@ -251,7 +266,7 @@ class _Trainer:
         """A line on the console and a row in the loggers."""
         step, layout = self.step, self.layout
         samples = step * layout.global_batch_size
-        rates = self.speed.rates(step * layout.micro_batches, samples, self.tokens)
+        rates = self.speed.rates()
         self.folder.log(
             {
                 "metric/train_loss": loss,
@@ -314,15 +329,6 @@ class _Trainer:
         if self.validated is not None:
             result.update(self.validated.record())
         return self.folder.finish(self.fabric, result)
-
-
-def _activation_bytes(module: Transformer) -> float:
-    """Memory per token that a training step keeps, in float32: an estimate from above."""
-    config = module.config
-    per_block = 16 * config.n_embd + 6 * config.intermediate_size
-    blocks = 2 if module.checkpoint_blocks else config.n_layer
-    # The embedding's output, the final norm and the loss's own rows come on top.
-    return 4.0 * (per_block * blocks + (config.n_layer + 8) * config.n_embd)
 
 
 def _is_compiler_error(error: BaseException) -> bool:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 
 from lit_gpt.devices import is_out_of_memory
+from lit_gpt.model.layers import Transformer
+from lit_gpt.model.loss_terms import LossTerms
 
 # Memory that a micro batch may fill on a CPU, of what the machine has; the rest is for weights, files and other programs.
 _CPU_MEMORY_SHARE = 0.4
-
-
 # Tokens in a CPU's micro batch beyond which nothing gets faster (its caches are long exceeded).
 _CPU_MICRO_BATCH_TOKENS = 8192
 
@@ -40,7 +40,19 @@ def largest_that_fits(candidates: Iterable[int], attempt: Callable[[int], object
     return best
 
 
-def micro_batch_candidates(device_rows: int, tokens: int, bytes_per_token: float, device: torch.device) -> list[int]:
+def activation_bytes(model: Transformer, terms: LossTerms) -> float:
+    """Memory that a training step keeps per row, in float32: an estimate from above."""
+    config, length = model.config, terms.input_ids.size(1)
+    per_block = 16 * config.n_embd + 6 * config.intermediate_size
+    blocks = 2 if model.checkpoint_blocks else config.n_layer
+    # The embedding's output, the final norm and the loss's own rows come on top.
+    per_token = per_block * blocks + (config.n_layer + 8) * config.n_embd
+    # Where attention needs a mask, torch keeps one of numbers in every block.
+    mask = (terms.visibility or model.visibility).mask_elements(length)
+    return 4.0 * (per_token * length + mask * blocks)
+
+
+def micro_batch_candidates(device_rows: int, tokens: int, bytes_per_row: float, device: torch.device) -> list[int]:
     """Divisors of a device's rows, ascending, that are worth trying.
 
     On a GPU all of them (memory is found by trying); on a CPU the largest whose activations fit a share of the machine's
@@ -52,6 +64,6 @@ def micro_batch_candidates(device_rows: int, tokens: int, bytes_per_token: float
         return divisors
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    fits = int(memory * _CPU_MEMORY_SHARE / processes / (bytes_per_token * tokens))
+    fits = int(memory * _CPU_MEMORY_SHARE / processes / bytes_per_row)
     limit = max(1, min(fits, _CPU_MICRO_BATCH_TOKENS // tokens))
     return [max(size for size in divisors if size <= limit)]

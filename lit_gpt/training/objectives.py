@@ -1,8 +1,7 @@
 """What is learnt: one small class per kind of training, from a batch to what the model reads, predicts and is scored on.
 
 An objective returns the terms of the loss unreduced, as weights per position; their sum over micro batches and devices is
-the step's loss, the mean over groups of (weighted sum / denominator). It knows no device, optimizer or file. May import
-batching, diffusion, noise and packed_dataset.
+the step's loss, the mean over groups of (weighted sum / denominator). It knows no device, optimizer or file.
 
 B rows, T tokens.
 """
@@ -19,26 +18,12 @@ from torch import Tensor
 from lit_gpt import diffusion
 from lit_gpt.data.batching import Batch, Group
 from lit_gpt.data.packed_dataset import Extent
+from lit_gpt.model.loss_terms import LossTerms
+from lit_gpt.model.visibility import Visibility
 from lit_gpt.randomness import Stream, hash_int, uniform, uniform_grid
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What the model reads and where it is scored."""
-
-    input_ids: Tensor
-    """(B, T) int64."""
-    targets: Tensor
-    """(B, T) int64."""
-    weights: Tensor
-    """(B, T) float32: loss = sum(weights * CE); 0 where nothing is scored."""
-    counted: Tensor
-    """(B, T) bool: the target tokens that the denominator counts."""
-    key_mask: Tensor | None
-    """(B, T) bool, False at padding; None where there is none."""
 
 
 class Objective(Protocol):
@@ -48,7 +33,7 @@ class Objective(Protocol):
         """Cut and denominator of a group; see `batching.GroupRule`."""
         ...
 
-    def training(self, batch: Batch) -> Scored:
+    def training(self, batch: Batch) -> LossTerms:
         """A training micro batch, with the run's noise."""
         ...
 
@@ -72,7 +57,7 @@ class ValidatedObjective(Objective, Protocol):
         """Validation draws per sequence that make sense; None where more draws are more exact."""
         ...
 
-    def validation(self, batch: Batch, draw: int, draws: int) -> Scored:
+    def validation(self, batch: Batch, draw: int, draws: int) -> LossTerms:
         """A validation batch with the fixed noise of one draw; weights sum to nats, not to a mean."""
         ...
 
@@ -91,14 +76,14 @@ class NextToken:
         """The whole row; every token but the first of a row is predicted."""
         return Group(self.block_size, sum(row.length - 1 for row in extents))
 
-    def training(self, batch: Batch) -> Scored:
+    def training(self, batch: Batch) -> LossTerms:
         """Read tokens 0 .. T-1, predict 1 .. T."""
         targets = batch.tokens[:, 1:]
         counted = _before(torch.minimum(batch.lengths - 1, batch.cuts), targets.size(1))
-        # Padding lies behind everything that is scored, so a causal model needs no key mask.
-        return Scored(batch.tokens[:, :-1], targets, counted * batch.row_weights.float()[:, None], counted, None)
+        # Padding lies behind everything that is scored, so a causal model attends to none of it.
+        return LossTerms(batch.tokens[:, :-1], targets, counted * batch.row_weights.float()[:, None], counted)
 
-    def validation(self, batch: Batch, draw: int, draws: int) -> Scored:
+    def validation(self, batch: Batch, draw: int, draws: int) -> LossTerms:
         """As in training; there is no noise."""
         return self.training(batch)
 
@@ -137,23 +122,23 @@ class MaskedDiffusion:
                 length = 1 + hash_int(self.seed, Stream.RANDOM_LENGTH, step, group, 1) % self.block_size
         return Group(length, sum(min(row.length, length) for row in extents))
 
-    def training(self, batch: Batch) -> Scored:
+    def training(self, batch: Batch) -> LossTerms:
         """Mask with times stratified over the step's rows."""
         return self._masked(batch, *_training_noise(batch, self.seed, self.global_batch_size))
 
-    def validation(self, batch: Batch, draw: int, draws: int) -> Scored:
+    def validation(self, batch: Batch, draw: int, draws: int) -> LossTerms:
         """Mask with noise that is the same for every run: a function of the sequence's number and the draw."""
         t = diffusion.low_discrepancy_times(batch.rows, draw, draws)
         uniforms = uniform_grid(0, Stream.VALIDATION, draw, batch.rows, batch.tokens.size(1) - 1)
         return self._masked(batch, t, uniforms)
 
-    def _masked(self, batch: Batch, t: Tensor, uniforms: Tensor) -> Scored:
+    def _masked(self, batch: Batch, t: Tensor, uniforms: Tensor) -> LossTerms:
         clean = batch.tokens[:, :-1]
         real = _before(torch.minimum(batch.lengths, batch.cuts), clean.size(1))
         p_mask = diffusion.masking_probability(t)
         noisy_input, mask = diffusion.forward_process(clean, p_mask, uniforms, self.mask_id, real)
         weights = diffusion.loss_weights(mask, p_mask, batch.row_weights)
-        return Scored(noisy_input, clean, weights, real, None if bool(real.all()) else real)
+        return LossTerms(noisy_input, clean, weights, real, visibility=_without_padding(real))
 
 
 @dataclass(frozen=True)
@@ -166,19 +151,19 @@ class NextResponseToken:
         predicted = sum(row.length - max(row.prompt_length, 1) for row in extents)
         return Group(max(row.length for row in extents) - 1, predicted)
 
-    def training(self, batch: Batch) -> Scored:
+    def training(self, batch: Batch) -> LossTerms:
         """Read tokens 0 .. T-1, predict 1 .. T, where that is response."""
         targets = batch.tokens[:, 1:]
         columns = targets.size(1)
         counted = _before(batch.lengths - 1, columns) & ~_before(batch.prompt_lengths - 1, columns)
-        return Scored(batch.tokens[:, :-1], targets, counted * batch.row_weights.float()[:, None], counted, None)
+        return LossTerms(batch.tokens[:, :-1], targets, counted * batch.row_weights.float()[:, None], counted)
 
 
 @dataclass(frozen=True)
 class MaskedResponse:
     """MDM fine-tuning: sum of CE / p over masked response tokens, divided by the group's tokens that are no prompt.
 
-    Padding is response: masked and scored like any token, it teaches where to stop (SPEC 4).
+    Padding is response: masked and scored like any token, it teaches where to stop.
     """
 
     mask_id: int
@@ -197,7 +182,7 @@ class MaskedResponse:
         length = self.row_length or max(row.length for row in extents)
         return Group(length, sum(length - min(row.prompt_length, length) for row in extents))
 
-    def training(self, batch: Batch) -> Scored:
+    def training(self, batch: Batch) -> LossTerms:
         """Mask everything behind the prompts at rate p, drop some prompts."""
         t, uniforms = _training_noise(batch, self.seed, self.global_batch_size)
         clean, columns = batch.tokens[:, :-1], batch.tokens.size(1) - 1
@@ -208,7 +193,7 @@ class MaskedResponse:
             dropped = uniform(self.seed, int(Stream.PROMPT_DROP), batch.step, batch.rows) < self.prompt_drop
             noisy_input = noisy_input.masked_fill(dropped[:, None] & prompt, self.mask_id)
         weights = diffusion.loss_weights(mask, p_mask, batch.row_weights)
-        return Scored(noisy_input, clean, weights, row & ~prompt, None if bool(row.all()) else row)
+        return LossTerms(noisy_input, clean, weights, row & ~prompt, visibility=_without_padding(row))
 
 
 def _training_noise(batch: Batch, seed: int, global_batch_size: int) -> tuple[Tensor, Tensor]:
@@ -222,11 +207,16 @@ def _before(lengths: Tensor, columns: int) -> Tensor:
     return torch.arange(columns, device=lengths.device)[None, :] < lengths[:, None]
 
 
-def weighted_nll(fabric: Fabric, model: Any, *batch: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def _without_padding(real: Tensor) -> Visibility | None:
+    """Full visibility of the tokens (B, T) that are True; None, for the fastest kernels, where all of them are."""
+    return None if bool(real.all()) else Visibility(key_mask=real)
+
+
+def weighted_nll(fabric: Fabric, model: Any, terms: LossTerms) -> tuple[Tensor, Tensor, Tensor]:
     """`Transformer.weighted_nll` of a set-up model, in the run's precision.
 
     Fabric turns autocast on in `forward` alone, unless it wraps the model for several devices: without this, one device
     would compute in float32 whatever --precision says.
     """
     with fabric.autocast():
-        return model.weighted_nll(*batch)  # type: ignore[no-any-return]
+        return model.weighted_nll(terms)  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 SHAPE_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
-PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "bf16-true", "32-true")
+PRECISIONS = ("auto", "bf16-mixed", "bf16-true", "32-true")
 
 
 @dataclass
@@ -57,7 +57,8 @@ class TrainConfig:
     strategy: str = "auto"
     """With several devices: ddp, or fsdp (FSDP2, the default on GPUs)."""
     precision: str = "auto"
-    """auto (bf16-mixed where the hardware supports it, else 32-true), bf16-mixed, 16-mixed, bf16-true or 32-true."""
+    """auto (bf16-mixed where the hardware supports it, else 32-true), bf16-mixed, bf16-true or 32-true. There is no 16-mixed:
+    the loss computes its own gradient, and scaled for float16 that overflows."""
     compile: str = "auto"
     """Fuse kernels with torch.compile: on, off, or auto (on for runs of 200 steps or more of rows of one length)."""
     attention_kernel: str = "auto"

@@ -1,7 +1,4 @@
-"""Speed of a run: tokens, samples and FLOPs per second, and the share of the device's peak. The only clock of training.
-
-May import config only.
-"""
+"""Speed of a run: tokens, samples and FLOPs per second, and the share of the device's peak. The only clock of training."""
 
 from __future__ import annotations
 
@@ -11,18 +8,26 @@ from dataclasses import dataclass, field
 import torch
 
 from lit_gpt.config import Config
+from lit_gpt.model.loss_terms import LossTerms
+from lit_gpt.model.visibility import Visibility
 
 
-def flops_per_token(config: Config, head_share: float) -> float:
-    """FLOPs of training on one token: 6 per parameter that is used, and 12 L T C for attention (Chowdhery et al. 2022).
+def training_flops(config: Config, terms: LossTerms, visibility: Visibility, scored: int) -> float:
+    """FLOPs of training on a batch: 6 per weight and token that uses it, 12 C per layer and pair of tokens in attention.
+
+    Without recomputation, as Chowdhery et al. 2022 (arXiv 2204.02311, appendix B) count; but only pairs that are visible
+    and rows of the head that are scored.
 
     Args:
         config: the model.
-        head_share: share of positions on which the head runs: 1 for an ARM, 0.5 on average for masked diffusion.
+        terms: the batch.
+        visibility: which of its columns attend to which.
+        scored: positions on which the head runs.
     """
-    head = config.padded_vocab_size * config.n_embd * head_share
-    attention = 12 * config.n_layer * config.block_size * config.n_embd
-    return 6 * (config.non_embedding_params + head) + attention
+    rows, length = terms.input_ids.shape
+    head = config.padded_vocab_size * config.n_embd * scored
+    attention = 12 * config.n_layer * config.n_embd * rows * visibility.pairs(length)
+    return 6.0 * (config.non_embedding_params * rows * length + head) + attention
 
 
 @dataclass
@@ -31,14 +36,13 @@ class SpeedMonitor:
 
     world_size: int
     """Devices."""
-    flops_per_token: float
-    """For the utilisation."""
     peak_flops: float | None = None
     """Of one device, in the precision in use; None where unknown (CPUs)."""
     validation_s: float = 0.0
     """Seconds spent in validation so far."""
     _start: float = field(default_factory=time.perf_counter)
-    _seen: tuple[float, int, int, int] = (0.0, 0, 0, 0)
+    _train_s: float = 0.0
+    _done: tuple[float, ...] = (0, 0, 0, 0)
 
     def elapsed_s(self) -> float:
         """Seconds since the start, validation included."""
@@ -48,23 +52,19 @@ class SpeedMonitor:
         """Count seconds as validation's."""
         self.validation_s += seconds
 
-    def rates(self, micro_batches: int, samples: int, tokens: int) -> dict[str, float]:
-        """Metrics since the last call, under the published names.
+    def add_micro_batch(self, samples: int, tokens: int, flops: float) -> None:
+        """Count what this device did in a micro batch; the other devices do as much."""
+        batches, *done = self._done
+        new = (samples, tokens, flops)
+        self._done = (batches + 1, *(old + one * self.world_size for old, one in zip(done, new, strict=True)))
 
-        Args:
-            micro_batches: done since the start, on one device.
-            samples: since the start, over all devices.
-            tokens: likewise.
-        """
+    def rates(self) -> dict[str, float]:
+        """Metrics since the last call, under the published names."""
         total = self.elapsed_s()
         train = total - self.validation_s
-        before = self._seen
-        self._seen = (train, micro_batches, samples, tokens)
-        span = max(train - before[0], 1e-9)
-        batches_per_s, samples_per_s, tokens_per_s = (
-            (now - then) / span for now, then in zip(self._seen[1:], before[1:], strict=True)
-        )
-        flops_per_s = tokens_per_s * self.flops_per_token
+        span = max(train - self._train_s, 1e-9)
+        batches_per_s, samples_per_s, tokens_per_s, flops_per_s = (done / span for done in self._done)
+        self._train_s, self._done = train, (0, 0, 0, 0)
         metrics = {
             "time/train": train,
             "time/val": self.validation_s,
@@ -105,13 +105,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         return None
     from lightning_fabric.utilities.throughput import get_available_flops
 
-    dtype = (
-        torch.bfloat16
-        if precision.startswith("bf16")
-        else torch.float16
-        if precision.startswith("16")
-        else torch.float32
-    )
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     try:
         value = get_available_flops(device, dtype)
     except (RuntimeError, KeyError):

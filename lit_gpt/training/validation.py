@@ -1,6 +1,6 @@
 """Validation: the loss over fixed sequences with fixed noise, the same for any number of devices and any micro batch.
 
-May import objectives, batching and runtime.
+Its sums are of nats, tokens and bytes, so that they add up over batches and devices.
 """
 
 from __future__ import annotations
@@ -113,14 +113,13 @@ def validate(
     for number, batch in enumerate(batches):
         batch = batch.to(fabric.device)
         for draw in range(draws):
-            scored = objective.validation(batch, draw, draws)
-            inputs = scored.input_ids, scored.targets, scored.weights, scored.key_mask
-            _, nll, index = objectives.weighted_nll(fabric, model, *inputs)
-            nats += float(nll.double() @ scored.weights.flatten()[index].double()) / draws
-        counted = scored.counted & (batch.row_weights > 0)[:, None]
-        tokens += float(counted.sum())
+            terms = objective.validation(batch, draw, draws)
+            _, nll, index = objectives.weighted_nll(fabric, model, terms)
+            nats += float(nll.double() @ terms.weights.flatten()[index].double()) / draws
+        counted = terms.targets[terms.in_denominator & (batch.row_weights > 0)[:, None]]
+        tokens += counted.numel()
         if lengths is not None:
-            text_bytes += float(lengths[scored.targets[counted]].sum())
+            text_bytes += float(lengths[counted].sum())
         if devices.all_reduce_sum(fabric, [float(signals.came)])[0]:
             return None
         if (now := time.perf_counter()) - shown > _PROGRESS_S:

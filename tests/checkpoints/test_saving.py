@@ -23,6 +23,7 @@ from lit_gpt.checkpoints import run_files, saving
 from lit_gpt.checkpoints.names import export_name, run_name
 from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
+from lit_gpt.model.loss_terms import LossTerms
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Config("tiny", 1, 2, 16, 32, 2, block_size=16, vocab_size=50)
@@ -55,7 +56,8 @@ def make_state(fabric: Any, seed: int = 1, steps: int = 2) -> dict[str, Any]:
 def train_step(fabric: Any, state: dict[str, Any]) -> None:
     """One step on tokens that depend on the step alone."""
     ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(state["step_count"]))
-    total, _, _ = state["model"].weighted_nll(ids, ids, torch.full((2, 16), 1 / 32))
+    terms = LossTerms(ids, ids, torch.full((2, 16), 1 / 32), torch.ones(2, 16, dtype=torch.bool))
+    total, _, _ = state["model"].weighted_nll(terms)
     fabric.backward(total)
     state["optimizer"].step()
     state["optimizer"].zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lit_gpt.cli import parse
 from lit_gpt.data import packed_dataset
 from lit_gpt.data.packed_format import PackedDatasetBuilder
 from lit_gpt.data.preparation import pack_batch, prepare
 from lit_gpt.data.preparation_plan import Plan
-from lit_gpt.data.text_sources import Position, TextRules, find_sources, join_sources, read_batches
+from lit_gpt.data.text_sources import Position, TextRules, find_sources, read_batches
 from lit_gpt.tokenizer import Tokenizer
 from tests.support.small_tokenizers import CORPUS, train_small, training_lines
 
@@ -429,8 +431,12 @@ def test_wrong_flags(tmp_path, flags, message):
 
 
 def test_source_flag_takes_several_words():
-    joined = join_sources(["--source-path", "a", "b", "--prefix", "x", "--source_path=c", "--overwrite", "true"])
-    assert joined == ["--prefix", "x", "--overwrite", "true", *(f"--source_path+={name}" for name in "abc")]
+    """As one flag with several words, as several flags, with either spelling."""
+    flags = runpy.run_path(str(SCRIPT))["PrepareFlags"]
+    argv = ["--source-path", "a", "b", "--prefix", "x", "--source_path=c", "--overwrite", "true"]
+    read = parse(flags, argv, "")
+    assert read.source_path == ["a", "b", "c"] and read.prefix == "x" and read.overwrite
+    assert parse(flags, ["--source_path", "[ab]*.txt"], "").source_path == ["[ab]*.txt"], "a pattern, no YAML list"
 
 
 def test_a_locked_destination_is_refused(tmp_path, plan_of):

@@ -99,6 +99,7 @@ def test_an_mdm_by_both_estimators_processes_and_resuming(folder):
     [
         (("--type", "mdm", "--fineweb", "nosuch"), "make the first with scripts/prepare_fineweb.py"),
         (("--type", "diffusion"), "--type diffusion: choose arm or mdm"),
+        (("--type", "mdm", "--estimator", "chain_rule"), "--estimator chain_rule: choose mc or exact"),
         (("--type", "arm"), "an autoregressive model (arm) was asked for"),
         (("--type", "mdm", "--mc-samples", "0"), "--mc_samples 0: expected at least 1"),
     ],

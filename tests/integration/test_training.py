@@ -231,6 +231,16 @@ def test_training_without_validation_data_says_so(folder):
     assert "no validation* files" in out
 
 
+def test_a_precision_that_cannot_train_is_refused(folder, monkeypatch):
+    _, err = train("train_mdm.py", folder, code=2, max_steps=5, precision="16-mixed")
+    assert "--precision 16-mixed: expected auto, bf16-mixed, bf16-true, 32-true" in err
+    monkeypatch.setenv("LT_CLI_USED", "1")
+    monkeypatch.setenv("LT_PRECISION", "64-true")
+    _, err = train("train_mdm.py", folder, code=2, max_steps=5, precision="auto")
+    assert "--precision 64-true: expected auto, bf16-mixed, bf16-true, 32-true" in err
+    assert err.count("\n") == 1
+
+
 def test_bf16_is_computed_in_whatever_the_number_of_devices(tmp_path_factory):
     """bf16-mixed rounds where 32-true does not, and as much on one device, which Fabric does not wrap, as on two."""
     curves = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -11,21 +12,27 @@ import torch
 from torch import Tensor
 
 from lit_gpt.config import Config
-from lit_gpt.likelihood import estimators, loglikelihood
-from lit_gpt.likelihood.loglikelihood import Likelihood, Method, Reader, Request, arm_likelihoods, mdm_likelihoods
+from lit_gpt.likelihood.chain_rule import ChainRule
+from lit_gpt.likelihood.estimators import ESTIMATORS, make_estimator
+from lit_gpt.likelihood.exact import ExactBound, permutation_masks, systematic_sizes
+from lit_gpt.likelihood.loglikelihood import (
+    Likelihood,
+    LikelihoodRequest,
+    LikelihoodSettings,
+    arm_likelihoods,
+    masking_plan,
+    mdm_likelihoods,
+)
+from lit_gpt.likelihood.monte_carlo import MonteCarlo
+from lit_gpt.likelihood.scoring import ScoringModel
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
-from lit_gpt.model.logits import LogitsFn, guided, model_logits
+from lit_gpt.model.logits import LogitsFn, model_logits
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
 from tests.support.small_models import scaled_model
 
 GOLDEN = golden_cases()
 TINY = Config("tiny", 2, 2, 32, 64, 2, block_size=64, vocab_size=50)
-
-
-def reader_of(model, max_tokens: int = 4096, cfg_scale: float = 0.0) -> Reader:
-    logits_fn = guided(model_logits(model), cfg_scale, model.config.mask_id)
-    return Reader(logits_fn, model.config.mask_id, model.config.vocab_size, max_tokens)
 
 
 def all_of(results) -> list[Likelihood]:
@@ -35,17 +42,17 @@ def all_of(results) -> list[Likelihood]:
     return [found[number] for number in range(len(found))]
 
 
-def one(model, request: Request, method: Method) -> Likelihood:
-    return all_of(mdm_likelihoods(reader_of(model, cfg_scale=method.cfg_scale), [request], method))[0]
+def one(model, request: LikelihoodRequest, settings: LikelihoodSettings) -> Likelihood:
+    return all_of(mdm_likelihoods(ScoringModel.of(model, 4096), [request], settings))[0]
 
 
 def tiny(kind: type, seed: int = 5):
     return scaled_model(kind, TINY, seed)
 
 
-def golden_request(case: dict) -> Request:
+def golden_request(case: dict) -> LikelihoodRequest:
     ids = golden_tokens(case["prefix_len"] + case["target_len"], case["tokens_seed"])
-    return Request(tuple(ids[: case["prefix_len"]]), tuple(ids[case["prefix_len"] :]))
+    return LikelihoodRequest(tuple(ids[: case["prefix_len"]]), tuple(ids[case["prefix_len"] :]))
 
 
 # Golden
@@ -62,26 +69,26 @@ CASES = GOLDEN["likelihood"]["cases"]
 @pytest.mark.parametrize("case", [case for case in CASES if "chain_rule_nll" in case], ids=str)
 def test_golden_chain_rule_and_greedy(golden_mdm: TransEncoder, case: dict):
     request = golden_request(case)
-    method = Method("chain_rule", cfg_scale=case["cfg"], greedy=True)
-    result = one(golden_mdm, request, method)
+    settings = LikelihoodSettings(ChainRule(), cfg_scale=case["cfg"], greedy=True)
+    result = one(golden_mdm, request, settings)
     assert result.nll == pytest.approx(case["chain_rule_nll"], rel=1e-4)
     assert result.standard_error == 0
     assert result.is_greedy == (list(request.target) == case["greedy"])
     # A target that is what greedy decoding gives is recognised as such.
-    assert one(golden_mdm, Request(request.prefix, tuple(case["greedy"])), method).is_greedy
+    assert one(golden_mdm, LikelihoodRequest(request.prefix, tuple(case["greedy"])), settings).is_greedy
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "exact_elbo" in case], ids=str)
 def test_golden_bound(golden_mdm: TransEncoder, case: dict):
     request = golden_request(case)
-    exact = one(golden_mdm, request, Method("exact", budget=2 ** len(request.target), cfg_scale=case["cfg"]))
+    exact = one(golden_mdm, request, LikelihoodSettings(ExactBound(2 ** len(request.target)), cfg_scale=case["cfg"]))
     assert exact.nll == pytest.approx(case["exact_elbo"], rel=1e-4)
     assert exact.standard_error == 0
 
 
 def test_golden_padding(golden_mdm: TransEncoder):
     (case,) = GOLDEN["likelihood_padded"]["cases"]
-    result = one(golden_mdm, golden_request(case), Method("chain_rule", pad_to=2048))
+    result = one(golden_mdm, golden_request(case), LikelihoodSettings(ChainRule(), pad_to=2048))
     assert result.nll == pytest.approx(case["chain_rule_nll"], rel=1e-4)
 
 
@@ -124,32 +131,34 @@ def brute_force(logits_fn: LogitsFn, target: tuple[int, ...]) -> float:
 TARGET = (0, 2, 1, 1, 0)
 
 
-def toy(method: Method, prefix: tuple[int, ...] = ()) -> Likelihood:
-    reader = Reader(table_logits(), 3, 3, 4096)
-    return all_of(mdm_likelihoods(reader, [Request(prefix, TARGET)], method))[0]
+def toy(settings: LikelihoodSettings, prefix: tuple[int, ...] = ()) -> Likelihood:
+    scoring_model = ScoringModel(table_logits(), 3, 3, 4096)
+    return all_of(mdm_likelihoods(scoring_model, [LikelihoodRequest(prefix, TARGET)], settings))[0]
 
 
 def test_the_exact_bound_is_the_sum_over_all_masks():
-    result = toy(Method("exact", budget=31))
+    result = toy(LikelihoodSettings(ExactBound(31)))
     assert result.nll == pytest.approx(brute_force(table_logits(), TARGET), rel=1e-6)
     assert result.standard_error == 0
 
 
 @pytest.mark.parametrize(
-    "method", [Method("mc", mc_num=16), *(Method("exact", budget=n) for n in (2, 3, 5, 9, 14, 30))], ids=str
+    "settings",
+    [LikelihoodSettings(MonteCarlo(16)), *(LikelihoodSettings(ExactBound(n)) for n in (2, 3, 5, 9, 14, 30))],
+    ids=str,
 )
-def test_draws_are_unbiased(method: Method):
+def test_draws_are_unbiased(settings: LikelihoodSettings):
     """Over many seeds the mean is the bound, within four standard errors of that mean."""
     bound = brute_force(table_logits(), TARGET)
     seeds = range(600)
-    values = np.array([toy(Method(**{**vars(method), "seed": seed})).nll for seed in seeds])
+    values = np.array([toy(dataclasses.replace(settings, seed=seed)).nll for seed in seeds])
     assert abs(values.mean() - bound) < 4 * values.std(ddof=1) / math.sqrt(len(values))
 
 
-@pytest.mark.parametrize("method", [Method("mc", mc_num=64), Method("exact", budget=12)], ids=str)
-def test_the_standard_error_is_honest(method: Method):
+@pytest.mark.parametrize("settings", [LikelihoodSettings(MonteCarlo(64)), LikelihoodSettings(ExactBound(12))], ids=str)
+def test_the_standard_error_is_honest(settings: LikelihoodSettings):
     """Its mean square is the variance over seeds, within a factor of two in the error."""
-    results = [toy(Method(**{**vars(method), "seed": seed})) for seed in range(300)]
+    results = [toy(dataclasses.replace(settings, seed=seed)) for seed in range(300)]
     true_error = np.std([result.nll for result in results], ddof=1)
     reported = math.sqrt(np.mean([result.standard_error**2 for result in results]))
     assert 0.5 * true_error < reported < 2 * true_error
@@ -158,9 +167,9 @@ def test_the_standard_error_is_honest(method: Method):
 @pytest.mark.parametrize("length", [2, 3, 7, 40])
 def test_masks_have_their_sizes_and_cover_the_target(length: int):
     for count in (1, 4, 3 * length):
-        sizes, weights = estimators.systematic_sizes(length, count, 0.37)
+        sizes, weights = systematic_sizes(length, count, 0.37)
         assert sizes.min() >= 1 and sizes.max() <= length - 1
-        masks = estimators.permutation_masks(length, sizes, 1, 2)
+        masks = permutation_masks(length, sizes, 1, 2)
         assert masks.sum(1).equal(sizes)
         # A chain of permutations: no token is ever two scorings ahead of another, give or take a wrapped mask.
         counts = masks.sum(0)
@@ -173,7 +182,7 @@ def test_weights_of_sizes_sum_a_function():
     wanted = sum(math.sqrt(k) for k in range(1, 10))
     sums = []
     for number in range(1000):
-        sizes, weights = estimators.systematic_sizes(10, 4, (number + 0.5) / 1000)
+        sizes, weights = systematic_sizes(10, 4, (number + 0.5) / 1000)
         sums.append(float((weights * sizes.double().sqrt()).sum()))
     assert np.mean(sums) == pytest.approx(wanted, rel=2e-3)
 
@@ -184,7 +193,7 @@ def test_every_mask_of_a_size_is_equally_likely():
     found: dict[tuple[int, ...], int] = {}
     draws = 3000
     for seed in range(draws):
-        mask = estimators.permutation_masks(5, sizes, seed)[2]
+        mask = permutation_masks(5, sizes, seed)[2]
         key = tuple(mask.nonzero().flatten().tolist())
         found[key] = found.get(key, 0) + 1
     expected = draws / math.comb(5, 2)
@@ -194,19 +203,38 @@ def test_every_mask_of_a_size_is_equally_likely():
 
 
 def test_answers_of_one_question_share_their_masks():
-    short, long = (loglikelihood.make_plan(Method("mc", mc_num=8), Request((5, 6), (1,) * n)).masks for n in (3, 7))
+    short, long = (
+        masking_plan(LikelihoodSettings(MonteCarlo(8)), LikelihoodRequest((5, 6), (1,) * n)).masks for n in (3, 7)
+    )
     assert long[:, :3].equal(short)
-    other = loglikelihood.make_plan(Method("mc", mc_num=8), Request((5, 7), (1,) * 3)).masks
+    other = masking_plan(LikelihoodSettings(MonteCarlo(8)), LikelihoodRequest((5, 7), (1,) * 3)).masks
     assert not other.equal(short)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_plan_costs_what_its_estimator_says(name: str):
+    estimator = make_estimator(name, {"mc_num": 6, "budget": 9})
+    for length in (1, 2, 3, 5, 70):
+        plan = estimator.plan(length, 1, 2)
+        assert 1 <= len(plan.masks) <= estimator.passes(length)
+        assert plan.masks.shape == plan.scored.shape == (len(plan.masks), length)
+        assert not (plan.scored & ~plan.masks).any() and plan.scored.any()
+        assert plan.reduce(torch.zeros(plan.masks.shape, dtype=torch.float64))[0] == 0
+
+
+def test_an_estimator_in_words():
+    values = {"mc_num": 6, "budget": 9, "nll_type": "mc"}
+    found = [make_estimator(name, values).description() for name in ESTIMATORS]
+    assert found == ["mc, mc_num 6", "chain_rule", "exact, budget 9"]
 
 
 # Equivalence
 
 
-def mixed_requests(count: int = 24) -> list[Request]:
+def mixed_requests(count: int = 24) -> list[LikelihoodRequest]:
     generator = np.random.default_rng(3)
     return [
-        Request(
+        LikelihoodRequest(
             tuple(generator.integers(1, 50, size=generator.integers(1, 20)).tolist()),
             tuple(generator.integers(1, 50, size=generator.integers(1, 9)).tolist()),
         )
@@ -215,20 +243,20 @@ def mixed_requests(count: int = 24) -> list[Request]:
 
 
 @pytest.mark.parametrize(
-    "method",
+    "settings",
     [
-        Method("mc", mc_num=12, greedy=True),
-        Method("chain_rule", cfg_scale=0.7),
-        Method("exact", budget=9, greedy=True),
-        Method("exact", budget=9, pad_to=40),
+        LikelihoodSettings(MonteCarlo(12), greedy=True),
+        LikelihoodSettings(ChainRule(), cfg_scale=0.7),
+        LikelihoodSettings(ExactBound(9), greedy=True),
+        LikelihoodSettings(ExactBound(9), pad_to=40),
     ],
     ids=str,
 )
-def test_batches_change_nothing(method: Method):
+def test_batches_change_nothing(settings: LikelihoodSettings):
     model, requests = tiny(TransEncoder), mixed_requests()
-    together = all_of(mdm_likelihoods(reader_of(model, 10**6, method.cfg_scale), requests, method))
-    alone = [one(model, request, method) for request in requests]
-    one_row = all_of(mdm_likelihoods(reader_of(model, 1, method.cfg_scale), requests, method))
+    together = all_of(mdm_likelihoods(ScoringModel.of(model, 10**6), requests, settings))
+    alone = [one(model, request, settings) for request in requests]
+    one_row = all_of(mdm_likelihoods(ScoringModel.of(model, 1), requests, settings))
     for request, *results in zip(requests, together, alone, one_row, strict=True):
         for result in results[1:]:
             assert abs(result.nll - results[0].nll) < 1e-4 * len(request.target)
@@ -237,7 +265,7 @@ def test_batches_change_nothing(method: Method):
 
 def test_arm_likelihoods():
     model, requests = tiny(GPT), mixed_requests()
-    together = all_of(arm_likelihoods(reader_of(model, 10**6), requests))
+    together = all_of(arm_likelihoods(ScoringModel.of(model, 10**6), requests))
     for request, result in zip(requests, together, strict=True):
         ids = torch.tensor([request.prefix + request.target])
         log_p = model(ids)[0, len(request.prefix) - 1 : -1].log_softmax(1).detach()
@@ -257,12 +285,12 @@ def test_equal_rows_are_read_once():
         rows.append(len(batch.input_ids))
         yield from inner(batch)
 
-    reader = Reader(counted, TINY.mask_id, TINY.vocab_size, 4096)
-    requests = [Request((1, 2, 3), (answer,)) for answer in (4, 5, 6, 7, 7)]
-    results = all_of(mdm_likelihoods(reader, requests, Method("exact", budget=4)))
+    scoring_model = ScoringModel(counted, TINY.mask_id, TINY.vocab_size, 4096)
+    requests = [LikelihoodRequest((1, 2, 3), (answer,)) for answer in (4, 5, 6, 7, 7)]
+    results = all_of(mdm_likelihoods(scoring_model, requests, LikelihoodSettings(ExactBound(4))))
     assert sum(rows) == 1
     assert [result.nll for result in results] == pytest.approx(
-        [one(model, request, Method("exact")).nll for request in requests], abs=1e-5
+        [one(model, request, LikelihoodSettings(ExactBound())).nll for request in requests], abs=1e-5
     )
     assert results[3].nll == results[4].nll
 
@@ -279,16 +307,16 @@ def test_a_batch_that_does_not_fit_is_halved():
 
         return logits
 
-    request, method = Request((), TARGET), Method("exact", budget=31)
-    ((_, result),) = mdm_likelihoods(Reader(small_memory(4), 3, 3, 4096), [request], method)
-    assert result.nll == toy(method).nll
+    request, settings = LikelihoodRequest((), TARGET), LikelihoodSettings(ExactBound(31))
+    ((_, result),) = mdm_likelihoods(ScoringModel(small_memory(4), 3, 3, 4096), [request], settings)
+    assert result.nll == toy(settings).nll
     assert max(sizes) == 31 and sizes.count(3) > 3
     with pytest.raises(ValueError, match="a row of 5 tokens does not fit into the memory of cpu"):
-        list(mdm_likelihoods(Reader(small_memory(0), 3, 3, 4096), [request], method))
+        list(mdm_likelihoods(ScoringModel(small_memory(0), 3, 3, 4096), [request], settings))
 
 
 def test_wrong_settings_are_refused_together():
     with pytest.raises(ValueError, match=r"'montecarlo' is unknown: choose from mc, .*mc_num is 0.*budget is 1"):
-        Method("montecarlo", mc_num=0, budget=1)
+        make_estimator("montecarlo", {"mc_num": 0, "budget": 1})
     with pytest.raises(ValueError, match="cfg is -1"):
-        Method(cfg_scale=-1.0)
+        LikelihoodSettings(cfg_scale=-1.0)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.model import kernels
+from lit_gpt.model.visibility import Visibility
 
 CPU = torch.device("cpu")
 
@@ -99,8 +100,9 @@ def test_attention(causal: bool, groups: int, new_tokens: int, masked: bool):
     if masked:
         # Row 0 is padded on the right, row 1 on the left: there the first causal queries see no key at all.
         key_mask = torch.tensor([[True] * 4 + [False] * 2, [False] * 2 + [True] * 4])
+    arguments = Visibility(causal, key_mask).attention_arguments(new_tokens, 6)
     check(
-        lambda q, k, v: kernels.attention(q, k, v, causal, key_mask),
+        lambda q, k, v: kernels.attention(q, k, v, *arguments),
         lambda q, k, v: plain_attention(q, k, v, causal, key_mask),
         rand(2, 4, new_tokens, 8),
         rand(2, groups, 6, 8, seed=1),
@@ -127,7 +129,8 @@ def test_attention_in_bf16_is_near_float32(causal: bool, groups: int, length: in
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_without_any_key_is_zero(causal: bool):
     q = rand(1, 2, 3, 4).float().requires_grad_()
-    y = kernels.attention(q, q, q, causal, torch.zeros(1, 3, dtype=torch.bool))
+    arguments = Visibility(causal, torch.zeros(1, 3, dtype=torch.bool)).attention_arguments(3, 3)
+    y = kernels.attention(q, q, q, *arguments)
     y.sum().backward()
     assert (y == 0).all()
     assert (q.grad == 0).all()

@@ -1,4 +1,4 @@
-"""The two models: the original's numbers, transformers' numbers, and equivalences (cache, padding, compile, recompute)."""
+"""The two models: the original's numbers, transformers' numbers, and equivalences (padding, compile, recompute)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
-from lit_gpt.model.causal import GPT, KVCache
+from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
+from lit_gpt.model.loss_terms import LossTerms
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
 
 TINY = Config("tiny", 3, 4, 32, 64, 4, block_size=64, vocab_size=100)
@@ -40,6 +41,15 @@ def assert_same(ones: Sequence[Tensor], others: Sequence[Tensor], tolerance: flo
 
 def tokens(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 100, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def weighted_nll(
+    model: Transformer, input_ids: Tensor, targets: Tensor, weights: Tensor, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's loss on terms that are scored wherever they have a weight."""
+    return model.weighted_nll(
+        LossTerms(input_ids, targets, weights, weights != 0, visibility=model.visibility.padded(key_mask))
+    )
 
 
 # Golden numbers of the original
@@ -74,7 +84,7 @@ def test_golden_mdm_loss_and_gradients():
     mask = (flat * 7919 % 10) < torch.tensor([3, 8])[torch.arange(rows) % 2][:, None]
     model = golden_model(TransEncoder, case["weights_seed"], case["model"])
     noisy_input = torch.where(mask, model.config.mask_id, targets)
-    total, nll, scored = model.weighted_nll(noisy_input, targets, mask / p_mask / (rows * columns))
+    total, nll, scored = weighted_nll(model, noisy_input, targets, mask / p_mask / (rows * columns))
     total.backward()
     assert total.item() == pytest.approx(case["loss"], rel=1e-4)
     assert scored.tolist() == mask.flatten().nonzero().squeeze(1).tolist()
@@ -89,7 +99,7 @@ def test_golden_arm_loss():
     ids = golden_ids(case)
     model = golden_model(GPT, case["weights_seed"], case["model"])
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    total, _, _ = model.weighted_nll(inputs, targets, torch.full(targets.shape, 1 / targets.numel()))
+    total, _, _ = weighted_nll(model, inputs, targets, torch.full(targets.shape, 1 / targets.numel()))
     assert total.item() == pytest.approx(case["loss"], rel=1e-4)
 
 
@@ -221,35 +231,6 @@ def test_only_the_arm_is_causal():
     assert ((mdm(ids) - mdm(changed)).abs().amax(-1) > 0).all()
 
 
-# Cache
-
-
-@pytest.mark.parametrize("config", [TINY, GROUPED], ids=lambda config: config.name)
-@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 1, 4, 2]], ids=str)
-@torch.no_grad()
-def test_cache_changes_nothing(config: Config, pieces: list[int]):
-    model, ids = tiny(GPT, config), tokens(3, 12)
-    cache = KVCache(config, batch=3, capacity=20, device=torch.device("cpu"), dtype=torch.float32)
-    parts = [model(piece, cache=cache) for piece in ids.split(pieces, dim=1)]
-    assert cache.length == 12
-    assert_same([torch.cat(parts, dim=1)], [model(ids)])
-
-
-@torch.no_grad()
-def test_cache_with_left_padding_changes_nothing():
-    model = tiny(GPT)
-    rows = [tokens(1, 9, seed=1)[0], tokens(1, 5, seed=2)[0]]
-    padded = torch.stack([torch.cat((torch.zeros(9 - len(row), dtype=torch.int64), row)) for row in rows])
-    positions = torch.stack([(torch.arange(9) - (9 - len(row))).clamp(min=0) for row in rows])
-    key_mask = torch.stack([torch.arange(9) >= 9 - len(row) for row in rows])
-    cache = KVCache(TINY, batch=2, capacity=9, device=torch.device("cpu"), dtype=torch.float32)
-    first = model(padded[:, :7], positions[:, :7], key_mask[:, :7], cache)
-    rest = model(padded[:, 7:], positions[:, 7:], key_mask, cache)
-    together = torch.cat((first, rest), dim=1)
-    for index, row in enumerate(rows):
-        assert_same([together[index, 9 - len(row) :]], [model(row[None])[0]])
-
-
 # Batch-mates and padding
 
 
@@ -266,7 +247,7 @@ def test_a_row_does_not_depend_on_its_batch_mates(kind: type[Transformer], side:
     for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
         part = slice(start, start + len(row))
         ids[index, part], positions[index, part], key_mask[index, part] = row, torch.arange(len(row)), True
-    together = model(ids, positions, key_mask)
+    together = model(ids, positions, model.visibility.padded(key_mask))
     for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
         assert_same([together[index, start : start + len(row)]], [alone[index]])
 
@@ -278,8 +259,8 @@ def test_loss_ignores_what_lies_in_padding(kind: type[Transformer]):
     key_mask = torch.arange(10)[None, :] < torch.tensor([[10], [6]])
     weights = key_mask * torch.tensor([[0.5], [0.25]])
     other = torch.where(key_mask, ids, (ids + 1) % 100)
-    one, nll, scored = model.weighted_nll(ids, targets, weights, key_mask)
-    two, _, _ = model.weighted_nll(other, targets, weights, key_mask)
+    one, nll, scored = weighted_nll(model, ids, targets, weights, key_mask)
+    two, _, _ = weighted_nll(model, other, targets, weights, key_mask)
     assert_same([two], [one])
     assert len(nll) == len(scored) == 16
 
@@ -290,7 +271,7 @@ def test_weighted_nll_equals_the_loss_over_all_logits(kind: type[Transformer]):
     ids, targets = tokens(2, 10), tokens(2, 10, seed=1)
     weights = torch.rand(2, 10, generator=torch.Generator().manual_seed(0))
     weights[weights < 0.5] = 0
-    total, nll, scored = model.weighted_nll(ids, targets, weights)
+    total, nll, scored = weighted_nll(model, ids, targets, weights)
     total.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     everywhere = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="none")
@@ -301,7 +282,7 @@ def test_weighted_nll_equals_the_loss_over_all_logits(kind: type[Transformer]):
 @BOTH
 def test_loss_over_nothing_is_zero_and_trains(kind: type[Transformer]):
     model = tiny(kind)
-    total, nll, scored = model.weighted_nll(tokens(2, 4), tokens(2, 4), torch.zeros(2, 4))
+    total, nll, scored = weighted_nll(model, tokens(2, 4), tokens(2, 4), torch.zeros(2, 4))
     total.backward()
     assert total.item() == 0
     assert nll.numel() == scored.numel() == 0
@@ -319,7 +300,7 @@ def test_recomputing_activations_changes_nothing(kind: type[Transformer]):
     results = []
     for model.checkpoint_blocks in (False, True):
         model.zero_grad()
-        total, _, _ = model.weighted_nll(ids, ids, weights, weights.bool())
+        total, _, _ = weighted_nll(model, ids, ids, weights, weights.bool())
         total.backward()
         results.append([total.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
     assert_same(results[1], results[0])
@@ -333,7 +314,7 @@ def test_compiled_blocks_change_nothing(kind: type[Transformer]):
     for compiled in (False, True):
         model.compile_blocks(compiled)
         model.zero_grad()
-        total, _, _ = model.weighted_nll(ids, ids, weights)
+        total, _, _ = weighted_nll(model, ids, ids, weights)
         total.backward()
         results.append([total.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
     model.compile_blocks(False)
@@ -344,9 +325,9 @@ def test_compiled_blocks_change_nothing(kind: type[Transformer]):
 def test_bf16_autocast_is_close_and_keeps_float32_gradients(kind: type[Transformer]):
     model = tiny(kind, scale=1.0)
     ids, weights = tokens(2, 10), torch.full((2, 10), 1 / 20)
-    exact, _, _ = model.weighted_nll(ids, ids, weights)
+    exact, _, _ = weighted_nll(model, ids, ids, weights)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, nll, _ = model.weighted_nll(ids, ids, weights)
+        total, nll, _ = weighted_nll(model, ids, ids, weights)
     total.backward()
     assert total.dtype == nll.dtype == torch.float32
     assert total.item() == pytest.approx(exact.item(), rel=2e-2)
@@ -420,18 +401,20 @@ def test_initial_weights_ignore_the_global_generator():
     assert not torch.equal(state, expected)
 
 
+@BOTH
 @pytest.mark.parametrize("config", [TINY, GROUPED], ids=lambda config: config.name)
 @pytest.mark.parametrize("masked", [False, True])
-def test_some_columns_are_those_of_the_whole(config: Config, masked: bool):
-    """The last block read for a few positions alone gives what it gives for all."""
-    model = tiny(TransEncoder, config)
+def test_some_columns_are_those_of_the_whole(kind: type[Transformer], config: Config, masked: bool):
+    """The last block computed for a few positions alone gives what it gives for all."""
+    model = tiny(kind, config)
     ids = torch.randint(100, (3, 12), generator=torch.Generator().manual_seed(1))
     columns = torch.tensor([[0, 5, 11], [3, 3, 4], [7, 8, 9]])
     key_mask = torch.arange(12) < torch.tensor([[12], [9], [10]]) if masked else None
     positions = torch.arange(12).expand(3, -1) + torch.tensor([[0], [2], [5]]) if masked else None
     with torch.no_grad():
-        whole = model.hidden_states(ids, positions, key_mask)
-        some = model.hidden_states(ids, positions, key_mask, columns=columns)
+        visibility = model.visibility.padded(key_mask)
+        whole = model.hidden_states(ids, positions, visibility)
+        some = model.hidden_states(ids, positions, visibility, columns=columns)
     torch.testing.assert_close(
         some, whole.gather(1, columns[..., None].expand(-1, -1, whole.size(2))), rtol=1e-5, atol=1e-5
     )

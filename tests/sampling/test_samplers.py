@@ -261,7 +261,7 @@ def test_guidance_is_the_formula() -> None:
     canvas = masked_canvas(PROMPTS, [8, 8, 12], TINY.mask_id)
     where = (canvas.key_mask & ~canvas.prompt_mask).flatten().nonzero().squeeze(1)
     batch = LogitsBatch(canvas.input_ids, canvas.attention_mask(), canvas.prompt_mask, where, canvas.positions)
-    args = (canvas.positions, canvas.attention_mask())
+    args = (canvas.positions, model.visibility.padded(canvas.attention_mask()))
     with torch.no_grad():
         result = torch.cat(list(guided(model_logits(model), 0.7, TINY.mask_id)(batch)))
         cond = model(canvas.input_ids, *args).flatten(0, 1)[where]

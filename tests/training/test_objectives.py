@@ -47,8 +47,7 @@ def step_loss(model, objective, dataset, batch, group, micro, devices=1, step=3)
         rows = batch // devices
         layout = StepLayout(batch, group, micro, device * rows, rows)
         for part in batching.step_batches(dataset, objective.group, layout, step):
-            scored = objective.training(part)
-            total = total + model.weighted_nll(scored.input_ids, scored.targets, scored.weights, scored.key_mask)[0]
+            total = total + model.weighted_nll(objective.training(part))[0]
     return total
 
 
@@ -95,10 +94,10 @@ def test_mdm_loss_is_the_published_formula():
     model, dataset, objective = build(TransEncoder), HashedTokens(13), masked()
     layout = StepLayout(8, 8, 8, 0, 8)
     (batch,) = batching.step_batches(dataset, objective.group, layout, 3)
-    scored = objective.training(batch)
-    clean, mask = batch.tokens[:, :12], scored.input_ids == CONFIG.mask_id
+    terms = objective.training(batch)
+    clean, mask = batch.tokens[:, :12], terms.input_ids == CONFIG.mask_id
     p_mask = diffusion.masking_probability(diffusion.diffusion_times(11, 3, torch.arange(8), 8))
-    nll = F.cross_entropy(model(scored.input_ids).transpose(1, 2), clean, reduction="none")
+    nll = F.cross_entropy(model(terms.input_ids).transpose(1, 2), clean, reduction="none")
     expected = (nll / p_mask[:, None] * mask).sum() / (8 * 12)
     assert step_loss(model, objective, dataset, 8, 8, 8).item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -136,9 +135,9 @@ def test_training_noise_has_the_brute_force_expectation():
     )
     losses = []
     for step in range(60):
-        scored = objective.training(batching.replace(batch, step=step))
-        _, nll, index = model.weighted_nll(scored.input_ids, scored.targets, scored.weights)
-        rows = torch.zeros(256).index_add(0, index // 5, nll * scored.weights.flatten()[index])
+        terms = objective.training(batching.replace(batch, step=step))
+        _, nll, index = model.weighted_nll(terms)
+        rows = torch.zeros(256).index_add(0, index // 5, nll * terms.weights.flatten()[index])
         losses.append(rows.mean().item())
     expected = brute_force_expectation(model, clean)
     error = np.std(losses, ddof=1) / math.sqrt(len(losses))
@@ -161,12 +160,12 @@ def test_random_lengths_follow_their_law():
 def test_padding_is_neither_scored_nor_counted_nor_read():
     dataset, objective = HashedTokens(13, partial=4), masked()
     (batch,) = batching.step_batches(dataset, objective.group, StepLayout(8, 8, 8, 0, 8), 3)
-    scored = objective.training(batch)
+    terms = objective.training(batch)
     padded = [row for row in range(8) if (24 + row) % 4 == 2]
     assert padded
-    assert scored.weights[padded, 5:].abs().sum() == 0
-    assert scored.key_mask is not None and not scored.key_mask[padded, 5:].any()
-    assert int(scored.counted.sum()) == 12 * (8 - len(padded)) + 5 * len(padded)
+    assert terms.weights[padded, 5:].abs().sum() == 0
+    assert terms.visibility is not None and not terms.visibility.key_mask[padded, 5:].any()
+    assert int(terms.in_denominator.sum()) == 12 * (8 - len(padded)) + 5 * len(padded)
     arm = NextToken(12)
     (batch,) = batching.step_batches(dataset, arm.group, StepLayout(8, 8, 8, 0, 8), 3)
     assert int((arm.training(batch).weights > 0).sum()) == 12 * (8 - len(padded)) + 4 * len(padded)
@@ -254,9 +253,9 @@ def test_masked_fine_tuning_is_the_published_formula_padding_included(row_length
         expected += published_masked_loss(model, batch, rows, length, diffusion.masking_probability(t), uniforms) / 2
     assert step_loss(model, objective, dataset, 8, 4, 8).item() == pytest.approx(expected.item(), rel=1e-5)
     # Padding is among what is scored; without it the loss is another.
-    scored = objective.training(batch)
-    padding = torch.arange(scored.weights.size(1))[None] >= batch.lengths[:, None]
-    assert (scored.weights[padding] > 0).any()
+    terms = objective.training(batch)
+    padding = torch.arange(terms.weights.size(1))[None] >= batch.lengths[:, None]
+    assert (terms.weights[padding] > 0).any()
 
 
 def test_arm_fine_tuning_is_the_mean_over_answer_tokens():
@@ -280,12 +279,12 @@ def test_prompts_are_dropped_whole_and_as_often_as_asked_for():
     rows, dropped = 0, 0
     for step in range(60):
         for batch in batching.step_batches(dataset, objective.group, StepLayout(8, 4, 3, 0, 8), step):
-            scored = objective.training(batch)
+            terms = objective.training(batch)
             for row in range(len(batch.tokens)):
-                prompt = scored.input_ids[row, : batch.prompt_lengths[row]]
+                prompt = terms.input_ids[row, : batch.prompt_lengths[row]]
                 masked_prompt = prompt == CONFIG.mask_id
                 assert masked_prompt.all() or not masked_prompt.any()
-                assert (scored.weights[row, : batch.prompt_lengths[row]] == 0).all()
+                assert (terms.weights[row, : batch.prompt_lengths[row]] == 0).all()
                 rows, dropped = rows + 1, dropped + bool(masked_prompt.all())
     assert rows == 480
     assert dropped / rows == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / rows))

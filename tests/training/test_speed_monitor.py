@@ -1,0 +1,69 @@
+"""Speed: FLOPs of a batch counted product by product, and rates between two looks."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from lit_gpt.config import Config
+from lit_gpt.model.loss_terms import LossTerms
+from lit_gpt.model.visibility import Visibility
+from lit_gpt.training.speed_monitor import RATE_COLUMNS, SpeedMonitor, training_flops
+
+TINY = Config("tiny", 3, 4, 32, 64, 2, block_size=64, vocab_size=100)
+ROWS, LENGTH, SCORED = 2, 10, 7
+
+
+def products(visible_pairs: int) -> int:
+    """FLOPs of the forward pass, 2 per multiplication, product by product."""
+    tokens, width, size = ROWS * LENGTH, TINY.n_embd, TINY.head_size
+    qkv = tokens * width * (TINY.n_head + 2 * TINY.n_query_groups) * size
+    mlp = 3 * tokens * width * TINY.intermediate_size
+    # Per head and pair: a dot product for the score and a multiple of the value.
+    attention = 2 * TINY.n_head * size * visible_pairs
+    block = qkv + tokens * width * width + mlp + attention
+    return 2 * (TINY.n_layer * block + SCORED * width * TINY.padded_vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("visibility", "pairs"),
+    [
+        (Visibility(), 100),
+        (Visibility(causal=True), 55),
+        (Visibility(rule=lambda query, key: key // 5 == query // 5), 50),
+    ],
+    ids=["full", "causal", "blocks"],
+)
+def test_flops_are_three_times_those_of_the_forward_pass(visibility: Visibility, pairs: int):
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
+    terms = LossTerms(ids, ids, torch.ones(ROWS, LENGTH), torch.ones(ROWS, LENGTH, dtype=torch.bool))
+    found = training_flops(TINY, terms, visibility, SCORED)
+    # The norms' weights are parameters as well; they are what little is left.
+    norms = 6 * ROWS * LENGTH * TINY.n_embd * (2 * TINY.n_layer + 1)
+    assert found == 3 * products(ROWS * pairs) + norms
+
+
+def test_rates_are_of_what_was_done_since_the_last_look():
+    monitor = SpeedMonitor(world_size=4, peak_flops=1e9)
+    monitor.rates()
+    for samples, tokens in ((3, 30), (2, 20)):
+        monitor.add_micro_batch(samples, tokens, 1000.0)
+        time.sleep(0.02)
+        rates = monitor.rates()
+        assert set(rates) == set(RATE_COLUMNS)
+        span = 4 * samples / rates["throughput/samples_per_sec"]
+        assert span >= 0.02
+        assert rates["throughput/tokens_per_sec"] == pytest.approx(4 * tokens / span)
+        assert rates["throughput/batches_per_sec"] == pytest.approx(4 / span)
+        assert rates["throughput/device/flops_per_sec"] == pytest.approx(1000 / span)
+        assert rates["throughput/device/mfu"] == pytest.approx(1000 / span / 1e9)
+    assert monitor.rates()["throughput/tokens_per_sec"] == 0
+
+
+def test_validation_is_no_training_time():
+    monitor = SpeedMonitor(world_size=1)
+    monitor.add_validation(100.0)
+    rates = monitor.rates()
+    assert rates["time/val"] == 100 and rates["time/train"] == pytest.approx(rates["time/total"] - 100)
