@@ -24,7 +24,8 @@ from lit_gpt.cli import parse, run
 from lit_gpt.evaluation.settings import AnswerFlags
 
 if TYPE_CHECKING:
-    from lit_gpt.evaluation.generated_answers import Answerer, Question
+    from lit_gpt.checkpoints.loaded import LoadedModel
+    from lit_gpt.evaluation.generated_answers import Question
     from lit_gpt.sampling.settings import Sampling
 
 _CFG = 0.1  # published, for both rounds
@@ -52,14 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from lit_gpt.devices import join_processes
     from lit_gpt.evaluation.generated_answers import (
-        Answerer,
         AnswerFile,
         accuracy,
         accuracy_line,
         check_flags,
         checkpoint_name,
         guidance,
+        open_model,
         read_questions,
+        warn_of_flags,
     )
     from lit_gpt.files import file_sha256
 
@@ -74,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     questions = read_questions(data, ("question", "target"))[: flags.limit]
     rank, _ = join_processes()
-    answerer = Answerer.load(flags)
+    answerer = open_model(flags)
     scales = [guidance(name, getattr(flags, name), answerer.kind, _CFG) for name in ("cfg1", "cfg2")]
-    eos_id = answerer.writer.tokenizer.eos_id
+    eos_id = answerer.tokenizer.eos_id
     rounds = [replace(how, cfg_scale=cfg, stop_id=eos_id) for how, cfg in zip(rounds, scales, strict=True)]
     if not rank:
-        answerer.warn_of_flags(flags, [prompt(question) for question in questions])
+        warn_of_flags(answerer, flags, [prompt(question) for question in questions])
     settings = {
         **answerer.identity(),
         "data": file_sha256(data),
@@ -105,14 +107,14 @@ def prompt(question: Question) -> str:
     return f"Question: {question['question']}"
 
 
-def answer(answerer: Answerer, rounds: list[Sampling], questions: list[Question]) -> list[dict[str, Any]]:
+def answer(answerer: LoadedModel, rounds: list[Sampling], questions: list[Question]) -> list[dict[str, Any]]:
     """Ask questions in both rounds, and judge what was written.
 
     A question that leaves no room has the empty text. A first text that, tokenized again, leaves none stands as it is.
     """
     from lit_gpt.evaluation.gsm8k import extract_answer, same_answer
 
-    decode = answerer.writer.tokenizer.decode
+    decode = answerer.tokenizer.decode
     # Each round has a random stream of its own.
     first_rows = [2 * question["index"] for question in questions]
     first = answerer.complete([answerer.prompt_ids(prompt(one)) for one in questions], first_rows, rounds[0])

@@ -23,7 +23,8 @@ from lit_gpt.cli import parse, run
 from lit_gpt.evaluation.settings import AnswerFlags
 
 if TYPE_CHECKING:
-    from lit_gpt.evaluation.generated_answers import Answerer, Question
+    from lit_gpt.checkpoints.loaded import LoadedModel
+    from lit_gpt.evaluation.generated_answers import Question
     from lit_gpt.sampling.settings import Sampling
 
 _CFG = 0.8  # published
@@ -52,7 +53,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dataclasses import replace
 
     from lit_gpt.devices import join_processes
-    from lit_gpt.evaluation.generated_answers import Answerer, AnswerFile, check_flags, checkpoint_name, guidance
+    from lit_gpt.evaluation.generated_answers import (
+        AnswerFile,
+        check_flags,
+        checkpoint_name,
+        guidance,
+        open_model,
+        warn_of_flags,
+    )
     from lit_gpt.evaluation.reversal import FILES
     from lit_gpt.files import file_sha256
     from lit_gpt.sampling.settings import Sampling
@@ -65,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = question_files(Path(flags.data_dir), flags.qs_type)
     questions = read_both(paths, flags.limit)
     rank, _ = join_processes()
-    answerer = Answerer.load(flags)
+    answerer = open_model(flags)
     cfg_scale = guidance("cfg", flags.cfg, answerer.kind, _CFG)
-    how = replace(how, cfg_scale=cfg_scale, stop_id=answerer.writer.tokenizer.eos_id)
+    how = replace(how, cfg_scale=cfg_scale, stop_id=answerer.tokenizer.eos_id)
     if not rank:
-        answerer.warn_of_flags(flags, [question["prompt"] for question in questions])
+        warn_of_flags(answerer, flags, [question["prompt"] for question in questions])
     settings = {
         **answerer.identity(),
         "data": [file_sha256(path) for path in paths],
@@ -115,7 +123,7 @@ def read_both(paths: tuple[Path, Path], limit: int | None) -> list[Question]:
     ]
 
 
-def answer(answerer: Answerer, how: Sampling, questions: list[Question]) -> list[dict[str, Any]]:
+def answer(answerer: LoadedModel, how: Sampling, questions: list[Question]) -> list[dict[str, Any]]:
     """Ask questions and judge what is written behind them, up to the end token; nothing where there is no room."""
     from lit_gpt.evaluation.reversal import DIRECTIONS, character_bleu, is_right
 

@@ -61,12 +61,10 @@ def main() -> None:
     import torch
 
     from benchmarks.likelihood_baseline import build_model, timed_requests
-    from lit_gpt.checkpoints.weights import load_model, load_tokenizer
-    from lit_gpt.devices import keep_freed_memory
+    from lit_gpt.checkpoints.loaded import load_model
 
-    keep_freed_memory()
-    model, record = load_model(flags.ckpt, kind="mdm")
-    tokenizer = load_tokenizer(flags.ckpt, model, record)
+    loaded = load_model(flags.ckpt, kind="mdm", device="cpu")
+    model, tokenizer = loaded.model, loaded.tokenizer
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, {flags.draws} draws per deviation.\n"
     )

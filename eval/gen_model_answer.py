@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import Interrupted, parse, run, warn
 
 if TYPE_CHECKING:
-    from lit_gpt.evaluation.generated_answers import Answerer
+    from lit_gpt.checkpoints.loaded import LoadedModel
     from lit_gpt.evaluation.mt_bench.bench import Question
     from lit_gpt.evaluation.result_file import ResultFile
     from lit_gpt.sampling.settings import Sampling
@@ -147,46 +147,48 @@ def _check(flags: Flags) -> None:
         )
 
 
-def _load(flags: Flags) -> Answerer:
+def _load(flags: Flags) -> LoadedModel:
     """The model and its tokenizer; `--model-id` is a size only where the checkpoint says none."""
     from lit_gpt.checkpoints.export import SUFFIX, read_record
-    from lit_gpt.checkpoints.weights import load_model, load_tokenizer
-    from lit_gpt.devices import choose_device
-    from lit_gpt.evaluation.generated_answers import Answerer
-    from lit_gpt.evaluation.lm_adapter import evaluation_dtype
-    from lit_gpt.ui.completion import Writer
+    from lit_gpt.checkpoints.loaded import load_model
 
-    device = choose_device(flags.device)
-    dtype = evaluation_dtype(flags.dtype, device)
     path = Path(flags.model_path)
     describes_itself = path.is_dir() or (path.suffix == SUFFIX and path.is_file() and read_record(path) is not None)
     size = flags.model_id if flags.model_id.isdigit() and not describes_itself else None
-    model, record = load_model(path, size, flags.model_type, device)
-    return Answerer(Writer(model, load_tokenizer(path, model, record, flags.tokenizer)), dtype)
+    return load_model(
+        path,
+        model_name=size,
+        kind=flags.model_type,
+        tokenizer=flags.tokenizer,
+        device=flags.device,
+        dtype=flags.dtype,
+    )
 
 
-def _fitting(answerer: Answerer, sampling: Sampling, questions: Sequence[Question], rank: int) -> Sampling:
+def _fitting(answerer: LoadedModel, sampling: Sampling, questions: Sequence[Question], rank: int) -> Sampling:
     """Settings that the model can follow: no context longer than it reads. Names questions without room for an answer."""
     from lit_gpt.evaluation.mt_bench.bench import some
 
-    limit, wanted = answerer.writer.model.config.block_size, sampling.context_length
+    limit, wanted = answerer.model.config.block_size, sampling.context_length
     assert isinstance(wanted, int)
     if wanted > limit and not rank:
         warn(f"--max-new-token {wanted}: this model reads {limit} tokens, which is the limit now")
     length = min(wanted, limit)
-    sampling = replace(sampling, context_length=length, stop_id=answerer.writer.tokenizer.eos_id)
+    sampling = replace(sampling, context_length=length, stop_id=answerer.tokenizer.eos_id)
     long = [one.question_id for one in questions if len(_prompt(answerer, one, sampling)) >= length]
     if long and not rank:
         warn(f"{len(long)} questions leave no room in {length} tokens, their answers stay empty: {some(long)}")
     return sampling
 
 
-def _prompt(answerer: Answerer, question: Question, sampling: Sampling) -> list[int]:
+def _prompt(answerer: LoadedModel, question: Question, sampling: Sampling) -> list[int]:
     """A question's first turn in the template of fine-tuning."""
-    return answerer.writer.request(question.turns[0], sampling, chat=True).row
+    from lit_gpt.data.sft_formats import CHAT
+
+    return answerer.prompt_ids(CHAT.format(question=question.turns[0]))
 
 
-def _settings(flags: Flags, answerer: Answerer, sampling: Sampling) -> dict[str, Any]:
+def _settings(flags: Flags, answerer: LoadedModel, sampling: Sampling) -> dict[str, Any]:
     """Everything that changes an answer."""
     how: dict[str, Any] = {"context_length": sampling.context_length, "choices": flags.num_choices}
     if answerer.kind == "mdm":
@@ -195,7 +197,7 @@ def _settings(flags: Flags, answerer: Answerer, sampling: Sampling) -> dict[str,
 
 
 def _answer_all(
-    flags: Flags, answerer: Answerer, sampling: Sampling, todo: Sequence[Question], answers: ResultFile | None
+    flags: Flags, answerer: LoadedModel, sampling: Sampling, todo: Sequence[Question], answers: ResultFile | None
 ) -> None:
     """Answer a batch in each process, gather, write, until all is done; `answers` is the first process's."""
     from tqdm import tqdm
@@ -224,7 +226,7 @@ def _rounds(todo: Sequence[Value], batch_size: int, rank: int, processes: int) -
         yield todo[own : own + batch_size]
 
 
-def _answers(answerer: Answerer, questions: Sequence[Question], sampling: Sampling) -> list[str]:
+def _answers(answerer: LoadedModel, questions: Sequence[Question], sampling: Sampling) -> list[str]:
     """One answer to each first turn, up to the end token; empty where there is no room for one."""
     prompts = [_prompt(answerer, question, sampling) for question in questions]
     # A row's number decides its random stream: the question's own, so that the batch does not matter.

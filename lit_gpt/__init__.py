@@ -9,18 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_gpt.checkpoints.loaded import load_model
     from lit_gpt.config import Config
     from lit_gpt.model.bidirectional import TransEncoder
     from lit_gpt.model.causal import GPT
     from lit_gpt.tokenizer import Tokenizer
 
-__all__ = ["GPT", "Config", "Tokenizer", "TransEncoder"]
+__all__ = ["GPT", "Config", "Tokenizer", "TransEncoder", "load_model"]
 
 _HOMES = {
     "Config": "lit_gpt.config",
     "GPT": "lit_gpt.model.causal",
     "Tokenizer": "lit_gpt.tokenizer",
     "TransEncoder": "lit_gpt.model.bidirectional",
+    "load_model": "lit_gpt.checkpoints.loaded",
 }
 
 

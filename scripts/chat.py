@@ -65,21 +65,26 @@ def main() -> None:
 
     from rich.console import Console
 
+    from lit_gpt.checkpoints.loaded import load_model
     from lit_gpt.sampling.settings import Sampling
-    from lit_gpt.ui.completion import Writer
+    from lit_gpt.ui.completion import Completer
     from lit_gpt.ui.terminal import TerminalSession, TerminalSettings
 
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once; the end token is the
-    # tokenizer's, and the writer puts it in.
+    # tokenizer's, and the completer puts it in.
     sampling = Sampling(flags.context_length or 1, stop_id=0, **chosen(flags))
-    writer = Writer.load(flags.ckpt_path, flags.model, flags.tokenizer, flags.device)
+    loaded = load_model(
+        flags.ckpt_path, model_name=flags.model, tokenizer=flags.tokenizer, device=flags.device, dtype="float32"
+    )
+    # Opened now: a missing tokenizer ends the command, not a line of the conversation.
+    _ = loaded.tokenizer
     if flags.context_length is None:
-        sampling = replace(sampling, context_length=writer.model.config.block_size)
-    if writer.kind == "arm" and Path(flags.save or "").suffix in _PICTURES:
+        sampling = replace(sampling, context_length=loaded.model.config.block_size)
+    if loaded.kind == "arm" and Path(flags.save or "").suffix in _PICTURES:
         raise ValueError(f"--save {flags.save}: a picture shows masks, which an ARM has none of; give FILE.jsonl")
-    _warn_of_unused(flags, writer.kind)
+    _warn_of_unused(flags, loaded.kind)
     shown = TerminalSettings(flags.gap, flags.chat, flags.delay, flags.snapshots, flags.save)
-    session = TerminalSession(writer, sampling, shown, Console(highlight=False))
+    session = TerminalSession(Completer(loaded), sampling, shown, Console(highlight=False))
     if flags.prompt is not None:
         session.complete(flags.prompt)
     else:

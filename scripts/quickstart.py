@@ -229,7 +229,7 @@ def sample(flags: Flags, pipeline: Pipeline, packed: Stage, results: dict[str, d
     if stage.result is not None:
         return stage.result
 
-    from lit_gpt.checkpoints.weights import load_model
+    from lit_gpt.checkpoints.loaded import load_model
     from lit_gpt.sampling import samplers
     from lit_gpt.sampling.settings import Sampling
     from lit_gpt.tokenizer import Tokenizer
@@ -245,7 +245,7 @@ def sample(flags: Flags, pipeline: Pipeline, packed: Stage, results: dict[str, d
     )
     texts, rates = {}, {}
     for kind, result in results.items():
-        model, _ = load_model(result["export"], kind=kind)
+        model = load_model(result["export"], kind=kind, device="cpu", dtype="float32").model
         started = time.perf_counter()
         states = list(samplers.sample_states(model, [ids], sampling))
         rates[kind] = (flags.block_size - len(ids)) / (time.perf_counter() - started)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_gpt import devices
-from lit_gpt.evaluation.lm_adapter import evaluation_dtype
+from lit_gpt.checkpoints.loaded import compute_dtype
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,8 @@ def test_emulated_bfloat16_does_not_count(monkeypatch, native, precision, dtype)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     assert devices.has_native_bf16("cuda") is native
     assert devices.default_precision("cuda") == precision
-    assert evaluation_dtype("auto", torch.device("cuda")) == dtype
-    assert evaluation_dtype("bfloat16", torch.device("cuda")) == "bfloat16", "asked for, it is used"
+    assert compute_dtype("auto", torch.device("cuda")) == dtype
+    assert compute_dtype("bfloat16", torch.device("cuda")) == "bfloat16", "asked for, it is used"
 
 
 @pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
@@ -26,4 +26,4 @@ def test_a_cpu_trains_in_bfloat16_with_either_extension(monkeypatch, avx512, amx
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert devices.default_precision("cpu") == ("bf16-mixed" if avx512 or amx else "32-true")
-    assert evaluation_dtype("auto", torch.device("cpu")) == "float32", "evaluations on CPUs are in float32"
+    assert compute_dtype("auto", torch.device("cpu")) == "float32", "evaluations on CPUs are in float32"

@@ -35,7 +35,7 @@ __all__ = [
     "infer_config",
     "infer_kind",
     "load_into",
-    "load_model",
+    "read_model",
     "load_state",
     "load_tokenizer",
     "load_weights",
@@ -102,7 +102,7 @@ def weights_of(
     return clean_names(container), _record_of(path, content, warn)
 
 
-def load_model(
+def read_model(
     path: Path | str,
     model_name: str | int | None = None,
     kind: str | None = None,
@@ -156,8 +156,8 @@ def load_tokenizer(
 
     Args:
         path: the checkpoint.
-        model: from `load_model`.
-        record: from `load_model`.
+        model: from `read_model`.
+        record: from `read_model`.
         given: a folder or hub name.
         flag: how the user gives one.
 
@@ -188,7 +188,7 @@ def load_into(model: Transformer, path: Path | str, warn: Callable[[str], object
         `state_hash` of the weights that were loaded, for the run's settings.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_model`; a model setting that the weights were trained with is another.
+        FileNotFoundError, ValueError: as `read_model`; a model setting that the weights were trained with is another.
     """
     state, record = load_weights(path, warn)
     held = record.kind if record else infer_kind(path, state)

@@ -2,7 +2,7 @@
 
 A file is 24 bytes of header (magic `LITPKDS`, uint64 version 1, uint8 dtype code, uint64 chunk size, little-endian) and
 exactly chunk-size tokens; the builder pads the last file of a series with the separator. Files appear under their name
-only when complete. May import nothing of the package.
+only when complete. The whole layout: docs/formats.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The files that fine-tuning reads, each format as two functions: the records of a file, and a record's examples.
 
 Decisions: a piece of text that the published code tokenizes by itself begins with bos here, too; a record that cannot be
-used says why (`Unusable`), and whoever reads the file counts the reasons. Sources: SPEC 4; GSM8K in the form of
-da03/implicit_chain_of_thought, ShareGPT's JSON, the reversal curse's JSON lines. May import tokenizer.
+used says why (`Unusable`), and whoever reads the file counts the reasons. Sources: the published fine-tuning scripts;
+GSM8K in the form of da03/implicit_chain_of_thought, ShareGPT's JSON, the reversal curse's JSON lines (docs/formats.md).
 """
 
 from __future__ import annotations

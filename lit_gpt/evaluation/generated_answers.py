@@ -2,8 +2,7 @@
 
 Decisions: every answer is on the disk with its verdict as soon as it is there, and what is there is not asked again
 (`result_file`); a question's number decides its random stream, so neither the batch nor the number of processes changes
-an answer; of several processes each answers its share of a batch, and the first one writes. May import completion,
-eval_args, lm_adapter, result_file, sampling, runtime, weights and below.
+an answer; of several processes each answers its share of a batch, and the first one writes.
 """
 
 from __future__ import annotations
@@ -19,16 +18,12 @@ from typing import Any
 import torch
 
 from lit_gpt.checkpoints.export import SUFFIX
-from lit_gpt.checkpoints.weights import state_hash
+from lit_gpt.checkpoints.loaded import LoadedModel, load_model
 from lit_gpt.cli import warn
-from lit_gpt.devices import choose_device, is_out_of_memory, join_processes
-from lit_gpt.evaluation.lm_adapter import evaluation_dtype
+from lit_gpt.devices import join_processes
 from lit_gpt.evaluation.result_file import EXISTING, ResultFile
 from lit_gpt.evaluation.settings import AnswerFlags
-from lit_gpt.sampling.samplers import sample
-from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import valid_text
-from lit_gpt.ui.completion import Writer
 
 Question = dict[str, Any]
 """JSON values; an answer is a question with more of them, `correct` (a bool) among these."""
@@ -109,101 +104,30 @@ def guidance(flag: str, given: float | None, kind: str, default: float) -> float
     return given
 
 
-@dataclass(frozen=True)
-class Answerer:
-    """A checkpoint that completes prompts."""
+def open_model(flags: AnswerFlags) -> LoadedModel:
+    """The model that the flags name, for texts of `length`.
 
-    writer: Writer
-    dtype: str
-    """float32 or bfloat16 (autocast)."""
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`; the model cannot read so long a text.
+    """
+    model = load_model(
+        flags.ckpt_path, model_name=flags.model, tokenizer=flags.tokenizer, device=flags.device, dtype=flags.dtype
+    )
+    limit = model.model.config.block_size
+    if flags.length > limit:
+        raise ValueError(f"--length {flags.length}: this model reads at most {limit} tokens, prompt included; lower it")
+    return model
 
-    @classmethod
-    def load(cls, flags: AnswerFlags) -> Answerer:
-        """Load what the flags say: ckpt_path, model, tokenizer, device and dtype, for contexts of `length`.
 
-        Raises:
-            FileNotFoundError: no such checkpoint or tokenizer.
-            ValueError: as `Writer.load`; the model cannot read so long a context; no such device or dtype.
-        """
-        device = choose_device(flags.device)
-        dtype = evaluation_dtype(flags.dtype, device)
-        writer = Writer.load(flags.ckpt_path, flags.model, flags.tokenizer, str(device))
-        limit = writer.model.config.block_size
-        if flags.length > limit:
-            raise ValueError(
-                f"--length {flags.length}: this model reads at most {limit} tokens, prompt included; lower it"
-            )
-        return cls(writer, dtype)
-
-    @property
-    def kind(self) -> str:
-        """`arm` or `mdm`."""
-        return self.writer.kind
-
-    def identity(self) -> dict[str, Any]:
-        """What decides an answer besides the questions and the sampler's settings, as JSON values."""
-        return {
-            "checkpoint": state_hash(self.writer.model.state_dict()),
-            "kind": self.kind,
-            "config": self.writer.model.config.to_dict(),
-            "tokenizer": self.writer.tokenizer.fingerprint,
-            "dtype": self.dtype,
-        }
-
-    def prompt_ids(self, text: str) -> list[int]:
-        """A prompt as fine-tuning reads it: bos, then the text's tokens."""
-        return [self.writer.tokenizer.bos_id, *self.writer.tokenizer.encode_ids(text)]
-
-    def text_behind(self, prompt: list[int], ids: list[int] | None) -> str:
-        """What a finished row, from `complete`, says behind its prompt, up to the end token; nothing for None."""
-        new = (ids or prompt)[len(prompt) :]
-        tokenizer = self.writer.tokenizer
-        return tokenizer.decode(new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new)
-
-    def warn_of_flags(self, flags: AnswerFlags, prompts: Sequence[str]) -> None:
-        """Name flags that this kind of model has no use for, and say how many prompts `length` is too short for."""
-        if self.kind == "arm":
-            for name in ("steps", "algorithm"):
-                if getattr(flags, name) != getattr(type(flags), name):
-                    warn(f"--{name} has no effect: this checkpoint is an ARM")
-        long = sum(len(self.prompt_ids(prompt)) >= flags.length for prompt in prompts)
-        if long:
-            warn(f"{long} of {len(prompts)} questions leave no room in --length {flags.length}: they count as wrong")
-
-    def complete(self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling) -> list[list[int] | None]:
-        """Complete a batch of prompts.
-
-        Args:
-            prompts: token ids of each.
-            rows: each row's number, as `sampling.sample`.
-            sampling: with one context length for all.
-
-        Returns:
-            Each finished row's ids, prompt included; None where the prompt leaves no room for a token.
-
-        Raises:
-            ValueError: the batch does not fit into memory.
-        """
-        length = sampling.context_length
-        assert isinstance(length, int)
-        finished: list[list[int] | None] = [None] * len(prompts)
-        has_room = [number for number, prompt in enumerate(prompts) if len(prompt) < length]
-        if not has_room:
-            return finished
-        model = self.writer.model
-        kind = next(model.parameters()).device.type
-        try:
-            with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-                ids = sample(model, [prompts[n] for n in has_room], sampling, [rows[n] for n in has_room])
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ValueError(
-                f"{len(has_room)} rows of {length} tokens do not fit into memory: give a smaller --batch_size"
-            ) from error
-        for number, row in zip(has_room, ids, strict=True):
-            finished[number] = row.tolist()
-        return finished
+def warn_of_flags(model: LoadedModel, flags: AnswerFlags, prompts: Sequence[str]) -> None:
+    """Name flags that this kind of model has no use for, and say how many prompts `length` is too short for."""
+    if model.kind == "arm":
+        for name in ("steps", "algorithm"):
+            if getattr(flags, name) != getattr(type(flags), name):
+                warn(f"--{name} has no effect: this checkpoint is an ARM")
+    long = sum(len(model.prompt_ids(prompt)) >= flags.length for prompt in prompts)
+    if long:
+        warn(f"{long} of {len(prompts)} questions leave no room in --length {flags.length}: they count as wrong")
 
 
 @dataclass(frozen=True)

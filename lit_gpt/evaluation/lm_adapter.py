@@ -2,12 +2,11 @@
 
 Decisions: all requests of a call are answered together (`likelihood`), and no result depends on which others there are;
 results are kept as they come (`eval_cache`). The context is tokenized alone and with its continuation, bos in both; its
-trailing white space goes to the continuation. May import all of the package but the training loop.
+trailing white space goes to the continuation.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,20 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lit_gpt import versions
-from lit_gpt.checkpoints.weights import load_model, load_tokenizer, state_hash
+from lit_gpt.checkpoints.loaded import load_model
 from lit_gpt.cli import warn
-from lit_gpt.devices import choose_device, has_native_bf16, join_processes
+from lit_gpt.devices import join_processes
 from lit_gpt.evaluation.result_cache import EvalCache, request_key
-from lit_gpt.evaluation.settings import DTYPES, ModelArgs
+from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.likelihood.estimators import make_estimator
-from lit_gpt.likelihood.loglikelihood import (
-    Likelihood,
-    LikelihoodRequest,
-    LikelihoodSettings,
-    arm_likelihoods,
-    mdm_likelihoods,
-)
-from lit_gpt.likelihood.scoring import ScoringModel
+from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings
 from lit_gpt.randomness import hash_int
 from lit_gpt.sampling.samplers import sample
 from lit_gpt.sampling.settings import Sampling
@@ -37,26 +29,10 @@ from lit_gpt.sampling.settings import Sampling
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-DEFAULT_CACHE = Path("~/.cache/smdm/evaluation")
-# Tokens of a batch with --batch_size auto: beyond, a CPU's caches are exceeded; on GPUs a batch that does not fit is halved.
-_AUTO_TOKENS = {"cpu": 8192, "cuda": 131072}
 # Results that are put on the disk together.
 _RESULTS_AT_ONCE = 64
 _DEFAULT_NEW_TOKENS = 256  # the harness's own default for max_gen_toks
 _REPORTED_VERSIONS = ("smdm", "torch", "lm_eval", "numpy", "sentencepiece", "tokenizers")
-
-
-def evaluation_dtype(name: str, device: torch.device) -> str:
-    """`float32` or `bfloat16` (autocast): as asked for, or with `auto` bfloat16 on GPUs that have it.
-
-    Raises:
-        ValueError: another name.
-    """
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name}: choose from {', '.join(DTYPES)}")
-    if name != "auto":
-        return name
-    return "bfloat16" if device.type == "cuda" and has_native_bf16("cuda") else "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +59,18 @@ class Adapter:
     def __init__(self, kind: str, arguments: ModelArgs, cache_folder: Path | None, command: Sequence[str]) -> None:
         self.kind, self.arguments, self.command = kind, arguments, list(command)
         self._rank, self._world_size = join_processes()
-        self._device = choose_device(arguments.device)
-        self.model, record = load_model(arguments.ckpt_path, arguments.model_name, kind, self._device)
-        config = self.model.config
-        self.tokenizer = load_tokenizer(
-            arguments.ckpt_path, self.model, record, arguments.tokenizer, "tokenizer=FOLDER"
+        self.loaded = load_model(
+            arguments.ckpt_path,
+            model_name=arguments.model_name,
+            kind=kind,
+            tokenizer=arguments.tokenizer,
+            device=arguments.device,
+            dtype=arguments.dtype,
         )
-        self.max_length = arguments.max_length or config.block_size
+        self._device = self.loaded.device  # the harness asks
+        self.tokenizer = self.loaded.tokenizer
+        self.max_length = arguments.max_length or self.loaded.model.config.block_size
         self._check()
-        self.dtype = evaluation_dtype(arguments.dtype, self._device)
         self.likelihood_settings = LikelihoodSettings(
             make_estimator(arguments.nll_type, vars(arguments)),
             cfg_scale=float(arguments.cfg),
@@ -99,8 +78,6 @@ class Adapter:
             pad_to=self.max_length if arguments.padding else 0,
             seed=arguments.seed,
         )
-        self.scoring_model = ScoringModel.of(self.model, self._batch_tokens())
-        self.checkpoint_hash = state_hash(self.model.state_dict())
         self._cache = EvalCache(cache_folder, self._identity(), self._rank)
         self._errors: list[float] = []
 
@@ -111,7 +88,7 @@ class Adapter:
 
     def _check(self) -> None:
         """Refuse settings that this checkpoint contradicts."""
-        arguments, config = self.arguments, self.model.config
+        arguments, config = self.arguments, self.loaded.model.config
         if not 2 <= self.max_length <= config.block_size:
             raise ValueError(f"max_length {self.max_length}: this model reads 2 to {config.block_size} tokens")
         if arguments.mask_id not in (None, config.mask_id):
@@ -121,7 +98,7 @@ class Adapter:
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation given its context, and whether greedy decoding gives it."""
-        pairs = [self._encode(*request.args) for request in requests]
+        pairs = [self.loaded.encode_pair(*request.args) for request in requests]
         cut = sum(len(prefix) + len(target) > self._room for prefix, target in pairs)
         if cut:
             warn(
@@ -221,18 +198,8 @@ class Adapter:
 
     @property
     def _room(self) -> int:
-        """Tokens of prefix and target together: an ARM does not read the last one."""
-        return self.max_length + (self.kind == "arm")
-
-    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of a context and of its continuation."""
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        bos = [self.tokenizer.bos_id]
-        if not stripped:
-            return bos, self.tokenizer.encode_ids(continuation)
-        prefix = bos + self.tokenizer.encode_ids(stripped)
-        return prefix, (bos + self.tokenizer.encode_ids(stripped + continuation))[len(prefix) :]
+        """Tokens of prefix and target together."""
+        return self.loaded.most_tokens(self.max_length)
 
     def _fit(self, prefix: list[int], target: list[int]) -> LikelihoodRequest:
         """The end of what is too long; an ARM keeps a token before its first target."""
@@ -255,24 +222,20 @@ class Adapter:
         if self._cache.path and found and not self._rank:
             print(f"{len(found)} of {len(set(keys))} results were there already: {self._cache.path}", flush=True)
         names = list(todo)
-        with self._precision():
-            results = ((names[number], result) for number, result in self._estimate(list(todo.values())))
+        with self.loaded.autocast():
+            estimates = self.loaded.likelihoods(list(todo.values()), self.likelihood_settings, self._batch_tokens())
+            results = ((names[number], result) for number, result in estimates)
             kept = self._cache.keep(results, dataclasses.astuple, _RESULTS_AT_ONCE)
             found.update(self._progress(kept, len(names), "likelihoods", disable_tqdm))
         self._errors += [found[key].standard_error for key in keys]
         return [found[key] for key in keys]
-
-    def _estimate(self, requests: Sequence[LikelihoodRequest]) -> Iterator[tuple[int, Likelihood]]:
-        if self.kind == "arm":
-            return arm_likelihoods(self.scoring_model, requests)
-        return mdm_likelihoods(self.scoring_model, requests, self.likelihood_settings)
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def _wish(self, context: str, settings: dict[str, Any], number: int) -> _Wish:
         """A request as tokens; what the task's `generation_kwargs` say goes before `--model_args`."""
         new_tokens = min(int(settings.get("max_gen_toks", _DEFAULT_NEW_TOKENS)), self.max_length - 1)
-        prompt = [self.tokenizer.bos_id, *self.tokenizer.encode_ids(context)][-(self.max_length - new_tokens) :]
+        prompt = self.loaded.prompt_ids(context)[-(self.max_length - new_tokens) :]
         temperature = float(settings.get("temperature", self.arguments.temperature))
         if settings.get("do_sample") is False:
             temperature = 0.0
@@ -303,16 +266,14 @@ class Adapter:
                 lengths = tuple(cast(int, wish.how.context_length) for wish in batch.values())
                 together = dataclasses.replace(how, context_length=lengths)
                 prompts, rows = ([getattr(wish, field) for wish in batch.values()] for field in ("prompt", "row"))
-                with self._precision():
-                    ids = sample(self.model, prompts, together, rows)
+                with self.loaded.autocast():
+                    ids = sample(self.loaded.model, prompts, together, rows)
                 for (name, wish), row in zip(batch.items(), ids, strict=True):
                     yield name, self._text(row.tolist()[len(wish.prompt) :], wish.until)
 
     def _text(self, ids: list[int], until: Sequence[str]) -> str:
         """What was written, up to the end token or a stop string."""
-        if self.tokenizer.eos_id in ids:
-            ids = ids[: ids.index(self.tokenizer.eos_id)]
-        text = self.tokenizer.decode(ids)
+        text = self.tokenizer.decode(self.loaded.until_end(ids))
         for stop in filter(None, until):
             text = text.split(stop)[0]
         return text
@@ -324,11 +285,11 @@ class Adapter:
         arguments = self.arguments
         known: dict[str, Any] = {
             "kind": self.kind,
-            "checkpoint": self.checkpoint_hash,
-            "config": self.model.config.to_dict(),
+            "checkpoint": self.loaded.weights_hash,
+            "config": self.loaded.model.config.to_dict(),
             "tokenizer_hash": self.tokenizer.fingerprint,
             "max_length": self.max_length,
-            "dtype": self.dtype,
+            "dtype": self.loaded.dtype,
             "generation": [arguments.alg, arguments.steps, arguments.temperature],
         }
         if self.kind == "arm":
@@ -338,11 +299,8 @@ class Adapter:
     def _batch_tokens(self) -> int:
         size = str(self.arguments.batch_size)
         if size.startswith("auto"):
-            return _AUTO_TOKENS.get(self._device.type, _AUTO_TOKENS["cuda"])
+            return self.loaded.batch_tokens
         return int(size) * self.max_length
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     def _progress(self, work: Iterable[Any], total: int, what: str, disable: bool) -> Iterable[Any]:
         from tqdm import tqdm

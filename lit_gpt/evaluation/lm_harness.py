@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.evaluation.lm_adapter import DEFAULT_CACHE, Adapter
+from lit_gpt.evaluation.lm_adapter import Adapter
+from lit_gpt.evaluation.result_cache import DEFAULT_FOLDER
 from lit_gpt.evaluation.settings import ModelArgs, read_model_args, usage
 
 KINDS = {"ar": "arm", "mdlm": "mdm"}
@@ -106,7 +107,7 @@ def _cache_folder(use_cache: str | None, output_path: str | None) -> Path | None
     if use_cache is not None:
         return None if use_cache == "off" else Path(use_cache)
     if output_path is None:
-        return DEFAULT_CACHE.expanduser()
+        return DEFAULT_FOLDER.expanduser()
     path = Path(output_path)
     return (path.parent if path.suffix == ".json" else path) / "cache"
 

@@ -2,7 +2,7 @@
 
 One file of JSON lines per (checkpoint, settings), whose name is their hash and whose first line spells them out: another
 checkpoint, estimator or seed has another file, so nothing stale can be served. Each process appends to a file of its own
-and reads those of all. A line that a kill left half-written is passed over. May import files.
+and reads those of all. A line that a kill left half-written is passed over.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, TextIO, TypeVar
 from lit_gpt.files import make_folder
 
 Value = TypeVar("Value")
+DEFAULT_FOLDER = Path("~/.cache/smdm/evaluation")
 
 
 class EvalCache:

@@ -1,7 +1,7 @@
-"""What may be said when a checkpoint is evaluated: `--model_args`, and the flags of evaluations by written answers.
+"""What may be said when a checkpoint is evaluated: `--model_args`, and the flags of the evaluations' scripts.
 
-Names, defaults and which kind of model they are for; historic spellings end here (`greddy`). Imports nothing of the
-package, and nothing heavy, so that `--help` is quick.
+Names, defaults and which kind of model they are for; historic spellings end here (`greddy`). Imports nothing heavy, so
+that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -85,9 +85,84 @@ class AnswerFlags:
     """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
 
 
+@dataclass
+class PerplexityFlags:
+    """Flags of the temporal evaluation."""
+
+    type: str = "mdm"
+    """arm or mdm."""
+    model: str | None = None
+    """Size in millions, for checkpoints that do not say."""
+    ckpt_path: str = ""
+    """The checkpoint: an export, a run folder or checkpoint, or a published file."""
+    fineweb: str = "CC-MAIN-2024-10"
+    """The crawl: a folder of packed tokens or a .pkl in --data_dir."""
+    data_dir: str = "data/fineweb"
+    """Where the crawls lie."""
+    batch_size: int = 128
+    """Rows that are read at once; changes speed and memory, never the result."""
+    mc_samples: int = 1024
+    """MDM: noise draws of a row (mc), or forward passes (exact)."""
+    estimator: str = "mc"
+    """MDM: mc, the published law, or exact, the same bound with less noise."""
+    seed: int = 1234
+    """Of the noise."""
+    rows: int | None = None
+    """Read only the first so many rows."""
+    length: int = 2048
+    """Tokens of a row; never more than the model reads."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
+    cache: str | None = None
+    """Folder of finished rows (~/.cache/smdm/evaluation), or off."""
+
+
+@dataclass
+class MtBenchAnswerFlags:
+    """Flags of the answers to MT-bench's questions."""
+
+    model_id: str = ""
+    """The model's name in the answers; its size in millions, for checkpoints that do not say."""
+    model_type: str = "arm"
+    """arm or mdm."""
+    model_path: str = ""
+    """The checkpoint: an export, a run folder or checkpoint, or a published file."""
+    answer_file: str | None = None
+    """Where answers go, FILE.jsonl; by default data/BENCH/model_answer/MODEL_ID.jsonl."""
+    bench_name: str = "mt_bench"
+    """The benchmark's folder in data/."""
+    question_begin: int | None = None
+    """Number of the first question, counted from 0."""
+    question_end: int | None = None
+    """Number behind the last question."""
+    max_new_token: int = 1024
+    """Tokens of question and answer together; never more than the model reads."""
+    steps: int = 128
+    """MDM: denoising steps of an answer."""
+    cfg_scale: float = 0.0
+    """MDM: classifier-free guidance; 0 is none."""
+    num_choices: int = 1
+    """Answers to each question; the seed is an answer's number, from 0. The first one is judged."""
+    batch_size: int = 8
+    """Questions that are answered at once; changes speed and memory, never an answer."""
+    tokenizer: str | None = None
+    """A folder or a name on the hub; by default the checkpoint's own."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto is a GPU if there is one."""
+    dtype: str = "auto"
+    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
+    existing: str = "continue"
+    """What to do with an answer file that is there: continue it, refuse, or overwrite."""
+    num_gpus_per_model: int = 1
+    """Has no effect: a model is on one device."""
+    num_gpus_total: int = 1
+    """Has no effect: start the script with torchrun for several GPUs."""
+
+
 _MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "steps", "alg"}
 _HISTORIC = {"greddy": "greedy"}
-DTYPES = ("auto", "float32", "bfloat16")
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seed", "mc_num", "budget", "max_length", "mask_id", "steps"), (int,)),
     **dict.fromkeys(("cfg", "temperature"), (int, float)),
@@ -106,6 +181,8 @@ def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
         ValueError: an unknown name (the known ones are listed), an MDM's setting for an ARM, a value of another type,
             no checkpoint.
     """
+    from lit_gpt.checkpoints.loaded import COMPUTE_DTYPES
+
     known = {field.name for field in dataclasses.fields(ModelArgs)} - (_MDM_ONLY if kind == "arm" else set())
     values = {_HISTORIC.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - known)
@@ -123,8 +200,8 @@ def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
         raise ValueError(
             "--model_args: ckpt_path is missing: name the checkpoint, as in ckpt_path=models/mdm.safetensors"
         )
-    if arguments.dtype not in DTYPES:
-        raise ValueError(f"--model_args: dtype={arguments.dtype}: choose from {', '.join(DTYPES)}")
+    if arguments.dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"--model_args: dtype={arguments.dtype}: choose from {', '.join(COMPUTE_DTYPES)}")
     size = str(arguments.batch_size)
     if not (size.split(":")[0] == "auto" or (size.isdigit() and int(size) > 0)):
         raise ValueError(f"--batch_size {size}: expected a number from 1 up, or auto")

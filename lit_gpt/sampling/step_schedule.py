@@ -20,7 +20,7 @@ Times = NDArray[np.float32]
 NOWHERE = -1
 """The block of a position that is not to be written."""
 _LAST_TIME = 1e-5
-"""Where the published time grid ends (SPEC 2)."""
+"""Where the published time grid ends: linspace(1, 1e-5, steps + 1)."""
 
 
 class Clock:

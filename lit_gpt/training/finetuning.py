@@ -64,7 +64,7 @@ def finetune(recipe: Recipe, flags: FinetuneConfig) -> dict[str, Any]:
     if not path.is_file():
         # Before a large checkpoint is loaded.
         raise FileNotFoundError(sft_dataset.missing(recipe.source, path))
-    model, record = weights.load_model(flags.pretrain_path, flags.model, recipe.kind)
+    model, record = weights.read_model(flags.pretrain_path, flags.model, recipe.kind)
     model.train()
     tokenizer = weights.load_tokenizer(flags.pretrain_path, model, record, flags.tokenizer)
     config = model.config

@@ -16,13 +16,14 @@ import torch
 from safetensors import safe_open
 
 from lit_gpt.checkpoints.export import read_record
+from lit_gpt.checkpoints.loaded import load_model
 from lit_gpt.checkpoints.run_files import clean_names
 from lit_gpt.checkpoints.weights import infer_config, infer_kind, of_family
 from lit_gpt.cli import warn
 from lit_gpt.config import Config
 from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
-from lit_gpt.ui.completion import Request, Writer
+from lit_gpt.ui.completion import Completer, CompletionRequest
 from lit_gpt.ui.trajectory import token_texts
 
 _MAX_STEPS = 4096
@@ -73,9 +74,9 @@ def _read_header(path: Path) -> ListedCheckpoint:
 
 
 @lru_cache(maxsize=2)
-def _load(path: str, changed_ns: int, tokenizer: str | None, device: str | None) -> Writer:
+def _load(path: str, changed_ns: int, tokenizer: str | None, device: str | None) -> Completer:
     """A checkpoint's model and tokenizer; the last two stay in memory, unless a file has changed meanwhile."""
-    return Writer.load(path, tokenizer=tokenizer, device=device)
+    return Completer(load_model(path, tokenizer=tokenizer, device=device, dtype="float32"))
 
 
 # --- the form ---------------------------------------------------------------------------------------------------------
@@ -89,14 +90,17 @@ def form_controls() -> list[dict[str, Any]]:
         algorithm (`with`) that alone have a use for it.
     """
     length = "Tokens of the finished row, prompt included; a text with gaps keeps its own."
-    result = [_control("context_length", "int", None, {"text": length})]
+    result = [_control("context_length", "int", None, {"help": length})]
     return result + [_control(one.name, str(one.type), one.default, one.metadata) for one in fields(Sampling)]
 
 
 def _control(name: str, kind: str, default: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """One control, from the metadata of a field of `Sampling`."""
     control = {"name": name, "type": kind, "default": default, "choices": list(metadata.get("choices", ()))}
-    return control | {"only": metadata.get("kind"), "with": metadata.get("algorithm"), "help": metadata["text"]}
+    only = metadata.get("kind")
+    # The kind's name before the help is for command lines: the form shows a kind's own settings only.
+    shown = metadata["text"] if only else metadata["help"]
+    return control | {"only": only, "with": metadata.get("algorithm"), "help": shown}
 
 
 def read_settings(given: Any) -> dict[str, Any]:
@@ -138,10 +142,10 @@ def _read_value(control: dict[str, Any], value: Any) -> Any:
 class Generation:
     """A generation that has passed all checks, to be computed state by state."""
 
-    def __init__(self, name: str, writer: Writer, request: Request, sampling: Sampling) -> None:
+    def __init__(self, name: str, completer: Completer, request: CompletionRequest, sampling: Sampling) -> None:
         """Nothing is computed yet; ValueError if the prompt or the settings do not suit the model."""
-        self.name, self._writer, self._request = name, writer, request
-        self._states = writer.states(request, sampling)
+        self.name, self._completer, self._request = name, completer, request
+        self._states = completer.states(request, sampling)
         self._last: State | None = None
         self._row: list[tuple[int, float]] = []
 
@@ -153,7 +157,7 @@ class Generation:
         state = next(self._states, None)
         if state is None:
             return None
-        tokenizer, mask_id = self._writer.tokenizer, self._writer.model.config.mask_id
+        tokenizer, mask_id = self._completer.loaded.tokenizer, self._completer.loaded.model.config.mask_id
         ids, confidence = state.tokens()[0].tolist(), state.confidences()[0].tolist()
         before = [*self._row, *[(-1, 0.0)] * (len(ids) - len(self._row))]
         self._last, self._row = state, [(token, round(value, 4)) for token, value in zip(ids, confidence, strict=True)]
@@ -167,7 +171,7 @@ class Generation:
 
     def text(self) -> str:
         """The text of the last state."""
-        return self._writer.text(self._last, self._request) if self._last else ""
+        return self._completer.text(self._last, self._request) if self._last else ""
 
 
 @dataclass(frozen=True)
@@ -207,5 +211,5 @@ class PageModels:
         length = settings.pop("context_length", min(_DEFAULT_LENGTH, self.checkpoints[name].config.block_size))
         # Its mistakes are told before a large model is read.
         sampling = Sampling(**settings)
-        writer = _load(name, Path(name).stat().st_mtime_ns, self.tokenizer, self.device)
-        return Generation(name, writer, writer.request(prompt, length), sampling)
+        completer = _load(name, Path(name).stat().st_mtime_ns, self.tokenizer, self.device)
+        return Generation(name, completer, completer.request(prompt, length), sampling)

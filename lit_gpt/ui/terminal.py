@@ -21,7 +21,7 @@ from lit_gpt.cli import Interrupted
 from lit_gpt.files import write_file
 from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
-from lit_gpt.ui.completion import Request, Writer
+from lit_gpt.ui.completion import Completer, CompletionRequest
 from lit_gpt.ui.trajectory import DenoisingTrajectory, print_trajectory, without_control_characters
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TerminalSettings:
 class TerminalSession:
     """Completions by one model, one after the other."""
 
-    writer: Writer
+    completer: Completer
     sampling: Sampling
     settings: TerminalSettings
     console: Console
@@ -83,8 +83,8 @@ class TerminalSession:
             ValueError: the text does not fit the model or its context.
             Interrupted: by Ctrl-C; what was sampled is shown and saved.
         """
-        request = self.writer.request(text, self.sampling, self.settings.gap, self.settings.chat)
-        states = self.writer.states(request)
+        request = self.completer.request(text, self.sampling, self.settings.gap, self.settings.chat)
+        states = self.completer.states(request)
         self.completions += 1
         collected: list[State] = []
         stopped = False
@@ -100,37 +100,37 @@ class TerminalSession:
 
     # --- while it is sampled ------------------------------------------------------------------------------------------
 
-    def _collect(self, states: Iterator[State], request: Request, collected: list[State]) -> None:
+    def _collect(self, states: Iterator[State], request: CompletionRequest, collected: list[State]) -> None:
         """Collect the states; on a terminal, show each as it comes."""
         if not self.console.is_terminal:
             for state in states:
                 collected.append(state)
-        elif self.writer.kind == "arm":
+        elif self.completer.kind == "arm":
             self._show_tokens(states, request, collected)
         else:
             self._show_masks(states, request, collected)
 
-    def _show_tokens(self, states: Iterator[State], request: Request, collected: list[State]) -> None:
+    def _show_tokens(self, states: Iterator[State], request: CompletionRequest, collected: list[State]) -> None:
         """The text as it grows."""
         shown = ""
         try:
             for state in states:
                 collected.append(state)
-                text = self.writer.text(state, request)
+                text = self.completer.text(state, request)
                 # The bytes of one character may come in several tokens.
                 if text.startswith(shown) and not text.endswith("\ufffd"):
                     print(without_control_characters(text[len(shown) :]), end="", flush=True)
                     shown = text
                 time.sleep(self.settings.delay)
         finally:
-            whole = self.writer.text(collected[-1], request) if collected else ""
+            whole = self.completer.text(collected[-1], request) if collected else ""
             print(without_control_characters(whole.removeprefix(shown)), flush=True)
 
-    def _show_masks(self, states: Iterator[State], request: Request, collected: list[State]) -> None:
+    def _show_masks(self, states: Iterator[State], request: CompletionRequest, collected: list[State]) -> None:
         """The row with its masks; it is removed when it is finished, since a long text does not fit on the screen."""
         from rich.live import Live
 
-        recorder = self.writer.recorder(request)
+        recorder = self.completer.recorder(request)
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
             for state in states:
                 collected.append(state)
@@ -140,11 +140,11 @@ class TerminalSession:
 
     # --- afterwards ---------------------------------------------------------------------------------------------------
 
-    def _finish(self, text: str, request: Request, collected: list[State]) -> None:
+    def _finish(self, text: str, request: CompletionRequest, collected: list[State]) -> None:
         """Print the text where `_collect` has not, and save."""
-        final = self.writer.text(collected[-1], request)
-        recorder = self.writer.recorder(request)
-        if self.writer.kind == "mdm":
+        final = self.completer.text(collected[-1], request)
+        recorder = self.completer.recorder(request)
+        if self.completer.kind == "mdm":
             for state in collected:
                 recorder.add(state)
             trajectory = recorder.trajectory()
@@ -167,9 +167,9 @@ class TerminalSession:
                 self._save_picture(path, text, trajectory)
             print(f"saved {path}", file=sys.stderr, flush=True)
 
-    def _save_steps(self, path: Path, request: Request, collected: list[State]) -> None:
+    def _save_steps(self, path: Path, request: CompletionRequest, collected: list[State]) -> None:
         """One JSON object per step."""
-        lines = [json.dumps(self.writer.record(state, request), ensure_ascii=False) + "\n" for state in collected]
+        lines = [json.dumps(self.completer.record(state, request), ensure_ascii=False) + "\n" for state in collected]
         write_file(path, lambda file: file.write("".join(lines).encode()))
 
     def _save_picture(self, path: Path, text: str, trajectory: DenoisingTrajectory) -> None:

@@ -37,7 +37,7 @@ def test_export_comes_back(tmp_path: Path, kind: type[Transformer]) -> None:
     model = make_model(kind)
     path = export.export_weights(tmp_path, "some", model.state_dict(), run_record(model))
     assert path == tmp_path / "some.safetensors" and [file.name for file in tmp_path.iterdir()] == [path.name]
-    loaded, record = weights.load_model(path)
+    loaded, record = weights.read_model(path)
     assert type(loaded) is kind and loaded.config == TINY and not loaded.training
     assert record is not None and record.tokenizer["source"] == "tok" and record.run_id == "run-a"
     assert WeightsRecord.from_dict(record.to_dict()) == record
@@ -59,14 +59,14 @@ def test_export_is_float32(tmp_path: Path) -> None:
     path = export.export_weights(tmp_path, "half", model.state_dict(), run_record(model))
     state, _ = weights.load_weights(path)
     assert {value.dtype for value in state.values()} == {torch.float32}
-    assert next(weights.load_model(path, dtype=torch.bfloat16)[0].parameters()).dtype == torch.bfloat16
+    assert next(weights.read_model(path, dtype=torch.bfloat16)[0].parameters()).dtype == torch.bfloat16
 
 
 def test_run_folder_and_checkpoint(tmp_path: Path) -> None:
     first, second = make_model(TransEncoder, seed=1), make_model(TransEncoder, seed=2)
     path = write_run_checkpoint(tmp_path, first, 4)
     for source in (tmp_path, path):
-        loaded, record = weights.load_model(source)
+        loaded, record = weights.read_model(source)
         assert_same(loaded.state_dict(), first)
         assert record is not None and record.kind == "mdm"
     newer = write_run_checkpoint(tmp_path, second, 8)
@@ -80,7 +80,7 @@ def test_run_folder_and_checkpoint(tmp_path: Path) -> None:
 def test_checkpoint_without_its_marker_knows_its_record(tmp_path: Path) -> None:
     path = write_run_checkpoint(tmp_path, make_model(TransEncoder))
     path.with_suffix(".json").unlink()
-    assert weights.load_model(path)[0].config == TINY
+    assert weights.read_model(path)[0].config == TINY
 
 
 @pytest.mark.parametrize("kind", [GPT, TransEncoder])
@@ -91,7 +91,7 @@ def test_published_pth(tmp_path: Path, kind: type[Transformer], prefix: str) -> 
     torch.save({"model": state, "hparams": {"bs": 3}}, tmp_path / "a.pth")
     torch.save(state, tmp_path / "b.pth")
     for name in ("a.pth", "b.pth"):
-        loaded, record = weights.load_model(tmp_path / name, model_name=6)
+        loaded, record = weights.read_model(tmp_path / name, model_name=6)
         assert type(loaded) is kind and record is None
         assert_same(loaded.state_dict(), model)
 
@@ -99,7 +99,7 @@ def test_published_pth(tmp_path: Path, kind: type[Transformer], prefix: str) -> 
 def test_released_safetensors_is_recognised_by_its_shapes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = make_model(TransEncoder, SIX)
     save_file(model.state_dict(), tmp_path / "mdm-6M.safetensors")
-    loaded, record = weights.load_model(tmp_path / "mdm-6M.safetensors")
+    loaded, record = weights.read_model(tmp_path / "mdm-6M.safetensors")
     assert record is None and loaded.kind == "mdm" and loaded.config.name == "Diff_LLaMA_6M"
     assert "its shapes are those of Diff_LLaMA_6M" in caplog.text
     assert_same(loaded.state_dict(), model)
@@ -117,7 +117,7 @@ def test_every_published_size_is_told_by_its_layers_and_widths() -> None:
 
 def fails(match: str, *arguments: Any, **named: Any) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=match) as raised:
-        weights.load_model(*arguments, **named)
+        weights.read_model(*arguments, **named)
     assert "\n" not in str(raised.value)
 
 
@@ -143,7 +143,7 @@ def test_another_kind_or_model(tmp_path: Path) -> None:
     fails("holds Diff_LLaMA_0.003M, Diff_LLaMA_19M was asked for", with_record, model_name=19)
     fails("has the shapes of Diff_LLaMA_6M, Diff_LLaMA_19M was asked for", tmp_path / "arm.pth", model_name="19")
     fails("unknown model size '7'", tmp_path / "arm.pth", model_name="7")
-    assert weights.load_model(with_record, model_name="Diff_LLaMA_0.003M")[0].config == TINY
+    assert weights.read_model(with_record, model_name="Diff_LLaMA_0.003M")[0].config == TINY
 
 
 def test_shapes_that_do_not_fit(tmp_path: Path) -> None:

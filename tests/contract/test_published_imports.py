@@ -64,6 +64,6 @@ def test_a_wheel_holds_every_module(tmp_path):
         f"assert all(file.startswith({site!r}) for file in found), found"
     )
     run = subprocess.run(
-        [python, "-P", "-c", code, ":".join(ours), *modules], cwd=tmp_path, capture_output=True, text=True
+        [python, "-I", "-c", code, ":".join(ours), *modules], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr

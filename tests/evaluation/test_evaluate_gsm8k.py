@@ -18,9 +18,10 @@ import torch
 from evaluate_gsm8k import Flags, answer, main
 from lit_gpt import cli
 from lit_gpt.checkpoints.export import WeightsRecord, export_weights
+from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.config import Config
 from lit_gpt.diffusion import forward_process, masking_probability
-from lit_gpt.evaluation.generated_answers import Answerer, checkpoint_name, wilson_interval
+from lit_gpt.evaluation.generated_answers import checkpoint_name, wilson_interval
 from lit_gpt.evaluation.gsm8k import extract_answer, is_small_arithmetic, normalised, same_answer
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.settings import Sampling
@@ -162,14 +163,14 @@ class Scripted:
 
     def __init__(self, kind: str, script: dict[str, str | None]) -> None:
         self.kind, self.script = kind, script
-        self.writer = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: "".join(map(chr, ids[1:]))))
+        self.tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids[1:])))
         self.calls: list[tuple[list[str], list[int], float]] = []
 
     def prompt_ids(self, text):
         return [1, *map(ord, text)]
 
     def complete(self, prompts, rows, sampling):
-        texts = [self.writer.tokenizer.decode(ids) for ids in prompts]
+        texts = [self.tokenizer.decode(ids) for ids in prompts]
         self.calls.append((texts, list(rows), sampling.cfg_scale))
         said = [self.script[text] for text in texts]
         return [None if more is None else ids + list(map(ord, more)) for ids, more in zip(prompts, said, strict=True)]
@@ -407,7 +408,7 @@ def test_the_published_settings(folder, evaluating, tmp_path, monkeypatch):
         seen.append((sampling, self.dtype))
         return [[*prompt, 70] for prompt in prompts]
 
-    monkeypatch.setattr(Answerer, "complete", complete)
+    monkeypatch.setattr(LoadedModel, "complete", complete)
     eos_id = Tokenizer(folder / "tokenizer").eos_id
     for model, scales in (("mdm", (0.1, 0.1)), ("arm", (0.0, 0.0))):
         assert evaluating(model, "--output", str(tmp_path / f"{model}.jsonl"))[0] == 0
@@ -424,7 +425,7 @@ def test_a_batch_that_does_not_fit_is_one_line(evaluating, tmp_path, monkeypatch
     def sample(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lit_gpt.evaluation.generated_answers.sample", sample)
+    monkeypatch.setattr("lit_gpt.checkpoints.loaded.sample", sample)
     code, _, err = evaluating("mdm", "--output", str(tmp_path / "a.jsonl"))
     assert code == 2
     assert (

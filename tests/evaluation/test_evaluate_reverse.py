@@ -12,8 +12,8 @@ import pytest
 
 from evaluate_reverse import Flags, main
 from lit_gpt import cli
-from lit_gpt.checkpoints.weights import load_model
-from lit_gpt.evaluation.generated_answers import Answerer
+from lit_gpt.checkpoints.loaded import LoadedModel
+from lit_gpt.checkpoints.weights import read_model
 from lit_gpt.evaluation.reversal import DATA_DIR, FILES, character_bleu, is_right
 from lit_gpt.sampling.samplers import sample
 from lit_gpt.sampling.settings import Sampling
@@ -152,7 +152,7 @@ def test_the_generation_is_the_text_behind_the_prompt(kind, models, evaluating, 
     """As the sampler writes it without the script, up to the end token."""
     path = tmp_path / "a.jsonl"
     assert evaluating(kind, "--output", str(path), "--steps", "5")[0] == 0
-    model, tokenizer = load_model(models[kind])[0], Tokenizer(models["tokenizer"])
+    model, tokenizer = read_model(models[kind])[0], Tokenizer(models["tokenizer"])
     how = Sampling(LENGTH, "greedy", 5, 0.0, 0.8 if kind == "mdm" else 0.0, stop_id=tokenizer.eos_id)
     for one in answers_of(path):
         prompt = [tokenizer.bos_id, *tokenizer.encode_ids(one["prompt"])]
@@ -170,7 +170,7 @@ def test_what_stands_behind_the_end_token_is_not_read(models, evaluating, tmp_pa
             for prompt in prompts
         ]
 
-    monkeypatch.setattr(Answerer, "complete", complete)
+    monkeypatch.setattr(LoadedModel, "complete", complete)
     assert evaluating("mdm", "--qs_type", "dtn", "--output", str(path))[0] == 0
     assert {(one["generation"], one["correct"]) for one in answers_of(path)} == {("Somebody", False)}
 
@@ -239,7 +239,7 @@ def test_the_published_settings(models, evaluating, tmp_path, monkeypatch):
         seen.append(sampling)
         return [None] * len(prompts)
 
-    monkeypatch.setattr(Answerer, "complete", complete)
+    monkeypatch.setattr(LoadedModel, "complete", complete)
     eos_id = Tokenizer(models["tokenizer"]).eos_id
     for kind, scale in (("mdm", 0.8), ("arm", 0.0)):
         assert evaluating(kind, "--length", "52", "--output", str(tmp_path / f"{kind}.jsonl"))[0] == 0

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.config import Config
 from lit_gpt.data.sft_formats import CHAT
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
+from lit_gpt.model.layers import Transformer
 from lit_gpt.sampling.algorithms import ALGORITHMS
 from lit_gpt.sampling.flags import OWN, settings
 from lit_gpt.sampling.infill import has_gaps, infill_row, infill_states, split_gaps
 from lit_gpt.sampling.samplers import sample_states
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.ui.completion import Writer
+from lit_gpt.ui.completion import Completer
 from tests.support.small_tokenizers import convert, train_small
 
 TINY = Config("tiny", 2, 2, 32, 64, 2, block_size=64, vocab_size=500)
@@ -115,31 +117,35 @@ def test_mistakes():
 # --- the request of a person ------------------------------------------------------------------------------------------
 
 
+def completer(model: Transformer, tokenizer: Tokenizer) -> Completer:
+    return Completer(LoadedModel(model, lambda: tokenizer))
+
+
 def test_requests(tokenizer):
     sampling = Sampling(40, steps=4)
-    mdm, arm = (Writer(tiny(kind), tokenizer) for kind in (TransEncoder, GPT))
+    mdm, arm = (completer(tiny(kind), tokenizer) for kind in (TransEncoder, GPT))
     assert mdm.request("To be", sampling).sampling.context_length == 40
     filled = mdm.request("To ___2 be", sampling)
     assert filled.sampling.context_length == len(filled.row) < 40
     assert mdm.text(list(mdm.states(filled))[0], filled) == "To __ __ be"
     assert arm.request("", sampling).row == [tokenizer.bos_id]
     assert mdm.request("", sampling).row == []
-    for writer in (mdm, arm):
+    for one in (mdm, arm):
         # Underscores are text in a chat, so an ARM takes them too.
-        request = writer.request("Fill ___ in", dataclasses.replace(sampling, context_length=64 * 4), chat=True)
+        request = one.request("Fill ___ in", dataclasses.replace(sampling, context_length=64 * 4), chat=True)
         assert MASK not in request.row and request.row[0] == tokenizer.bos_id
         assert tokenizer.decode(request.row) == CHAT.format(question="Fill ___ in")
         assert request.start == len(request.row)
 
 
 def test_an_answer_ends_at_its_end_token(tokenizer):
-    writer = Writer(tiny(GPT), tokenizer)
-    request = dataclasses.replace(writer.request("Speak", Sampling(60)), start=1)
-    (state,) = [next(iter(writer.states(request)))]
+    arm = completer(tiny(GPT), tokenizer)
+    request = dataclasses.replace(arm.request("Speak", Sampling(60)), start=1)
+    (state,) = [next(iter(arm.states(request)))]
     answer = [tokenizer.bos_id, *tokenizer.encode_ids("I am"), tokenizer.eos_id, *tokenizer.encode_ids("never")]
     ids = torch.tensor([[request.row[0], *answer]])
     state = dataclasses.replace(state, input_ids=ids, key_mask=torch.ones_like(ids, dtype=torch.bool))
-    assert writer.text(state, request) == "I am"
+    assert arm.text(state, request) == "I am"
 
 
 def test_settings_are_the_fields_of_sampling():

@@ -208,15 +208,15 @@ def test_an_interrupt_keeps_what_is_there(models, kind, tmp_path):
 
 def test_an_interrupt_without_a_terminal(models, monkeypatch, chatting, tmp_path):
     """What was there is printed, and drawn."""
-    from lit_gpt.ui.completion import Writer
+    from lit_gpt.ui.completion import Completer
 
-    def stopping(self, request, whole=Writer.states):
+    def stopping(self, request, whole=Completer.states):
         for state in whole(self, request):
             yield state
             if state.step == 40:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(Writer, "states", stopping)
+    monkeypatch.setattr(Completer, "states", stopping)
     code, out, err = chatting("mdm", "--prompt", "To be", "--save", str(tmp_path / "a.png"))
     assert code == 130 and err.endswith("interrupted after step 40\n")
     assert out.startswith("To be") and 40 < out.count("__") < 120

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from lit_gpt import cli
-from lit_gpt.checkpoints.weights import load_model
+from lit_gpt.checkpoints.weights import read_model
 from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.algorithms import ALGORITHMS
@@ -165,7 +165,7 @@ def test_the_form_has_every_setting(server, models):
 def test_it_says_what_the_sampler_does(server, models, kind):
     prompt, settings = "My lord,", {"temperature": 0.7, "seed": 5, "context_length": 40}
     states, last = read(server.generate(models[kind], prompt, **{name: str(value) for name, value in settings.items()}))
-    model, record = load_model(models[kind])
+    model, record = read_model(models[kind])
     tokenizer = Tokenizer(record.tokenizer["source"])
     ids = tokenizer.encode_ids(prompt)
     seen = []

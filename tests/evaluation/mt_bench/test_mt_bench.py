@@ -18,11 +18,12 @@ from PIL import Image
 
 from eval import gen_model_answer, show_result
 from lit_gpt import cli
+from lit_gpt.checkpoints.loaded import load_model
+from lit_gpt.data.sft_formats import CHAT
 from lit_gpt.evaluation.mt_bench.bench import Bench, Question, answer_line, read_answers, read_lines, read_questions
 from lit_gpt.evaluation.mt_bench.tables import Record, aligned, by_category, model_scores, records
 from lit_gpt.sampling.samplers import sample
 from lit_gpt.sampling.settings import Sampling
-from lit_gpt.ui.completion import Writer
 from lit_gpt.ui.plots import plot_radar
 from tests.support.small_models import export_both
 from tests.support.training_runs import hear_interrupts
@@ -190,15 +191,15 @@ def test_both_kinds_answer_as_real_commands(models, folder):
 @pytest.mark.parametrize("kind", ["arm", "mdm"])
 def test_an_answer_is_the_text_behind_the_prompt(models, folder, script, kind):
     """By the sampler itself: the seed is the choice, the random stream the question's, whatever the batch."""
-    writer = Writer.load(models[kind])
-    end, guidance = writer.tokenizer.eos_id, 0.6 if kind == "mdm" else 0.0
+    loaded = load_model(models[kind])
+    end, guidance = loaded.tokenizer.eos_id, 0.6 if kind == "mdm" else 0.0
     how = Sampling(300, steps=6, cfg_scale=guidance, stop_id=end, seed=1)
     questions = read_questions(BENCH.questions, 0, 8)
-    prompts = [writer.request(question.turns[0], how, chat=True).row for question in questions]
-    rows = sample(writer.model, prompts, how, rows=[question.question_id for question in questions])
+    prompts = [loaded.prompt_ids(CHAT.format(question=question.turns[0])) for question in questions]
+    rows = sample(loaded.model, prompts, how, rows=[question.question_id for question in questions])
     answered = [row.tolist()[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
     assert any(end in ids[:-1] for ids in answered) or kind == "arm", "some text is behind an end token"
-    expected = [writer.tokenizer.decode(ids[: [*ids, end].index(end)]).strip() for ids in answered]
+    expected = [loaded.tokenizer.decode(ids[: [*ids, end].index(end)]).strip() for ids in answered]
     for size in ("1", "3", "8"):
         flags = ["--num-choices", "2", "--batch-size", size, "--existing", "overwrite", "--question-end", "8"]
         code, _, err = script(gen_model_answer, *answers(models, kind, *flags, "--cfg-scale", str(guidance)))
@@ -265,9 +266,9 @@ def test_two_processes_share_the_questions(models, folder, script):
 
 
 def test_no_room_for_an_answer(models, folder, script):
-    writer = Writer.load(models["arm"])
+    loaded = load_model(models["arm"])
     questions = read_questions(BENCH.questions, 0, 4)
-    lengths = [len(writer.request(one.turns[0], Sampling(300), chat=True).row) for one in questions]
+    lengths = [len(loaded.prompt_ids(CHAT.format(question=one.turns[0]))) for one in questions]
     limit = max(lengths)
     assert sorted(lengths)[-2] + 10 < limit, "the longest one alone has no room"
     code, _, err = script(gen_model_answer, *answers(models, "arm", "--max-new-token", str(limit)))

@@ -1,0 +1,310 @@
+"""A checkpoint ready for use: `load_model` opens it in one call, and texts go in and likelihoods and texts come out.
+
+    model = load_model("models/mdm-170M-10e18.safetensors")
+    model.loglikelihood("The capital of France is", " Paris").nats
+    model.generate("Once upon a time", max_new_tokens=32, temperature=0.7)
+    model.fill("The ___ sat on the ___3.")
+
+Decisions: parameters stay float32, and `bfloat16` is autocast around the forward passes, as in training; the tokenizer is
+opened when it is first asked for, since scoring token files needs none; the evaluations use the same object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_gpt.checkpoints.weights import load_tokenizer, read_model, state_hash
+from lit_gpt.devices import choose_device, has_native_bf16, is_out_of_memory
+from lit_gpt.likelihood.estimators import make_estimator
+from lit_gpt.likelihood.loglikelihood import (
+    Likelihood,
+    LikelihoodRequest,
+    LikelihoodSettings,
+    arm_likelihoods,
+    mdm_likelihoods,
+)
+from lit_gpt.likelihood.scoring import ScoringModel
+from lit_gpt.model.layers import Transformer
+from lit_gpt.sampling.infill import DEFAULT_GAP, infill_row, infill_states
+from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.settings import Sampling
+from lit_gpt.tokenizer import Tokenizer
+
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+# Tokens of a batch by device: beyond, a CPU's caches are exceeded; on GPUs a batch that does not fit is halved.
+_BATCH_TOKENS = {"cpu": 8192, "cuda": 131072}
+
+
+def compute_dtype(name: str, device: torch.device) -> str:
+    """`float32` or `bfloat16` (autocast): as asked for, or with `auto` bfloat16 on GPUs that have it.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype {name}: choose from {', '.join(COMPUTE_DTYPES)}")
+    if name != "auto":
+        return name
+    return "bfloat16" if device.type == "cuda" and has_native_bf16("cuda") else "float32"
+
+
+def load_model(
+    path: Path | str,
+    *,
+    model_name: str | int | None = None,
+    kind: str | None = None,
+    tokenizer: str | None = None,
+    device: str | None = "auto",
+    dtype: str = "auto",
+) -> LoadedModel:
+    """Open a checkpoint: its model, the tokenizer that belongs to it, and the device and arithmetic to use.
+
+    Args:
+        path: an exported `.safetensors`, a run folder or checkpoint, or a published file.
+        model_name: the size, such as 170, for a file that does not say.
+        kind: `arm` or `mdm`, if only one of them will do.
+        tokenizer: a folder, file or hub name; None takes the checkpoint's own.
+        device: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU if there is one.
+        dtype: `float32`, or `bfloat16` (autocast); `auto` is float32 on CPUs and bfloat16 on GPUs that have it.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: it is damaged, holds another kind or model; no such device or dtype.
+    """
+    chosen = choose_device(device)
+    dtype = compute_dtype(dtype, chosen)
+    model, record = read_model(path, model_name, kind, chosen)
+    return LoadedModel(model, lambda: load_tokenizer(path, model, record, tokenizer), dtype)
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """How likely a text is."""
+
+    nats: float
+    """Log-likelihood; of an MDM the estimate of its lower bound."""
+    standard_error: float
+    """Of the estimator, nats; 0 where nothing was drawn, as for an ARM."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer and its arithmetic."""
+
+    model: Transformer
+    """In evaluation mode, on its device."""
+    open_tokenizer: Callable[[], Tokenizer]
+    """Called once, when the tokenizer is first needed."""
+    dtype: str = "float32"
+    """float32 or bfloat16 (autocast)."""
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it is another model's.
+        """
+        return self.open_tokenizer()
+
+    @property
+    def kind(self) -> str:
+        """`arm` or `mdm`."""
+        return self.model.kind
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch that suit the device."""
+        return _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cuda"])
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of the parameters, whatever file they came from."""
+        return state_hash(self.model.state_dict())
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of every forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def identity(self) -> dict[str, Any]:
+        """What of the model decides a result, as JSON values: hashes of weights and tokenizer, kind, config, dtype."""
+        return {
+            "checkpoint": self.weights_hash,
+            "kind": self.kind,
+            "config": self.model.config.to_dict(),
+            "tokenizer": self.tokenizer.fingerprint,
+            "dtype": self.dtype,
+        }
+
+    # --- text to text -------------------------------------------------------------------------------------------------
+
+    def loglikelihood(
+        self,
+        prefix: str,
+        target: str,
+        estimator: str = "exact",
+        cfg_scale: float = 0.0,
+        seed: int = 1234,
+        **parameters: Any,
+    ) -> LogLikelihood:
+        """Log-likelihood of a text given the text before it.
+
+        Args:
+            prefix: the text before; may be empty.
+            target: the text that is scored.
+            estimator: of an MDM's bound: `exact`, `mc` or `chain_rule`.
+            cfg_scale: MDM: scale of classifier-free guidance; 0 is none.
+            seed: of an MDM's random masks.
+            **parameters: the estimator's own, such as `budget=256` or `mc_num=512`.
+
+        Raises:
+            ValueError: both together are longer than the model reads; a setting is wrong.
+        """
+        chosen = make_estimator(estimator, parameters)
+        if unknown := parameters.keys() - vars(chosen):
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: the estimator {estimator} has only {', '.join(vars(chosen))}"
+            )
+        before, scored = self.encode_pair(prefix, target)
+        request = LikelihoodRequest(tuple(before), tuple(scored))
+        limit = self.most_tokens(self.model.config.block_size)
+        if (tokens := len(request.prefix) + len(request.target)) > limit:
+            raise ValueError(f"prefix and target have {tokens} tokens, this model reads at most {limit}")
+        if not request.target:
+            return LogLikelihood(0.0, 0.0)
+        with self.autocast():
+            settings = LikelihoodSettings(chosen, cfg_scale, seed=seed)
+            ((_, result),) = self.likelihoods([request], settings, self.batch_tokens)
+        return LogLikelihood(-result.nll, result.standard_error)
+
+    def generate(self, prompt: str, max_new_tokens: int | None = None, **sampling: Any) -> str:
+        """The text that the model writes behind a prompt, up to its end token.
+
+        Args:
+            prompt: read as the tokenizer gives it, like the documents in training; may be empty.
+            max_new_tokens: an MDM's text has exactly so many tokens, end tokens included; None: what the model has room for.
+            **sampling: fields of `Sampling`.
+
+        Raises:
+            ValueError: the text does not fit the model; a setting is wrong.
+        """
+        row = self.tokenizer.encode_ids(prompt)
+        if not row and self.kind == "arm":
+            row = [self.tokenizer.bos_id]
+        length = self.model.config.block_size if max_new_tokens is None else len(row) + max_new_tokens
+        ids = self._finished(row, length, sampling)
+        return self.tokenizer.decode(row + self.until_end(ids[len(row) :])).removeprefix(prompt)
+
+    def fill(self, text: str, gap: int = DEFAULT_GAP, **sampling: Any) -> str:
+        """A text whose gaps an MDM has filled: `___` is a gap of `gap` tokens, `___5` one of five.
+
+        Args:
+            text: such as `The ___ sat on the ___3.`
+            gap: tokens of a gap without a number.
+            **sampling: fields of `Sampling`.
+
+        Raises:
+            ValueError: the model is an ARM; the text does not fit it; a setting is wrong.
+        """
+        row = infill_row(text, self.tokenizer, self.model.config.mask_id, gap)
+        return self.tokenizer.decode(self._finished(row, len(row), sampling))
+
+    def _finished(self, row: list[int], length: int, sampling: dict[str, Any]) -> list[int]:
+        """The ids of a row ([MASK] at gaps) once it is written to a length."""
+        settings = Sampling(length, stop_id=self.tokenizer.eos_id, **sampling)
+        with self.autocast():
+            (last,) = deque(infill_states(self.model, [row], settings), maxlen=1)
+        return last.tokens()[0].tolist()  # type: ignore[no-any-return]
+
+    # --- tokens, in batches -------------------------------------------------------------------------------------------
+
+    def most_tokens(self, read: int) -> int:
+        """Tokens of prefix and target together where the model reads so many: an ARM does not read the last one."""
+        return read + (self.kind == "arm")
+
+    def encode_pair(self, prefix: str, target: str) -> tuple[list[int], list[int]]:
+        """Token ids of two texts, bos before the first: the first alone, the second as it continues the first.
+
+        White space at the end of the first belongs to the second.
+        """
+        stripped = prefix.rstrip()
+        target = prefix[len(stripped) :] + target
+        bos = [self.tokenizer.bos_id]
+        if not stripped:
+            return bos, self.tokenizer.encode_ids(target)
+        ids = bos + self.tokenizer.encode_ids(stripped)
+        return ids, (bos + self.tokenizer.encode_ids(stripped + target))[len(ids) :]
+
+    def likelihoods(
+        self, requests: Sequence[LikelihoodRequest], settings: LikelihoodSettings, max_tokens: int
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """(number of the request, its result) as they are done, exact for an ARM; within `autocast()`.
+
+        Args:
+            requests: token ids, no longer than the model reads.
+            settings: how an MDM's are estimated.
+            max_tokens: tokens of a batch; a matter of speed and memory only.
+        """
+        scoring_model = ScoringModel.of(self.model, max_tokens)
+        if self.kind == "arm":
+            return arm_likelihoods(scoring_model, requests)
+        return mdm_likelihoods(scoring_model, requests, settings)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """A prompt as fine-tuning reads it: bos, then the text's tokens."""
+        return [self.tokenizer.bos_id, *self.tokenizer.encode_ids(text)]
+
+    def until_end(self, ids: list[int]) -> list[int]:
+        """What stands before the first end token."""
+        return ids[: ids.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in ids else ids
+
+    def text_behind(self, prompt: list[int], ids: list[int] | None) -> str:
+        """What a finished row, from `complete`, says behind its prompt, up to the end token; nothing for None."""
+        return self.tokenizer.decode(self.until_end((ids or prompt)[len(prompt) :]))
+
+    def complete(self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling) -> list[list[int] | None]:
+        """Complete a batch of prompts.
+
+        Args:
+            prompts: token ids of each.
+            rows: each row's number, as `sampling.sample`.
+            sampling: with one context length for all.
+
+        Returns:
+            Each finished row's ids, prompt included; None where the prompt leaves no room for a token.
+
+        Raises:
+            ValueError: the batch does not fit into memory.
+        """
+        length = sampling.context_length
+        assert isinstance(length, int)
+        finished: list[list[int] | None] = [None] * len(prompts)
+        has_room = [number for number, prompt in enumerate(prompts) if len(prompt) < length]
+        if not has_room:
+            return finished
+        try:
+            with self.autocast():
+                ids = sample(self.model, [prompts[n] for n in has_room], sampling, [rows[n] for n in has_room])
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"{len(has_room)} rows of {length} tokens do not fit into memory: give a smaller --batch_size"
+            ) from error
+        for number, row in zip(has_room, ids, strict=True):
+            finished[number] = row.tolist()
+        return finished

@@ -1,0 +1,177 @@
+"""Perplexity of a model on packed tokens, or on an old list of tokens, row by row.
+
+Decisions: an ARM's loss is exact over all tokens of a row but the first, an MDM's is the bound over all of them; each row
+has random numbers of its own; finished rows are kept (`result_cache`) and not scored again; of several processes each
+scores its share of the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lit_gpt.checkpoints.loaded import LoadedModel, load_model
+from lit_gpt.cli import warn
+from lit_gpt.data.packed_dataset import open_validation
+from lit_gpt.data.pickled_tokens import read_token_list
+from lit_gpt.devices import join_processes
+from lit_gpt.diffusion import EPS
+from lit_gpt.evaluation.result_cache import DEFAULT_FOLDER, EvalCache, request_key
+from lit_gpt.evaluation.settings import PerplexityFlags
+from lit_gpt.likelihood.estimators import ESTIMATORS, make_estimator
+from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, LikelihoodSettings
+
+# As lists of numbers all rows of a crawl would fill the memory: so many at a time.
+_ROWS_AT_ONCE = 1024
+# Of the published evaluation, for a crawl.
+_PUBLISHED_ROWS = 100 * 1024
+
+
+def evaluate_perplexity(flags: PerplexityFlags) -> None:
+    """Score every row; the first process prints the loss and, as the last line, the perplexity.
+
+    Raises:
+        FileNotFoundError, ValueError: anything a user can get wrong, with the remedy.
+    """
+    check_perplexity_flags(flags)
+    rank, processes = join_processes()
+    model = load_model(flags.ckpt_path, model_name=flags.model, kind=flags.type, device=flags.device, dtype=flags.dtype)
+    config = model.model.config
+    length = min(flags.length, config.block_size)
+    count, row_of = open_rows(Path(flags.data_dir), flags.fineweb, length, config.vocab_size)
+    own = range(rank, min(count, flags.rows or count), processes)
+    folder = None if flags.cache == "off" else Path(flags.cache) if flags.cache else DEFAULT_FOLDER.expanduser()
+    cache = EvalCache(folder, _settings(flags, model, length), rank)
+    sums = torch.zeros(3, dtype=torch.float64)
+    known = 0
+    with model.autocast(), _progress(len(own), rank) as bar:
+        for start in range(0, len(own), _ROWS_AT_ONCE):
+            requests = [_row_request(model.kind, row_of(n), n) for n in own[start : start + _ROWS_AT_ONCE]]
+            keys = [request_key("row", request.stream, request.prefix, request.target) for request in requests]
+            todo = [number for number, key in enumerate(keys) if cache.get(key) is None]
+            found = [cache.get(key) for key in keys if cache.get(key) is not None]
+            known += len(found)
+            bar.update(len(found))
+            results = model.likelihoods(
+                [requests[number] for number in todo], _likelihood_settings(flags), flags.batch_size * length
+            )
+            values = ((keys[todo[number]], [result.nll, result.standard_error]) for number, result in results)
+            for _, value in cache.keep(values, list, 1):
+                found.append(value)
+                bar.update()
+            sums += torch.tensor([[nll, error**2, 1.0] for nll, error in found], dtype=torch.float64).sum(0)
+    if known and not rank:
+        print(f"{known} of {len(own)} rows were there already: {cache.path}", flush=True)
+    cache.close()
+    if processes > 1:
+        torch.distributed.all_reduce(sums)
+    if not rank:
+        _report(flags, sums.tolist(), length - (model.kind == "arm"))
+
+
+def check_perplexity_flags(flags: PerplexityFlags) -> None:
+    """Refuse what is wrong with the flags alone, all of it at once.
+
+    Raises:
+        ValueError: names every wrong flag.
+    """
+    problems = []
+    if flags.type not in ("arm", "mdm"):
+        problems.append(f"--type {flags.type}: choose arm or mdm")
+    if not flags.ckpt_path:
+        problems.append("--ckpt_path is missing: name the checkpoint")
+    bounds = [name for name, estimator in ESTIMATORS.items() if estimator.is_bound]
+    if flags.estimator not in bounds:
+        problems.append(f"--estimator {flags.estimator}: choose {' or '.join(bounds)}")
+    for name in ("batch_size", "mc_samples", "length", "rows"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name} {value}: expected at least 1")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def open_rows(folder: Path, crawl: str, length: int, vocab_size: int) -> tuple[int, Callable[[int], np.ndarray]]:
+    """The whole rows of a crawl's tokens: how many there are, and each by its number.
+
+    Args:
+        folder: where the crawls lie.
+        crawl: a folder of packed tokens, or the name of a `.pkl`.
+        length: tokens of a row.
+        vocab_size: ids that the model knows.
+
+    Raises:
+        FileNotFoundError: neither packed tokens nor an old token list are there.
+        ValueError: they are damaged, too short, or hold ids that the model does not know.
+    """
+    packed, old = folder / crawl, folder / f"{crawl}.pkl"
+    if packed.is_dir():
+        series = open_validation(packed, length, vocab_size)
+        if series is None:
+            raise FileNotFoundError(f"no validation*.bin in {packed}: make them with scripts/prepare_fineweb.py")
+        whole = [number for number in range(len(series)) if series.length(number) == length]
+        count, row_of = len(whole), lambda number: series[whole[number]].tokens
+    elif old.is_file():
+        ids = read_token_list(old)
+        if len(ids) and int(ids.max()) >= vocab_size:
+            raise ValueError(f"{old} holds the id {int(ids.max())}: this model's tokens are 0 to {vocab_size - 1}")
+        count, row_of = len(ids) // length, lambda number: ids[number * length : (number + 1) * length]
+    else:
+        raise FileNotFoundError(
+            f"neither {packed}/validation*.bin nor {old}: make the first with scripts/prepare_fineweb.py"
+        )
+    if not count:
+        raise ValueError(f"{packed if packed.is_dir() else old} holds no whole row of {length} tokens; lower --length")
+    return count, row_of
+
+
+def _row_request(kind: str, row: np.ndarray, number: int) -> LikelihoodRequest:
+    """An ARM needs a first token to start from; an MDM scores all. Each row has random numbers of its own."""
+    ids = tuple(row.tolist())
+    return LikelihoodRequest(ids[:1], ids[1:], number) if kind == "arm" else LikelihoodRequest((), ids, number)
+
+
+def _likelihood_settings(flags: PerplexityFlags) -> LikelihoodSettings:
+    """As in pretraining; an ARM's likelihood needs none."""
+    if flags.type == "arm":
+        return LikelihoodSettings()
+    parameters = {ESTIMATORS[flags.estimator].passes_parameter: flags.mc_samples, "eps": EPS}
+    return LikelihoodSettings(make_estimator(flags.estimator, parameters), seed=flags.seed)
+
+
+def _settings(flags: PerplexityFlags, model: LoadedModel, length: int) -> dict[str, Any]:
+    """Everything that changes a row's result; it names the file of finished rows, so its keys never change."""
+    settings = {
+        "checkpoint": model.weights_hash,
+        "config": model.model.config.to_dict(),
+        "dtype": model.dtype,
+        "length": length,
+    }
+    if flags.type == "mdm":
+        settings |= {"estimator": flags.estimator, "samples": flags.mc_samples, "seed": flags.seed}
+    return settings
+
+
+def _progress(total: int, rank: int) -> Any:
+    """A bar with the time left."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="rows", disable=rank > 0)
+
+
+def _report(flags: PerplexityFlags, sums: list[float], scored: int) -> None:
+    """The estimator, then the last line; `sums` are nats, their variance and rows, `scored` the tokens of a row."""
+    nll, variance, count = sums
+    loss, error = nll / (count * scored), math.sqrt(variance) / (count * scored)
+    how = {"arm": "exact", "mdm": f"bound, {flags.estimator} with {flags.mc_samples} samples, seed {flags.seed}"}
+    print(
+        f"{how[flags.type]}: loss {loss:.5f} nats per token, the estimator's standard error {error:.5f}, {count:.0f} rows"
+    )
+    if count < _PUBLISHED_ROWS:
+        warn(f"{count:.0f} rows were read; the published evaluation has {_PUBLISHED_ROWS}")
+    print(f"{flags.ckpt_path}, {flags.fineweb}, ppl={math.exp(loss)}")
