@@ -34,7 +34,7 @@ from lit_gpt.likelihood.loglikelihood import (
 from lit_gpt.likelihood.scoring import ScoringModel
 from lit_gpt.model.layers import Transformer
 from lit_gpt.sampling.infill import DEFAULT_GAP, infill_row, infill_states
-from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
 
@@ -225,9 +225,9 @@ class LoadedModel:
 
     def _finished(self, row: list[int], length: int, sampling: dict[str, Any]) -> list[int]:
         """The ids of a row ([MASK] at gaps) once it is written to a length."""
-        settings = Sampling(length, stop_id=self.tokenizer.eos_id, **sampling)
         with self.autocast():
-            (last,) = deque(infill_states(self.model, [row], settings), maxlen=1)
+            states = infill_states(self.model, [row], Sampling(**sampling), length, self.tokenizer.eos_id)
+            (last,) = deque(states, maxlen=1)
         return last.tokens()[0].tolist()  # type: ignore[no-any-return]
 
     # --- tokens, in batches -------------------------------------------------------------------------------------------
@@ -276,13 +276,16 @@ class LoadedModel:
         """What a finished row, from `complete`, says behind its prompt, up to the end token; nothing for None."""
         return self.tokenizer.decode(self.until_end((ids or prompt)[len(prompt) :]))
 
-    def complete(self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling) -> list[list[int] | None]:
-        """Complete a batch of prompts.
+    def complete(
+        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, length: int
+    ) -> list[list[int] | None]:
+        """Complete a batch of prompts, up to the tokenizer's end token.
 
         Args:
             prompts: token ids of each.
-            rows: each row's number, as `sampling.sample`.
-            sampling: with one context length for all.
+            rows: each row's number, as `sample`.
+            sampling: how.
+            length: tokens of each finished row, prompt included.
 
         Returns:
             Each finished row's ids, prompt included; None where the prompt leaves no room for a token.
@@ -290,15 +293,14 @@ class LoadedModel:
         Raises:
             ValueError: the batch does not fit into memory.
         """
-        length = sampling.context_length
-        assert isinstance(length, int)
         finished: list[list[int] | None] = [None] * len(prompts)
         has_room = [number for number, prompt in enumerate(prompts) if len(prompt) < length]
         if not has_room:
             return finished
+        fitting, numbers = [prompts[n] for n in has_room], [rows[n] for n in has_room]
         try:
             with self.autocast():
-                ids = sample(self.model, [prompts[n] for n in has_room], sampling, [rows[n] for n in has_room])
+                ids = sample(self.model, fitting, sampling, length, self.tokenizer.eos_id, numbers)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,73 @@ from lit_gpt.cli import warn
 from lit_gpt.devices import join_processes
 from lit_gpt.evaluation.result_file import EXISTING, ResultFile
 from lit_gpt.evaluation.settings import AnswerFlags
+from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import valid_text
 
-Question = dict[str, Any]
-"""JSON values; an answer is a question with more of them, `correct` (a bool) among these."""
+JsonQuestion = dict[str, Any]
+"""A question's JSON values; an answer is its question with more of them, among these perhaps `correct`, a bool."""
 
 
-def read_questions(path: Path, fields: Sequence[str]) -> list[Question]:
+@dataclass(frozen=True)
+class AnswerTask:
+    """An evaluation by written answers: what is asked, and what an answer is worth."""
+
+    questions: Sequence[JsonQuestion]
+    """In the order in which they are asked."""
+    output: str
+    """The default file of the answers."""
+    settings: dict[str, Any]
+    """What changes an answer besides the model and the flags that all tasks have, as JSON values."""
+    temperature: float
+    """Of the sampling."""
+    guidance: Mapping[str, float]
+    """Flags of classifier-free guidance, one for each round of asking, with their published scales."""
+    prompt: Callable[[JsonQuestion], str]
+    """What the model reads first."""
+    answer: Callable[[LoadedModel, Sequence[Sampling], int, Sequence[JsonQuestion]], list[JsonQuestion]]
+    """The answers to a batch of questions: (model, the sampling of each round, tokens of a finished row, questions)."""
+    key: tuple[str, ...] = ("index",)
+    """Fields that tell a question from the others."""
+    verdict: tuple[str, ...] = ("correct",)
+    """Fields that every answer has besides."""
+
+
+def generate_answers(flags: AnswerFlags, task: AnswerTask) -> list[JsonQuestion]:
+    """Ask a checkpoint every question of a task that has no answer yet.
+
+    Returns:
+        The answers to all questions, in their order; nothing on other processes than the first.
+
+    Raises:
+        FileNotFoundError, ValueError: anything a user can get wrong, with the remedy.
+    """
+    # Before the checkpoint, which may take a while, so that a wrong setting shows at once.
+    samplings = [
+        Sampling(flags.algorithm, flags.steps, task.temperature, getattr(flags, name) or 0.0, flags.seed)
+        for name in task.guidance
+    ]
+    rank, _ = join_processes()
+    model = open_model(flags)
+    scales = {name: guidance(name, getattr(flags, name), model.kind, scale) for name, scale in task.guidance.items()}
+    samplings = [replace(one, cfg_scale=scale) for one, scale in zip(samplings, scales.values(), strict=True)]
+    if not rank:
+        warn_of_flags(model, flags, [task.prompt(question) for question in task.questions])
+    settings = {
+        **model.identity(),
+        **task.settings,
+        **{name: getattr(flags, name) for name in ("steps", "length", "seed")},
+        "algorithm": samplings[0].algorithm,
+        **scales,
+    }
+    path = Path(flags.output or task.output)
+    file = AnswerFile(path, settings, task.key, flags.existing, flags.batch_size, task.verdict)
+    answers = file.collect(task.questions, lambda batch: task.answer(model, samplings, flags.length, batch))
+    if answers:
+        print(f"answers: {path}")
+    return answers
+
+
+def read_json_questions(path: Path, fields: Sequence[str]) -> list[JsonQuestion]:
     """Questions from JSON lines: the named fields of each, and its `index` in the file, from 0.
 
     Args:
@@ -40,7 +101,7 @@ def read_questions(path: Path, fields: Sequence[str]) -> list[Question]:
         ValueError: a line is no such object (file and line), or there is none.
     """
     expected = "expected {" + ", ".join(f'"{field}": text' for field in fields) + "}"
-    questions: list[Question] = []
+    questions: list[JsonQuestion] = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -61,18 +122,14 @@ def read_questions(path: Path, fields: Sequence[str]) -> list[Question]:
     return questions
 
 
-def check_flags(flags: AnswerFlags, at_least_one: Sequence[str]) -> None:
+def check_flags(flags: AnswerFlags) -> None:
     """Refuse what is wrong with the shared flags alone, all of it at once.
-
-    Args:
-        flags: with `ckpt_path` and `existing`.
-        at_least_one: names of flags whose value, if any, is a count.
 
     Raises:
         ValueError: names every wrong flag.
     """
     problems = [] if flags.ckpt_path else ["--ckpt_path is missing: name the checkpoint"]
-    for name in at_least_one:
+    for name in ("steps", "length", "batch_size", "limit"):
         value = getattr(flags, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value}: expected at least 1")
@@ -146,10 +203,12 @@ class AnswerFile:
     """Questions that a process answers at once."""
     verdict: tuple[str, ...] = ("correct",)
     """Fields that every answer has besides."""
+    sort_at_end: bool = False
+    """Whether the finished file is put into the order of its keys."""
 
     def collect(
-        self, questions: Sequence[Question], answer: Callable[[list[Question]], list[Question]]
-    ) -> list[Question]:
+        self, questions: Sequence[JsonQuestion], answer: Callable[[list[JsonQuestion]], list[JsonQuestion]]
+    ) -> list[JsonQuestion]:
         """Answer all questions that have no answer yet.
 
         Args:
@@ -187,35 +246,41 @@ class AnswerFile:
             return []
 
     def _keep(
-        self, file: ResultFile, questions: Sequence[Question], answers: Iterator[list[Question]]
-    ) -> list[Question]:
+        self, file: ResultFile, questions: Sequence[JsonQuestion], answers: Iterator[list[JsonQuestion]]
+    ) -> list[JsonQuestion]:
         """Put answers on the disk as they come, with progress; returns those to all questions."""
         from tqdm import tqdm
 
         place = {self._key(question): number for number, question in enumerate(questions)}
         found = {place[self._key(one)]: one for one in file.results if self._key(one) in place}
-        if found:
+        judged = "correct" in self.verdict
+        if found and judged:
             print(f"{len(found)} of {len(questions)} questions were answered already: {self.path}", flush=True)
-        with tqdm(total=len(questions), initial=len(found), desc="questions") as bar:
+        # Where the bar is no terminal's, a line of it every half minute will do.
+        pause_s = 0.1 if sys.stderr.isatty() else 30
+        with tqdm(total=len(questions), initial=len(found), desc="questions", mininterval=pause_s) as bar:
             for batch in answers:
                 for one in sorted(batch, key=lambda one: place[self._key(one)]):
                     file.add(one)
                     found[place[self._key(one)]] = one
-                bar.set_postfix_str(f"accuracy {accuracy(list(found.values())):.1%}", refresh=False)
+                if judged:
+                    bar.set_postfix_str(f"accuracy {accuracy(list(found.values())):.1%}", refresh=False)
                 bar.update(len(batch))
+        if self.sort_at_end:
+            file.sort(self._key)
         return [found[number] for number in range(len(questions))]
 
-    def _key(self, question: Question) -> tuple[Any, ...]:
+    def _key(self, question: JsonQuestion) -> tuple[Any, ...]:
         return tuple(question[name] for name in self.key)
 
-    def _key_of_answer(self, answer: Question) -> tuple[Any, ...]:
+    def _key_of_answer(self, answer: JsonQuestion) -> tuple[Any, ...]:
         """The key of a line that was read; the KeyError of one that is no answer is `ResultFile`'s to report."""
         for name in self.verdict:
             answer[name]
         return self._key(answer)
 
 
-def _everyones(own: list[Question], processes: int) -> list[Question]:
+def _everyones(own: list[JsonQuestion], processes: int) -> list[JsonQuestion]:
     """The answers of all processes."""
     if processes == 1:
         return own
@@ -224,12 +289,12 @@ def _everyones(own: list[Question], processes: int) -> list[Question]:
     return [answer for part in parts for answer in part]
 
 
-def accuracy(answers: Sequence[Question]) -> float:
+def accuracy(answers: Sequence[JsonQuestion]) -> float:
     """Share of the answers that are right."""
     return sum(answer["correct"] for answer in answers) / len(answers)
 
 
-def accuracy_line(answers: Sequence[Question]) -> str:
+def accuracy_line(answers: Sequence[JsonQuestion]) -> str:
     """How many answers are right, their share, and how sure that is."""
     right = sum(answer["correct"] for answer in answers)
     low, high = wilson_interval(right, len(answers))

@@ -1,17 +1,23 @@
-"""GSM8K's answers: found in what a model wrote, and compared with the right one.
+"""GSM8K: questions in two rounds, answers found in what a model wrote and compared with the right one.
 
 Decisions: an answer is what stands behind `#### ` to the end of its line, the last one of the text; two answers are equal
 if their normalised texts are, or if both are arithmetic and come to the same number (math-verify; decimals to six
 places). Only arithmetic of a limited size is worked out: a model may write 9^9^9^9, which no computer finishes, and a
-time limit would let the machine's speed decide what is right. Whatever else stands there is compared as text. Pure;
-imports nothing of the package, and math-verify when it is used.
+time limit would let the machine's speed decide what is right. Whatever else stands there is compared as text.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from lit_gpt.checkpoints.loaded import LoadedModel
+from lit_gpt.evaluation.generated_answers import AnswerTask, JsonQuestion, checkpoint_name, read_json_questions
+from lit_gpt.files import file_sha256
+from lit_gpt.sampling.settings import Sampling
 
 # Numbers, + - * / ^ ( ), and the LaTeX that stands for them.
 _ARITHMETIC = re.compile(r"(?:[0-9.+\-*/^(){} ]|\\[dt]?frac|\\sqrt|\\times|\\cdot|\\div)+")
@@ -76,3 +82,64 @@ def _parsed(text: str) -> list[Any]:
 
     # Between dollars all of it is read; without them the last number of any text would do.
     return list(parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None))
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+def gsm8k_task(flags: Any) -> AnswerTask:
+    """The evaluation that flags of evaluate_gsm8k.py describe.
+
+    Raises:
+        FileNotFoundError, ValueError: there are no questions, or they cannot be read.
+    """
+    path = Path(flags.data)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no questions {path}: GSM8K's are data/gsm8k/test.jsonl in this project (start from its folder, or restore "
+            "the file with git); others are named by --data"
+        )
+    return AnswerTask(
+        questions=read_json_questions(path, ("question", "target"))[: flags.limit],
+        output=f"out/gsm8k/{checkpoint_name(flags.ckpt_path)}.jsonl",
+        settings={"data": file_sha256(path), "temperature": flags.temperature},
+        temperature=flags.temperature,
+        guidance={"cfg1": 0.1, "cfg2": 0.1},
+        prompt=word_problem_prompt,
+        answer=answer_word_problems,
+    )
+
+
+def word_problem_prompt(question: JsonQuestion) -> str:
+    """A question as in fine-tuning."""
+    return f"Question: {question['question']}"
+
+
+def answer_word_problems(
+    model: LoadedModel, samplings: Sequence[Sampling], length: int, questions: Sequence[JsonQuestion]
+) -> list[JsonQuestion]:
+    """Ask questions in two rounds, and judge what was written.
+
+    A question that leaves no room has the empty text. A first text that, tokenized again, leaves none stands as it is.
+    """
+    decode = model.tokenizer.decode
+    # Each round has a random stream of its own.
+    first_rows = [2 * question["index"] for question in questions]
+    first = model.complete(
+        [model.prompt_ids(word_problem_prompt(one)) for one in questions], first_rows, samplings[0], length
+    )
+    texts = [decode(ids or []) for ids in first]
+    asked = [
+        number
+        for number, ids in enumerate(first)
+        if ids is not None and (model.kind == "mdm" or extract_answer(texts[number]) is None)
+    ]
+    prompts = [model.prompt_ids(texts[number]) for number in asked]
+    second = model.complete(prompts, [first_rows[number] + 1 for number in asked], samplings[1], length)
+    for number, ids in zip(asked, second, strict=True):
+        texts[number] = texts[number] if ids is None else decode(ids)
+    found = [extract_answer(text) for text in texts]
+    return [
+        {**one, "text": text, "answer": given, "correct": given is not None and same_answer(given, one["target"])}
+        for one, text, given in zip(questions, texts, found, strict=True)
+    ]

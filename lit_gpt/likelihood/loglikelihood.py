@@ -1,7 +1,7 @@
 """Log-likelihoods of targets given prefixes, for many requests at once: exact for an ARM, estimated for an MDM.
 
 The random masks are a function of (seed, prefix, number of the mask, position in the target): the answers of one question
-share them, which makes their differences less noisy, and no result depends on the batch. Requests are worked off in
+share them, which makes their differences less noisy, and no result depends on the batch. Requests are processed in
 rounds, longest first, and a round's results can be stored before the next begins. What is masked and how losses are summed
 is the estimator's (`plan`, `estimators`); the forward passes are in `scoring`.
 

@@ -15,19 +15,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evaluate_gsm8k import Flags, answer, main
+from evaluate_gsm8k import Flags, main
 from lit_gpt import cli
 from lit_gpt.checkpoints.export import WeightsRecord, export_weights
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.config import Config
 from lit_gpt.diffusion import forward_process, masking_probability
 from lit_gpt.evaluation.generated_answers import checkpoint_name, wilson_interval
-from lit_gpt.evaluation.gsm8k import extract_answer, is_small_arithmetic, normalised, same_answer
+from lit_gpt.evaluation.gsm8k import answer_word_problems, extract_answer, is_small_arithmetic, normalised, same_answer
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
-from tests.support.small_models import export_both
-from tests.support.training_runs import environment, kill_after_lines
+from tests.support.small_models import export_arm_and_mdm
+from tests.support.training_runs import kill_after_lines, one_thread_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "evaluate_gsm8k.py")
@@ -169,7 +169,7 @@ class Scripted:
     def prompt_ids(self, text):
         return [1, *map(ord, text)]
 
-    def complete(self, prompts, rows, sampling):
+    def complete(self, prompts, rows, sampling, length):
         texts = [self.tokenizer.decode(ids) for ids in prompts]
         self.calls.append((texts, list(rows), sampling.cfg_scale))
         said = [self.script[text] for text in texts]
@@ -179,8 +179,8 @@ class Scripted:
 def asked(kind, script):
     answerer = Scripted(kind, script)
     questions = [{"index": 3, "question": "a", "target": "4"}, {"index": 7, "question": "b", "target": "5"}]
-    rounds = [Sampling(64, cfg_scale=0.1), Sampling(64, cfg_scale=0.2)]
-    return answerer.calls, answer(answerer, rounds, questions)
+    rounds = [Sampling(cfg_scale=0.1), Sampling(cfg_scale=0.2)]
+    return answerer.calls, answer_word_problems(answerer, rounds, 64, questions)
 
 
 def test_an_mdm_is_asked_twice():
@@ -230,7 +230,7 @@ def test_where_there_is_no_room():
 def folder(tmp_path_factory) -> Path:
     """An ARM and an MDM with random weights, and the questions."""
     folder = tmp_path_factory.mktemp("gsm8k")
-    export_both(folder, block_size=96, embedding_scale=4.0)
+    export_arm_and_mdm(folder, block_size=96, embedding_scale=4.0)
     (folder / "test.jsonl").write_text(
         "".join(
             json.dumps({"question": question, "answer": "", "target": target}) + "\n"
@@ -353,7 +353,7 @@ def test_two_processes_write_the_same_file(folder, evaluating, tmp_path):
         [*launch, *flags_of(folder, "mdm", *words, str(tmp_path / "two.jsonl"))],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=one_thread_environment(),
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
@@ -404,20 +404,19 @@ def test_answers_of_other_settings_are_not_mixed(evaluating, tmp_path):
 def test_the_published_settings(folder, evaluating, tmp_path, monkeypatch):
     seen = []
 
-    def complete(self, prompts, rows, sampling):
-        seen.append((sampling, self.dtype))
+    def complete(self, prompts, rows, sampling, length):
+        seen.append((sampling, length, self.dtype))
         return [[*prompt, 70] for prompt in prompts]
 
     monkeypatch.setattr(LoadedModel, "complete", complete)
-    eos_id = Tokenizer(folder / "tokenizer").eos_id
     for model, scales in (("mdm", (0.1, 0.1)), ("arm", (0.0, 0.0))):
         assert evaluating(model, "--output", str(tmp_path / f"{model}.jsonl"))[0] == 0
-        published = Sampling(LENGTH, "greddy", steps=256, temperature=0.1, seed=1234, stop_id=eos_id)
-        assert seen == [(replace(published, cfg_scale=scale), "float32") for scale in scales]
+        published = Sampling("greddy", steps=256, temperature=0.1, seed=1234)
+        assert seen == [(replace(published, cfg_scale=scale), LENGTH, "float32") for scale in scales]
         seen.clear()
     words = ("--cfg1", "0.3", "--cfg2", "0.4", "--dtype", "bfloat16", "--output", str(tmp_path / "other.jsonl"))
     assert evaluating("mdm", *words)[0] == 0
-    assert [(sampling.cfg_scale, dtype) for sampling, dtype in seen] == [(0.3, "bfloat16"), (0.4, "bfloat16")]
+    assert [(sampling.cfg_scale, dtype) for sampling, _, dtype in seen] == [(0.3, "bfloat16"), (0.4, "bfloat16")]
     assert Flags().length == 256 and Flags().data == "data/gsm8k/test.jsonl"
 
 

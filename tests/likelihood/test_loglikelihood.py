@@ -24,10 +24,12 @@ from lit_gpt.likelihood.loglikelihood import (
     mdm_likelihoods,
 )
 from lit_gpt.likelihood.monte_carlo import MonteCarlo
+from lit_gpt.likelihood.plan import Estimator, MaskingPlan
 from lit_gpt.likelihood.scoring import ScoringModel
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.logits import LogitsFn, model_logits
+from lit_gpt.randomness import uniform
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
 from tests.support.small_models import scaled_model
 
@@ -226,6 +228,49 @@ def test_an_estimator_in_words():
     values = {"mc_num": 6, "budget": 9, "nll_type": "mc"}
     found = [make_estimator(name, values).description() for name in ESTIMATORS]
     assert found == ["mc, mc_num 6", "chain_rule", "exact, budget 9"]
+
+
+# A new estimator
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformSizes(Estimator):
+    """The bound by plain Monte Carlo over numbers of masked tokens: an estimator that only this test has."""
+
+    mc_num: int = 64
+    name = "uniform_sizes"
+    passes_parameter = "mc_num"
+
+    def plan(self, length: int, *keys: int) -> MaskingPlan:
+        draws = torch.arange(self.mc_num)
+        sizes = 1 + (uniform(*keys, draws, torch.tensor(-1)) * length).long()
+        masks = uniform(*keys, draws[:, None], torch.arange(length)).argsort(1).argsort(1) < sizes[:, None]
+
+        def reduce(nll: Tensor) -> tuple[float, float]:
+            values = nll.sum(1) * length / sizes
+            return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+        return MaskingPlan(masks, masks, reduce)
+
+    def passes(self, length: int) -> int:
+        return self.mc_num
+
+
+def test_a_new_estimator_is_a_class_and_its_registration(monkeypatch):
+    """Its name is known to users, its parameters are read, its identity is its own, and it estimates the bound."""
+    monkeypatch.setitem(ESTIMATORS, UniformSizes.name, UniformSizes)
+    settings = LikelihoodSettings(make_estimator("uniform_sizes", {"mc_num": 16, "budget": 3}))
+    assert settings.identity() == {
+        "estimator": "uniform_sizes", "mc_num": 16, "eps": 0.0, "cfg_scale": 0.0, "greedy": False, "pad_to": 0, "seed": 1234
+    }  # fmt: skip
+    assert settings.estimator.description() == "uniform_sizes, mc_num 16"
+    with pytest.raises(ValueError, match="choose from mc, chain_rule, exact, uniform_sizes"):
+        make_estimator("uniform", {})
+    results = [toy(dataclasses.replace(settings, seed=seed)) for seed in range(300)]
+    values = np.array([result.nll for result in results])
+    error = values.std(ddof=1)
+    assert abs(values.mean() - brute_force(table_logits(), TARGET)) < 4 * error / math.sqrt(len(values))
+    assert 0.5 * error < math.sqrt(np.mean([result.standard_error**2 for result in results])) < 2 * error
 
 
 # Equivalence
