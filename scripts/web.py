@@ -14,12 +14,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import fail, parse, run, warn
+from lit_gpt.sampling.settings import Sampling
 
 if TYPE_CHECKING:
     import socket
@@ -48,7 +48,6 @@ _PATIENCE_S = 5.0
 """How long a request waits for one that was stopped a moment ago and still computes its last state."""
 _DEFAULT_LENGTH = 128
 _USER_ERROR, _BUSY = 422, 409
-_FORM_TYPES = ("bool", "int", "float", "str")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 Described = tuple[str, "Config"]  # a checkpoint's kind (`arm` or `mdm`) and its model's shape
 
@@ -163,28 +162,19 @@ def controls() -> list[dict[str, Any]]:
         Name, type, default (None: none, or the page decides), choices, help, and the kind of model (`only`) and the
         algorithm (`with`) that alone have a use for it.
     """
-    from lit_gpt.sampling import settings as sampling_settings
-    from lit_gpt.sampling.flags import settings
-
     length = "Tokens of the finished row, prompt included; a text with gaps keeps its own."
-    fields = [
-        ("context_length", "int", None, length),
-        *((one.name, one.type, one.default, one.help) for one in settings()),
-    ]
-    result: list[dict[str, Any]] = []
-    for name, written, default, text in fields:
-        kind = next((word for word in written.replace("|", " ").split() if word in _FORM_TYPES), None)
-        only = re.match(r"(MDM|ARM)(?:, (\w+))?: |(MDM|ARM), (?=with )", text)
-        choices = {"algorithm": sampling_settings.ALGORITHM_NAMES, "cache": sampling_settings.CACHES}.get(name, ())
-        if kind is not None:
-            result.append({"name": name, "type": kind, "default": default, "choices": list(choices)})
-            result[-1] |= {"only": (only[1] or only[3]).lower() if only else None, "with": only[2] if only else None}
-            result[-1]["help"] = text[only.end() if only else 0 :].replace("`", "")
-    return result
+    result = [_control("context_length", "int", None, {"text": length})]
+    return result + [_control(one.name, str(one.type), one.default, one.metadata) for one in fields(Sampling)]
+
+
+def _control(name: str, kind: str, default: Any, about: Mapping[str, Any]) -> dict[str, Any]:
+    """One control; `about` is as the metadata of a field of `Sampling`."""
+    control = {"name": name, "type": kind, "default": default, "choices": list(about.get("choices", ()))}
+    return control | {"only": about.get("kind"), "with": about.get("algorithm"), "help": about["text"]}
 
 
 def read_settings(given: Any) -> dict[str, Any]:
-    """What the page sent, as arguments of `Sampling`; what is empty keeps its default.
+    """What the page sent, as arguments of `Sampling` and perhaps a `context_length`; what is empty keeps its default.
 
     Raises:
         ValueError: an unknown name, or a value of another type.
@@ -222,10 +212,10 @@ def _read_value(control: dict[str, Any], value: Any) -> Any:
 class Job:
     """A generation that has passed all checks; a state is told as what changed since the one before."""
 
-    def __init__(self, name: str, completer: Completer, typed: CompletionRequest) -> None:
+    def __init__(self, name: str, completer: Completer, typed: CompletionRequest, sampling: Sampling) -> None:
         """Nothing is computed yet; ValueError if the prompt or the settings do not suit the model."""
         self.name, self._completer, self._typed = name, completer, typed
-        self._states = completer.states(typed)
+        self._states = completer.states(typed, sampling)
         self._last: State | None = None
         self._row: list[tuple[int, float]] = []
 
@@ -297,18 +287,18 @@ class Server:
             ValueError: whatever the user can get wrong.
             OSError: a file has gone.
         """
-        from lit_gpt.sampling.settings import Sampling
-
         name, prompt = str(wanted.get("checkpoint")), wanted.get("prompt", "")
         if name not in self._checkpoints:
             raise ValueError(f"no checkpoint {name[:80]!r}: choose one of the list")
         if not isinstance(prompt, str):
             raise ValueError(f"prompt: expected text, got {type(prompt).__name__}")
         length = min(_DEFAULT_LENGTH, self._checkpoints[name][1].block_size)
-        # Its mistakes are told before a large model is read; `request` knows the tokenizer's own end token.
-        sampling = Sampling(**{"context_length": length, "stop_id": 0, **read_settings(wanted.get("sampling", {}))})
+        settings = read_settings(wanted.get("sampling", {}))
+        length = settings.pop("context_length", length)
+        # Its mistakes are told before a large model is read.
+        sampling = Sampling(**settings)
         completer = load(name, Path(name).stat().st_mtime_ns, self._tokenizer, self._device)
-        return Job(name, completer, completer.request(prompt, sampling))
+        return Job(name, completer, completer.request(prompt, length), sampling)
 
     async def _lines(self, job: Job, request: Request) -> AsyncIterator[str]:
         """The body of an answer; ends early when nobody reads it any more."""

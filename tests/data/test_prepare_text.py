@@ -22,7 +22,7 @@ from lit_gpt.data.preparation import pack_batch, prepare
 from lit_gpt.data.preparation_plan import Plan
 from lit_gpt.data.text_sources import Position, TextRules, find_sources, read_batches
 from lit_gpt.tokenizer import Tokenizer
-from tests.support.small_tokenizers import CORPUS, train_small, training_lines
+from tests.support.small_tokenizers import CORPUS, train_small_tokenizer, training_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "prepare_text.py"
@@ -345,7 +345,7 @@ def test_files_of_another_preparation_are_refused(tmp_path, plan_of):
 def test_another_tokenizer_in_the_destination_is_refused(tmp_path, plan_of):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     run_plan(plan_of(source))
-    other = Tokenizer(train_small(tmp_path / "other", vocab_size=410))
+    other = Tokenizer(train_small_tokenizer(tmp_path / "other", vocab_size=410))
     with pytest.raises(ValueError, match=r"another tokenizer, which train_slim\.manifest\.json needs"):
         run_plan(plan_of(source, prefix="train_star", tokenizer=other), overwrite=True)
     run_plan(plan_of(source, tokenizer=other), overwrite=True)

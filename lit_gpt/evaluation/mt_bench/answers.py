@@ -41,7 +41,7 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
     questions = read_questions(bench.questions, flags.question_begin, flags.question_end)
     path = Path(flags.answer_file) if flags.answer_file else bench.answers(flags.model_id)
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once.
-    sampling = Sampling(flags.max_new_token, steps=flags.steps, cfg_scale=flags.cfg_scale)
+    sampling = Sampling(steps=flags.steps, cfg_scale=flags.cfg_scale)
     rank, _ = join_processes()
     model = _open_model(flags)
     length = _context_length(model, flags.max_new_token, questions, rank)

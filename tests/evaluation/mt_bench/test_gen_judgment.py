@@ -23,8 +23,8 @@ from lit_gpt import cli
 from lit_gpt.evaluation.mt_bench.bench import Bench, answer_line, read_questions
 from lit_gpt.evaluation.mt_bench.judge_client import Judge, JudgeError, JudgeRefused, in_threads
 from lit_gpt.evaluation.mt_bench.judging import read_judgments
-from tests.support.judge_server import KEY, Answer, FakeJudge, openai_error, serving
-from tests.support.training_runs import hear_interrupts
+from tests.support.judge_server import KEY, Answer, FakeJudge, openai_error, serve_fake_judge
+from tests.support.training_runs import restore_interrupts
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = [sys.executable, str(ROOT / "eval" / "gen_judgment.py")]
@@ -35,7 +35,7 @@ PAIR = Path("data/mt_bench/model_judgment/judge-1_pair.jsonl")
 @pytest.fixture
 def judge(monkeypatch) -> Iterator[FakeJudge]:
     """A judge, and the environment that leads to it."""
-    with serving() as fake:
+    with serve_fake_judge() as fake:
         for provider, path in (("OPENAI", "/v1"), ("ANTHROPIC", "")):
             monkeypatch.setenv(f"{provider}_API_KEY", KEY)
             monkeypatch.setenv(f"{provider}_BASE_URL", fake.url + path)
@@ -459,7 +459,7 @@ def test_a_stopped_run_goes_on(judging, judge, folder, number):
     judge.judge = lambda prompt: f"[[{len(prompt) % 10}]]"
     words = [*SCRIPT, "--judge-model", "judge-1", "--first-n", "20", "--parallel", "3", "--model-list", "arm"]
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore_interrupts
     )
     limit = time.monotonic() + 30
     while not SINGLE.exists() or SINGLE.read_bytes().count(b"\n") < 4:

@@ -22,11 +22,11 @@ from lit_gpt.checkpoints.loaded import load_model
 from lit_gpt.data.sft_formats import CHAT
 from lit_gpt.evaluation.mt_bench.bench import Bench, Question, answer_line, read_answers, read_lines, read_questions
 from lit_gpt.evaluation.mt_bench.tables import Record, aligned, by_category, model_scores, records
-from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.ui.plots import plot_radar
-from tests.support.small_models import export_both
-from tests.support.training_runs import hear_interrupts
+from tests.support.small_models import export_arm_and_mdm
+from tests.support.training_runs import restore_interrupts
 
 ROOT = Path(__file__).resolve().parents[3]
 BENCH = Bench("mt_bench", ROOT / "data")
@@ -35,7 +35,9 @@ BENCH = Bench("mt_bench", ROOT / "data")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
     """An ARM and an MDM with random weights that read 512 tokens."""
-    return {kind: str(path) for kind, path in export_both(tmp_path_factory.mktemp("models"), block_size=512).items()}
+    return {
+        kind: str(path) for kind, path in export_arm_and_mdm(tmp_path_factory.mktemp("models"), block_size=512).items()
+    }
 
 
 @pytest.fixture
@@ -193,10 +195,10 @@ def test_an_answer_is_the_text_behind_the_prompt(models, folder, script, kind):
     """By the sampler itself: the seed is the choice, the random stream the question's, whatever the batch."""
     loaded = load_model(models[kind])
     end, guidance = loaded.tokenizer.eos_id, 0.6 if kind == "mdm" else 0.0
-    how = Sampling(300, steps=6, cfg_scale=guidance, stop_id=end, seed=1)
+    how = Sampling(steps=6, cfg_scale=guidance, seed=1)
     questions = read_questions(BENCH.questions, 0, 8)
     prompts = [loaded.prompt_ids(CHAT.format(question=question.turns[0])) for question in questions]
-    rows = sample(loaded.model, prompts, how, rows=[question.question_id for question in questions])
+    rows = sample(loaded.model, prompts, how, 300, end, [question.question_id for question in questions])
     answered = [row.tolist()[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
     assert any(end in ids[:-1] for ids in answered) or kind == "arm", "some text is behind an end token"
     expected = [loaded.tokenizer.decode(ids[: [*ids, end].index(end)]).strip() for ids in answered]
@@ -225,7 +227,7 @@ def test_a_stopped_run_goes_on(models, folder, script, number):
     flags = ("--batch-size", "1", "--question-end", "12", "--steps", "40")
     words = [sys.executable, str(ROOT / "eval" / "gen_model_answer.py"), *answers(models, "mdm", *flags)]
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore_interrupts
     )
     limit = time.monotonic() + 60
     while not (Path("a.jsonl").exists() and Path("a.jsonl").read_bytes().count(b"\n") > 1):
