@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from lit_gpt.config import Config
-from lit_gpt.evaluation.mt_bench.bench import Question, answer_line
+from lit_gpt.evaluation.mt_bench.benchmark_files import MtBenchQuestion, answer_line
 from lit_gpt.evaluation.mt_bench.judging import JudgePrompt, Match, judgment_line
 from tests.support.small_tokenizers import train_small_tokenizer
 from tests.support.training_runs import make_packed_data, read_metrics, run_pretraining, script_command
@@ -69,7 +69,7 @@ def test_packed_tokens_and_their_manifest(tmp_path):
 
 
 def test_lines_of_mt_bench():
-    answer = answer_line(Question(81, "writing", ("Write.", "Again.")), "model", ["text"])
+    answer = answer_line(MtBenchQuestion(81, "writing", ("Write.", "Again.")), "model", ["text"])
     assert not unnamed(answer) and not unnamed(answer["choices"][0])
     prompt = JudgePrompt("single-v1", "", "")
     for models in (("a",), ("a", "b")):

@@ -10,7 +10,7 @@ import torch
 
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.config import Config
-from lit_gpt.data.sft_formats import CHAT
+from lit_gpt.data.sft_formats import CHAT_TEMPLATE
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
@@ -134,7 +134,7 @@ def test_requests(tokenizer):
         # Underscores are text in a chat, so an ARM takes them too.
         request = one.request("Fill ___ in", 64 * 4, chat=True)
         assert MASK not in request.row and request.row[0] == tokenizer.bos_id
-        assert tokenizer.decode(request.row) == CHAT.format(question="Fill ___ in")
+        assert tokenizer.decode(request.row) == CHAT_TEMPLATE.format(question="Fill ___ in")
         assert request.start == len(request.row)
 
 

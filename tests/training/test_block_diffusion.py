@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lit_gpt import diffusion
 from lit_gpt.config import Config
-from lit_gpt.data.batching import Batch
+from lit_gpt.data.batching import MicroBatch
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.model.visibility import Visibility
@@ -53,7 +53,7 @@ class BlockDiffusion(MaskedDiffusion):
 
     block_length: int = 4
 
-    def _masked(self, batch: Batch, t: Tensor, uniforms: Tensor) -> LossTerms:
+    def _masked(self, batch: MicroBatch, t: Tensor, uniforms: Tensor) -> LossTerms:
         clean = batch.tokens[:, :-1].contiguous()
         rows, length = clean.shape
         blocks = length // self.block_length
@@ -86,11 +86,11 @@ def objective(block_length: int) -> BlockDiffusion:
     return BlockDiffusion(12, CONFIG.mask_id, seed=11, global_batch_size=8, block_length=block_length)
 
 
-def batch(partial: bool = False) -> Batch:
+def batch(partial: bool = False) -> MicroBatch:
     lengths = torch.full((8,), 13)
     if partial:
         lengths[2], lengths[5] = 5, 9
-    return Batch(
+    return MicroBatch(
         tokens=torch.randint(0, 20, (8, 13), generator=torch.Generator().manual_seed(0)),
         lengths=lengths,
         prompt_lengths=torch.zeros(8, dtype=torch.int64),

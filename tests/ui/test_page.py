@@ -28,6 +28,7 @@ from lit_gpt.sampling.algorithms import ALGORITHMS
 from lit_gpt.sampling.sample import sample_states
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.ui.page import find_checkpoints
 from scripts import web
 from tests.support.small_models import export_arm_and_mdm
 from tests.support.training_runs import restore_interrupts
@@ -140,7 +141,7 @@ def test_the_page_is_one_file(server):
     text = answer.read().decode()
     assert answer.status == 200 and answer.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
-    assert text == (ROOT / "scripts" / "web_page.html").read_text(encoding="utf-8")
+    assert text == (ROOT / "lit_gpt" / "ui" / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//\w+\.\w|@import|<script src|<link (?!rel=\"icon\" href=\"data:)", text)
 
 
@@ -302,7 +303,7 @@ def test_files_without_a_record_are_known_by_their_shapes(tmp_path):
         model = TransEncoder(Config.from_name(6, vocab_size=512))
     path = tmp_path / "published.safetensors"
     save_file({name: torch.zeros(value.shape, dtype=torch.float16) for name, value in model.state_dict().items()}, path)
-    assert web.find_checkpoints([str(tmp_path)]) == {str(path): ("mdm", Config.from_name(6, vocab_size=512))}
+    assert find_checkpoints([str(tmp_path)]) == {str(path): ("mdm", Config.from_name(6, vocab_size=512))}
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
