@@ -155,11 +155,9 @@ def run(folder: str, devices: int, strategy: str) -> None:
     flags |= {"log_dir": f"{folder}/out", "models_dir": f"{folder}/models", "max_steps": 40, "log_interval": 1}
     config = PretrainConfig(**flags, accelerator="cpu", devices=str(devices), strategy=strategy)
     recipe = PretrainingRecipe(
-        script="train_mdm",
-        model_class=TransEncoder,
-        objective=lambda shape: BlockDiffusion(
-            shape.block_size, shape.mask_id, config.seed, config.batch_size, block_length=8
-        ),
+        "train_mdm",
+        TransEncoder,
+        lambda shape: BlockDiffusion(shape.block_size, shape.mask_id, config.seed, config.batch_size, block_length=8),
     )
     pretrain(recipe, config)
 
