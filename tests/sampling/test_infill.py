@@ -14,10 +14,9 @@ from lit_gpt.data.sft_formats import CHAT
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
-from lit_gpt.sampling.algorithms import ALGORITHMS
 from lit_gpt.sampling.infill import has_gaps, infill_row, infill_states, split_gaps
 from lit_gpt.sampling.sample import sample_states
-from lit_gpt.sampling.settings import Sampling
+from lit_gpt.sampling.settings import ALGORITHMS, Sampling
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.ui.completion import Completer
 from tests.support.small_tokenizers import convert, train_small
