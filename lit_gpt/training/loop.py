@@ -18,7 +18,7 @@ import torch
 
 from lit_gpt import devices
 from lit_gpt.data import batching
-from lit_gpt.data.batching import Batch, StepLayout
+from lit_gpt.data.batching import MicroBatch, StepLayout
 from lit_gpt.model import kernels
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.loss_terms import LossTerms
@@ -26,7 +26,7 @@ from lit_gpt.training import loggers, micro_batch, objectives, schedule, speed_m
 from lit_gpt.training.experiment import Experiment
 from lit_gpt.training.run_folder import RunFolder
 from lit_gpt.training.settings import PRECISIONS, TrainConfig
-from lit_gpt.training.validation import Effort, Validation, validate
+from lit_gpt.training.validation import Validation, ValidationSize, validate
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -136,16 +136,11 @@ class _Trainer:
             if compiled and (seconds := time.perf_counter() - started) > 2:
                 self.fabric.print(f"torch.compile: {seconds:.0f} s")
 
-        candidates = [self.layout.micro_batch_size]
-        if self.config.micro_batch_size is None:
-            known = self.folder.micro_batch_size(self.fabric.world_size)
-            terms = self._largest_terms(1)
-            columns, row_bytes = terms.input_ids.size(1), micro_batch.activation_bytes(module, terms)
-            candidates = (
-                [known]
-                if known
-                else micro_batch.micro_batch_candidates(self.layout.device_rows, columns, row_bytes, self.fabric.device)
-            )
+        known = self.config.micro_batch_size or self.folder.micro_batch_size(self.fabric.world_size)
+        rows, device = self.layout.device_rows, self.fabric.device
+        candidates = (
+            [min(known, rows)] if known else micro_batch.sizes_to_try(module, self._largest_terms(1), rows, device)
+        )
         try:
             size = micro_batch.largest_that_fits(candidates, attempt)
         except Exception as error:
@@ -161,7 +156,7 @@ class _Trainer:
 
     def _largest_terms(self, rows: int) -> LossTerms:
         """What the objective makes of `rows` made-up full rows, with every position scored that may be."""
-        batch = Batch(
+        batch = MicroBatch(
             tokens=torch.zeros((rows, self.block_size + 1), dtype=torch.int64),
             lengths=torch.full((rows,), self.block_size + 1),
             prompt_lengths=torch.zeros(rows, dtype=torch.int64),
@@ -203,7 +198,9 @@ class _Trainer:
             signals.restore()
             torch.compiler.set_stance("default")
 
-    def _train_step(self, step: int, batches: list[Batch], signals: devices.StopSignals) -> tuple[float, float, int]:
+    def _train_step(
+        self, step: int, batches: list[MicroBatch], signals: devices.StopSignals
+    ) -> tuple[float, float, int]:
         """One optimizer step.
 
         Returns:
@@ -233,7 +230,7 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return value, grad_norm, (signals.received or signal.SIGTERM) if stop else 0
 
-    def _count(self, batch: Batch, terms: LossTerms, scored: int) -> None:
+    def _count(self, batch: MicroBatch, terms: LossTerms, scored: int) -> None:
         """Count a micro batch's tokens and FLOPs; an objective may put more columns into a row than it has tokens."""
         samples, tokens = len(batch.rows), batch.tokens[:, 1:].numel()
         module = self.experiment.model
@@ -242,7 +239,7 @@ class _Trainer:
         self.speed.add_micro_batch(samples, tokens, flops)
         self.tokens += tokens * self.fabric.world_size
 
-    # --- what is seen and kept ------------------------------------------------------------------------------------
+    # --- console, log, checkpoints ------------------------------------------------------------------------------------
 
     def _announce(self) -> None:
         """Say once what is about to happen."""
@@ -302,8 +299,8 @@ class _Trainer:
         if not count:
             return 0
         started = time.perf_counter()
-        effort = Effort(count, config.val_draws, self.layout.micro_batch_size)
-        result = validate(self.fabric, self.model, self.experiment, effort, signals)
+        size = ValidationSize(count, config.val_draws, self.layout.micro_batch_size)
+        result = validate(self.fabric, self.model, self.experiment, size, signals)
         self.speed.add_validation(time.perf_counter() - started)
         if result is None:
             return signals.received or signal.SIGTERM

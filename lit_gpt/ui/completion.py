@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_gpt.checkpoints.loaded import LoadedModel
-from lit_gpt.data.sft_formats import CHAT
+from lit_gpt.data.sft_formats import CHAT_TEMPLATE
 from lit_gpt.model.causal import GPT
 from lit_gpt.sampling.infill import DEFAULT_GAP, has_gaps, infill_row, infill_states
 from lit_gpt.sampling.sequence import State
@@ -56,7 +56,7 @@ class Completer:
             ValueError: gaps of no token, or more of them than the context has room for.
         """
         if chat:
-            row = self.loaded.prompt_ids(CHAT.format(question=text))
+            row = self.loaded.prompt_ids(CHAT_TEMPLATE.format(question=text))
             return CompletionRequest(row, context_length, len(row))
         row = infill_row(text, self.loaded.tokenizer, self.loaded.model.config.mask_id, gap)
         if not row and isinstance(self.loaded.model, GPT):

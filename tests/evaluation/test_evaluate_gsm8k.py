@@ -26,8 +26,8 @@ from lit_gpt.evaluation.gsm8k import answer_word_problems, extract_answer, is_sm
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
-from tests.support.small_models import export_both
-from tests.support.training_runs import environment, kill_after_lines
+from tests.support.small_models import export_arm_and_mdm
+from tests.support.training_runs import kill_after_lines, one_thread_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "evaluate_gsm8k.py")
@@ -230,7 +230,7 @@ def test_where_there_is_no_room():
 def folder(tmp_path_factory) -> Path:
     """An ARM and an MDM with random weights, and the questions."""
     folder = tmp_path_factory.mktemp("gsm8k")
-    export_both(folder, block_size=96, embedding_scale=4.0)
+    export_arm_and_mdm(folder, block_size=96, embedding_scale=4.0)
     (folder / "test.jsonl").write_text(
         "".join(
             json.dumps({"question": question, "answer": "", "target": target}) + "\n"
@@ -353,7 +353,7 @@ def test_two_processes_write_the_same_file(folder, evaluating, tmp_path):
         [*launch, *flags_of(folder, "mdm", *words, str(tmp_path / "two.jsonl"))],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=one_thread_environment(),
         timeout=120,
     )
     assert done.returncode == 0, done.stderr

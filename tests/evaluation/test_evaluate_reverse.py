@@ -18,7 +18,7 @@ from lit_gpt.evaluation.reversal import DATA_DIR, FILES, character_bleu, is_righ
 from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
-from tests.support.small_models import export_both
+from tests.support.small_models import export_arm_and_mdm
 from tests.support.training_runs import kill_after_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ def test_bleu_over_characters():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     """An ARM and an MDM with random weights, and their tokenizer."""
-    return export_both(tmp_path_factory.mktemp("models"), block_size=64, embedding_scale=4.0)
+    return export_arm_and_mdm(tmp_path_factory.mktemp("models"), block_size=64, embedding_scale=4.0)
 
 
 def write_questions(folder: Path, known: dict[str, list[str]] | None = None) -> Path:

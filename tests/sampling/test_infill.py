@@ -10,7 +10,7 @@ import torch
 
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.config import Config
-from lit_gpt.data.sft_formats import CHAT
+from lit_gpt.data.sft_formats import CHAT_TEMPLATE
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
@@ -19,7 +19,7 @@ from lit_gpt.sampling.sample import sample_states
 from lit_gpt.sampling.settings import ALGORITHMS, Sampling
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.ui.completion import Completer
-from tests.support.small_tokenizers import convert, train_small
+from tests.support.small_tokenizers import convert_to_tokenizer_json, train_small_tokenizer
 
 TINY = Config("tiny", 2, 2, 32, 64, 2, block_size=64, vocab_size=500)
 MASK = TINY.mask_id
@@ -27,8 +27,10 @@ MASK = TINY.mask_id
 
 @pytest.fixture(scope="module", params=["sentencepiece", "tokenizers"])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder: Path = train_small(tmp_path_factory.mktemp("tokenizer") / "model")
-    return Tokenizer(folder if request.param == "sentencepiece" else convert(folder, folder.parent / "json"))
+    folder: Path = train_small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "model")
+    return Tokenizer(
+        folder if request.param == "sentencepiece" else convert_to_tokenizer_json(folder, folder.parent / "json")
+    )
 
 
 def tiny(kind: type):
@@ -131,7 +133,7 @@ def test_requests(tokenizer):
         # Underscores are text in a chat, so an ARM takes them too.
         request = one.request("Fill ___ in", 64 * 4, chat=True)
         assert MASK not in request.row and request.row[0] == tokenizer.bos_id
-        assert tokenizer.decode(request.row) == CHAT.format(question="Fill ___ in")
+        assert tokenizer.decode(request.row) == CHAT_TEMPLATE.format(question="Fill ___ in")
         assert request.start == len(request.row)
 
 

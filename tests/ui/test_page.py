@@ -27,9 +27,10 @@ from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.sample import sample_states
 from lit_gpt.sampling.settings import ALGORITHMS, Sampling
 from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.ui.page import find_checkpoints
 from scripts import web
-from tests.support.small_models import export_both
-from tests.support.training_runs import hear_interrupts
+from tests.support.small_models import export_arm_and_mdm
+from tests.support.training_runs import restore_interrupts
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -50,7 +51,7 @@ LONG = {"algorithm": "greedy", "steps": 4096, "context_length": 1024}
 def models(tmp_path_factory) -> dict[str, Path]:
     """An ARM and an MDM with random weights in folders of their own, and a file that is no model."""
     folder = tmp_path_factory.mktemp("models")
-    paths = export_both(folder, block_size=1024)
+    paths = export_arm_and_mdm(folder, block_size=1024)
     del paths["tokenizer"]
     save_file({"x": torch.zeros(2)}, folder / "foreign.safetensors")
     return paths
@@ -68,7 +69,7 @@ class Running:
             text=True,
             cwd=cwd,
             bufsize=1,
-            preexec_fn=hear_interrupts,
+            preexec_fn=restore_interrupts,
         )
         assert self.process.stdout is not None
         first = self.process.stdout.readline()
@@ -139,7 +140,7 @@ def test_the_page_is_one_file(server):
     text = answer.read().decode()
     assert answer.status == 200 and answer.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
-    assert text == (ROOT / "scripts" / "web_page.html").read_text(encoding="utf-8")
+    assert text == (ROOT / "lit_gpt" / "ui" / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//\w+\.\w|@import|<script src|<link (?!rel=\"icon\" href=\"data:)", text)
 
 
@@ -301,7 +302,7 @@ def test_files_without_a_record_are_known_by_their_shapes(tmp_path):
         model = TransEncoder(Config.from_name(6, vocab_size=512))
     path = tmp_path / "published.safetensors"
     save_file({name: torch.zeros(value.shape, dtype=torch.float16) for name, value in model.state_dict().items()}, path)
-    assert web.find_checkpoints([str(tmp_path)]) == {str(path): ("mdm", Config.from_name(6, vocab_size=512))}
+    assert find_checkpoints([str(tmp_path)]) == {str(path): ("mdm", Config.from_name(6, vocab_size=512))}
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
