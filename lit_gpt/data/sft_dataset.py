@@ -10,7 +10,6 @@ sft_sources and tokenizer.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -190,7 +189,7 @@ def _prepare(plan: Preparation, folder: Path, info: dict[str, Any]) -> None:
         batched=True,
         batch_size=_RECORDS_AT_ONCE,
         remove_columns=read.column_names,
-        fn_kwargs={"name": plan.source.name, "tokenizer": plan.tokenizer.source, "max_length": plan.max_length},
+        fn_kwargs={"name": plan.source.name, "tokenizer": plan.tokenizer, "max_length": plan.max_length},
         features=Features(
             {
                 "tokens": List(Value("int32")),
@@ -220,13 +219,7 @@ def _records(name: str, path: str) -> Any:
         yield {"position": position, "record": record}
 
 
-@functools.cache
-def _tokenizer(source: str) -> Tokenizer:
-    """One for each worker."""
-    return Tokenizer(source)
-
-
-def _tokenized(batch: dict[str, list[Any]], name: str, tokenizer: str, max_length: int) -> dict[str, list[Any]]:
+def _tokenized(batch: dict[str, list[Any]], name: str, tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
     """Records to rows: the examples, or one empty row with the reason why there is none."""
     rows: dict[str, list[Any]] = {"tokens": [], "prompt_length": [], "reason": [], "position": []}
 
@@ -236,7 +229,7 @@ def _tokenized(batch: dict[str, list[Any]], name: str, tokenizer: str, max_lengt
 
     for position, record in zip(batch["position"], batch["record"], strict=True):
         try:
-            examples = SOURCES[name].examples(record, _tokenizer(tokenizer))
+            examples = SOURCES[name].examples(record, tokenizer)
         except Unusable as why:
             add([], 0, f"{'malformed: ' if isinstance(why, Malformed) else ''}{why}", position)
             continue

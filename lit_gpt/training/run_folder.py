@@ -191,6 +191,7 @@ class RunFolder:
             state,
             {**described, "result": result},
             self.config.overwrite,
+            self.experiment.tokenizer,
         )
         if target.stem != self.experiment.export_name:
             cli.warn(f"{self.experiment.export_name} was taken by another run meanwhile: exported as {target}")
