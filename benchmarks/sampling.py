@@ -88,7 +88,7 @@ def timed_batches(size: int, flags: Flags, plain: bool) -> Callable[[Way], float
     from lit_gpt.devices import keep_freed_memory
     from lit_gpt.model.bidirectional import TransEncoder
     from lit_gpt.model.causal import GPT
-    from lit_gpt.sampling.samplers import sample
+    from lit_gpt.sampling.sample import sample
     from lit_gpt.sampling.settings import Sampling
 
     if not plain:
@@ -106,8 +106,8 @@ def timed_batches(size: int, flags: Flags, plain: bool) -> Callable[[Way], float
             sampling_baseline.sample(models[0], prompt, shape, temperature, greedy, way.get("shortcut", False))
         else:
             settings = {name: value for name, value in way.settings if name != "arm"}
-            how = Sampling(flags.context, steps=flags.steps, **settings)
-            sample(models[1 if way.get("arm") else 0], prompt.tolist(), how)
+            how = Sampling(steps=flags.steps, **settings)
+            sample(models[1 if way.get("arm") else 0], prompt.tolist(), how, flags.context)
         return time.perf_counter() - start
 
     return run

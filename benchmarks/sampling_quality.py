@@ -85,9 +85,7 @@ def main() -> None:
     points = [Point("real text", "validation", math.nan, *judged(models["judge"], real))]
     for family, name, settings in samplers():
         model = models["arm" if family == "ARM" else "mdm"]
-        points.append(
-            measure(family, name, model, prompts, models["judge"], {"context_length": flags.context, **settings})
-        )
+        points.append(measure(family, name, model, real, models["judge"], settings))
         print(f"{family} {name}", file=sys.stderr, flush=True)
     report(points, flags)
     print_divergence(models["mdm"], models["judge"], prompts, flags.context)
@@ -95,13 +93,13 @@ def main() -> None:
 
 def print_divergence(mdm: Transformer, judge: Transformer, prompts: list[list[int]], context: int) -> None:
     """How far the block caches lead from the same sampler without them: same random numbers, tokens compared."""
-    from lit_gpt.sampling.samplers import sample
+    from lit_gpt.sampling.sample import sample
     from lit_gpt.sampling.settings import Sampling
 
     settings: dict[str, Any] = {"algorithm": "greedy", "steps": 64, "temperature": 0.7, "block_length": 16}
 
     def write(**more: Any) -> list[list[int]]:
-        return [row.tolist() for row in sample(mdm, prompts, Sampling(context, **settings, **more))]
+        return [row.tolist() for row in sample(mdm, prompts, Sampling(**settings, **more), context)]
 
     exact = write()
     print("\n## What the caches change\n\ngreedy in blocks of 16, 64 steps, temperature 0.7.\n")
@@ -131,8 +129,8 @@ def samplers() -> list[tuple[str, str, dict[str, Any]]]:
         blocks = {"algorithm": "origin", "steps": steps, "block_length": 16, "temperature": 0.7}
         found.append(("blocks of 16, dual cache", f"{steps} steps", {**blocks, "cache": "dual"}))
         found.append(("remask 0.05", f"{steps} steps", {"steps": steps, "remask": 0.05, "temperature": 0.7}))
-    for care in (0.2, 0.4, 0.6, 0.9):
-        found.append(("threshold", f"{care}", {"algorithm": "threshold", "threshold": care, "temperature": 0.7}))
+    for least in (0.2, 0.4, 0.6, 0.9):
+        found.append(("threshold", f"{least}", {"algorithm": "threshold", "threshold": least, "temperature": 0.7}))
     for bound in (1.0, 4.0, 16.0):
         found.append(("entropy", f"{bound}", {"algorithm": "entropy", "entropy_bound": bound, "temperature": 0.7}))
     return found
@@ -142,21 +140,21 @@ def measure(
     family: str,
     name: str,
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    real: Sequence[Sequence[int]],
     judge: Transformer,
     settings: dict[str, Any],
 ) -> Point:
-    """Write all texts in batches of 16, and judge them."""
-    from lit_gpt.sampling.samplers import sample
+    """Write as many and as long texts as the real ones behind their first tokens, in batches of 16, and judge them."""
+    from lit_gpt.sampling.sample import sample
     from lit_gpt.sampling.settings import Sampling
 
-    how = Sampling(**settings)
-    sample(model, prompts[:1], how)
+    how, context, prompts = Sampling(**settings), len(real[0]), [row[:PROMPT] for row in real]
+    sample(model, prompts[:1], how, context)
     started = time.perf_counter()
     texts: list[list[int]] = []
     for start in range(0, len(prompts), 16):
         part = prompts[start : start + 16]
-        texts += [row.tolist() for row in sample(model, part, how, range(start, start + len(part)))]
+        texts += [row.tolist() for row in sample(model, part, how, context, rows=range(start, start + len(part)))]
     elapsed = time.perf_counter() - started
     new_tokens = sum(len(text) - PROMPT for text in texts)
     return Point(family, name, new_tokens / elapsed, *judged(judge, texts))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import Interrupted, parse, run, warn
 
 if TYPE_CHECKING:
-    from lit_gpt.evaluation.mt_bench.bench import Bench, Question, Turns
+    from lit_gpt.evaluation.mt_bench.benchmark_files import BenchmarkFiles, MtBenchQuestion, Turns
     from lit_gpt.evaluation.mt_bench.judge_client import Judge, JudgeError
     from lit_gpt.evaluation.mt_bench.judging import JudgePrompt, Match
     from lit_gpt.evaluation.result_file import ResultFile
@@ -72,15 +72,15 @@ def main() -> None:
     flags = parse(Flags, None, __doc__)
     _check(flags)
 
-    from lit_gpt.evaluation.mt_bench.bench import Bench
-    from lit_gpt.evaluation.mt_bench.judging import line_key, read_judgments, system_prompts_hash, unjudged
+    from lit_gpt.evaluation.mt_bench.benchmark_files import BenchmarkFiles
+    from lit_gpt.evaluation.mt_bench.judging import line_key, read_judgments, system_prompts_hash, unjudged_matches
     from lit_gpt.evaluation.result_file import ResultFile
 
-    bench = Bench(flags.bench_name)
+    bench = BenchmarkFiles(flags.bench_name)
     matches, prompts = _matches(flags, bench)
     path = bench.judgments(flags.judge_model, flags.mode)
     there = read_judgments(path, flags.mode) if path.exists() and flags.existing != "overwrite" else []
-    todo = unjudged(matches, there)
+    todo = unjudged_matches(matches, there)
     _say_cost(flags, matches, todo)
     if not todo:
         print(f"all of them are in {path}")
@@ -100,13 +100,13 @@ def main() -> None:
         "system_prompts": system_prompts_hash(prompts),
     }
     with ResultFile(path, settings, line_key, flags.existing) as judgments:
-        _judge_all(flags, judge, unjudged(matches, judgments.results), judgments)
+        _judge_all(flags, judge, unjudged_matches(matches, judgments.results), judgments)
         judgments.sort(lambda line: (*line_key(line)[1:-1], line["question_id"], line["turn"]))
 
 
 def _check(flags: Flags) -> None:
     """Refuse what is wrong with the flags alone, all of it at once."""
-    from lit_gpt.evaluation.mt_bench.bench import MODES
+    from lit_gpt.evaluation.mt_bench.benchmark_files import MODES
     from lit_gpt.evaluation.mt_bench.judging import TURNS
     from lit_gpt.evaluation.result_file import EXISTING
 
@@ -124,41 +124,41 @@ def _check(flags: Flags) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _matches(flags: Flags, bench: Bench) -> tuple[list[Match], dict[str, JudgePrompt]]:
+def _matches(flags: Flags, bench: BenchmarkFiles) -> tuple[list[Match], dict[str, JudgePrompt]]:
     """All that is to be judged, whether it has been or not; and the judge's prompts."""
-    from lit_gpt.evaluation.mt_bench.bench import read_answers, read_questions
-    from lit_gpt.evaluation.mt_bench.judging import Material, groups, make_matches, read_judge_prompts
+    from lit_gpt.evaluation.mt_bench.benchmark_files import read_answers, read_mt_bench_questions
+    from lit_gpt.evaluation.mt_bench.judging import JudgingInputs, make_matches, model_groups, read_judge_prompts
 
-    questions = read_questions(bench.questions)[: flags.first_n]
+    questions = read_mt_bench_questions(bench.questions)[: flags.first_n]
     models = bench.models(flags.model_list)
-    grouped = groups(flags.mode, models, flags.baseline_model)
+    grouped = model_groups(flags.mode, models, flags.baseline_model)
     names = bench.models(list(dict.fromkeys(name for group in grouped for name in group)))
     answers = {name: read_answers(bench.answers(name)) for name in names}
     for name, own in answers.items():
         _check_answers(bench.answers(name), own, questions)
     prompts = read_judge_prompts(Path(flags.judge_file))
-    material = Material(questions, answers, prompts, _references(flags, bench, questions), flags.turns)
-    without = [name for name in names if not material.has_second_turns(name)]
+    inputs = JudgingInputs(questions, answers, prompts, _references(flags, bench, questions), flags.turns)
+    without = [name for name in names if not inputs.has_second_turns(name)]
     if flags.turns == "auto" and without:
         print(f"second turns are left out of {', '.join(without)}: no question's second turn is answered")
-    return make_matches(material, grouped), prompts
+    return make_matches(inputs, grouped), prompts
 
 
-def _check_answers(path: Path, answers: dict[int, Turns], questions: Sequence[Question]) -> None:
+def _check_answers(path: Path, answers: dict[int, Turns], questions: Sequence[MtBenchQuestion]) -> None:
     """Refuse an answer file that lacks some of the questions."""
-    from lit_gpt.evaluation.mt_bench.bench import some
+    from lit_gpt.evaluation.mt_bench.benchmark_files import first_few
 
     missing = [question.question_id for question in questions if question.question_id not in answers]
     if missing:
         raise ValueError(
-            f"{path} lacks answers to {len(missing)} of {len(questions)} questions ({some(missing)}): run "
+            f"{path} lacks answers to {len(missing)} of {len(questions)} questions ({first_few(missing)}): run "
             "eval/gen_model_answer.py again, which goes on where it stood, or judge only the --first-n"
         )
 
 
-def _references(flags: Flags, bench: Bench, questions: Sequence[Question]) -> dict[int, Turns]:
+def _references(flags: Flags, bench: BenchmarkFiles, questions: Sequence[MtBenchQuestion]) -> dict[int, Turns]:
     """The reference answers, where a question needs one."""
-    from lit_gpt.evaluation.mt_bench.bench import read_answers, some
+    from lit_gpt.evaluation.mt_bench.benchmark_files import first_few, read_answers
     from lit_gpt.evaluation.mt_bench.judging import WITH_REFERENCE
 
     path = Path(flags.reference_file) if flags.reference_file else bench.references(flags.judge_model)
@@ -173,15 +173,15 @@ def _references(flags: Flags, bench: Bench, questions: Sequence[Question]) -> di
         )
     references = read_answers(path)
     if missing := [number for number in needed if number not in references]:
-        raise ValueError(f"{path} lacks {len(missing)} of {len(needed)} reference answers ({some(missing)})")
+        raise ValueError(f"{path} lacks {len(missing)} of {len(needed)} reference answers ({first_few(missing)})")
     return references
 
 
 def _say_cost(flags: Flags, matches: Sequence[Match], todo: Sequence[Match]) -> None:
     """What is to be judged, and what it takes."""
-    from lit_gpt.evaluation.mt_bench.judging import CHARACTERS_PER_TOKEN, cost
+    from lit_gpt.evaluation.mt_bench.judging import CHARACTERS_PER_TOKEN, estimate_cost
 
-    requests, tokens_in, tokens_out = cost(todo, flags.max_tokens)
+    requests, tokens_in, tokens_out = estimate_cost(todo, flags.max_tokens)
     print(
         f"{flags.judge_model}, {flags.mode}: {len(todo)} of {len(matches)} matches to judge, {requests} requests, about "
         f"{tokens_in:,} tokens to send ({CHARACTERS_PER_TOKEN} characters each), at most {tokens_out:,} to get",
@@ -206,10 +206,10 @@ def _judge_all(flags: Flags, judge: Judge, todo: Sequence[Match], judgments: Res
     """
     from tqdm import tqdm
 
-    from lit_gpt.evaluation.mt_bench.judge_client import JudgeError, JudgeRefused, Reply, in_threads
+    from lit_gpt.evaluation.mt_bench.judge_client import JudgeError, JudgeRefused, JudgeReply, in_threads
     from lit_gpt.evaluation.mt_bench.judging import judgment_line
 
-    def work(match: Match) -> list[Reply]:
+    def work(match: Match) -> list[JudgeReply]:
         return [judge(match.prompt.system, text) for text in match.user_prompts]
 
     failed: list[tuple[Match, JudgeError]] = []

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import parse, run, warn
 
 if TYPE_CHECKING:
-    from lit_gpt.evaluation.mt_bench.bench import Bench, Line
+    from lit_gpt.evaluation.mt_bench.benchmark_files import BenchmarkFiles, JsonLine
 
 
 @dataclass
@@ -48,14 +48,14 @@ def main() -> None:
     """Read, count, print, draw."""
     flags = parse(Flags, None, __doc__)
 
-    from lit_gpt.evaluation.mt_bench.bench import MODES, Bench
+    from lit_gpt.evaluation.mt_bench.benchmark_files import MODES, BenchmarkFiles
     from lit_gpt.evaluation.mt_bench.judging import read_judgments
 
     if flags.mode not in MODES:
         raise ValueError(f"--mode {flags.mode}: choose from {', '.join(MODES)}")
     if flags.radar not in (None, "off") and Path(flags.radar).suffix != ".png":
         raise ValueError(f"--radar {flags.radar}: expected FILE.png or off")
-    bench = Bench(flags.bench_name)
+    bench = BenchmarkFiles(flags.bench_name)
     path = Path(flags.input_file) if flags.input_file else bench.judgments(flags.judge_model, flags.mode)
     if not path.is_file():
         there = ", ".join(other.name for other in sorted(path.parent.glob("*.jsonl"))) or "none"
@@ -68,10 +68,10 @@ def main() -> None:
         _show_pairs(lines, flags)
 
 
-def _of_models(path: Path, lines: list[Line], flags: Flags) -> list[Line]:
+def _of_models(path: Path, lines: list[JsonLine], flags: Flags) -> list[JsonLine]:
     """The judgments of the models that the user wants to see."""
 
-    def models(line: Line) -> set[str]:
+    def models(line: JsonLine) -> set[str]:
         return {line["model"]} if flags.mode == "single" else {line["model_1"], line["model_2"]}
 
     if not lines:
@@ -87,28 +87,28 @@ def _of_models(path: Path, lines: list[Line], flags: Flags) -> list[Line]:
     return [line for line in lines if models(line) <= wanted]
 
 
-def _show_ratings(bench: Bench, lines: Sequence[Line], flags: Flags) -> None:
+def _show_ratings(bench: BenchmarkFiles, lines: Sequence[JsonLine], flags: Flags) -> None:
     """Tables by turn and by category, and the picture."""
-    from lit_gpt.evaluation.mt_bench.bench import read_questions
-    from lit_gpt.evaluation.mt_bench.tables import aligned, by_category, model_scores
+    from lit_gpt.evaluation.mt_bench.benchmark_files import read_mt_bench_questions
+    from lit_gpt.evaluation.mt_bench.tables import aligned_table, by_category, model_ratings
 
-    scores = model_scores(lines)
+    scores = model_ratings(lines)
     header = ("model", "first turn", "second turn", "average", "rated", "without rating")
     rows = [(one.model, one.mean(1), one.mean(2), one.mean(), one.rated, one.unrated) for one in scores]
-    print(aligned(header, rows))
+    print(aligned_table(header, rows))
     if not bench.questions.is_file():
         warn(f"no {bench.questions}: no table by category and no picture")
         return
-    categories = {question.question_id: question.category for question in read_questions(bench.questions)}
+    categories = {question.question_id: question.category for question in read_mt_bench_questions(bench.questions)}
     names = [one.model for one in scores]
     means: dict[str, list[float | None]] = {name: [] for name in names}
     split = by_category(lines, categories)
     for own in split.values():
-        found = {one.model: one.mean() for one in model_scores(own)}
+        found = {one.model: one.mean() for one in model_ratings(own)}
         for name in names:
             means[name].append(found.get(name))
     table = [[category, *(means[name][number] for name in names)] for number, category in enumerate(split)]
-    print("\n" + aligned(("category", *names), table))
+    print("\n" + aligned_table(("category", *names), table))
     if flags.radar == "off":
         return
 
@@ -121,14 +121,14 @@ def _show_ratings(bench: Bench, lines: Sequence[Line], flags: Flags) -> None:
     print(f"\n{picture}")
 
 
-def _show_pairs(lines: Sequence[Line], flags: Flags) -> None:
+def _show_pairs(lines: Sequence[JsonLine], flags: Flags) -> None:
     """The table of wins."""
     from lit_gpt.evaluation.mt_bench.judging import is_unrated
-    from lit_gpt.evaluation.mt_bench.tables import aligned, records
+    from lit_gpt.evaluation.mt_bench.tables import aligned_table, pairwise_records
 
-    found = records(lines, flags.baseline_model if flags.mode == "pairwise-baseline" else None)
+    found = pairwise_records(lines, flags.baseline_model if flags.mode == "pairwise-baseline" else None)
     header = ("model", "win", "loss", "tie", "win_rate", "loss_rate", "win_rate_adjusted")
-    print(aligned(header, [(one.model, one.win, one.loss, one.tie, *one.rates) for one in found]))
+    print(aligned_table(header, [(one.model, one.win, one.loss, one.tie, *one.rates) for one in found]))
     if unrated := sum(map(is_unrated, lines)):
         print(f"\n{unrated} of {len(lines)} matches are left out: a verdict is missing")
 

@@ -4,7 +4,7 @@ The command that users' shell scripts contain. Lightning no longer ships it, so 
 hands over to its successor, `fabric run`. Decisions: options are read here, up to the script's path, because `fabric
 run` also swallows options that follow the script; a mistake is one line and exit code 2, whether it is made here or in
 the script, whose exit code is kept; a signal is handed to the processes once, and they get time to save. Everything
-heavy is imported late. May import cli and nothing else of the package.
+heavy is imported late.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ SIGNAL_BASE = 128
 
 
 @dataclass
-class Options:
-    """What the launcher was told, as typed; the fields are the options' names."""
+class LauncherOptions:
+    """The launcher's options as typed; the fields are the options' names."""
 
     accelerator: str = "auto"
     """One of ACCELERATORS."""
@@ -136,8 +136,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         command = sys.argv[1:] if argv is None else list(argv)
         if "LT_CLI_USED" in os.environ:
             cli.fail("lightning run model: started inside another launcher; start the script with python there")
-        options, script, arguments = parse(command)
-        handed_over, environment = resolve(options)
+        options, script, arguments = split_command_line(command)
+        handed_over, environment = fabric_options(options)
         os.environ.update(environment)
         # The first -- ends fabric's options, the second those of torchrun's parser below it, which would take even
         # abbreviations of its own (--n) from behind the script.
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def parse(argv: Sequence[str]) -> tuple[Options, str, list[str]]:
+def split_command_line(argv: Sequence[str]) -> tuple[LauncherOptions, str, list[str]]:
     """Split a command line into the launcher's options, the script, and the script's own arguments.
 
     Args:
@@ -172,7 +172,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, str, list[str]]:
     if words[:2] != ["run", "model"]:
         got = " ".join(words[:2])
         raise ValueError(f"lightning {got}: the only command is `lightning run model [OPTIONS] SCRIPT [ARGS]`")
-    options, rest = Options(), words[2:]
+    options, rest = LauncherOptions(), words[2:]
     while rest and rest[0].startswith("-"):
         word = rest.pop(0)
         if word == "--":
@@ -206,7 +206,7 @@ def _show_help() -> NoReturn:
     raise SystemExit(0)
 
 
-def resolve(options: Options) -> tuple[list[str], dict[str, str]]:
+def fabric_options(options: LauncherOptions) -> tuple[list[str], dict[str, str]]:
     """Check the options against this machine and put them into `fabric run`'s words.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a result was made with: versions of packages, and the commit of this code. Imports nothing of the package."""
+"""What a result was made with: versions of packages, and the commit of this code, for the records of runs and results."""
 
 from __future__ import annotations
 

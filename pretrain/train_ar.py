@@ -26,13 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from lit_gpt.model.causal import GPT
     from lit_gpt.training.objectives import NextToken
-    from lit_gpt.training.pretraining import Recipe, pretrain
+    from lit_gpt.training.pretraining import PretrainingRecipe, pretrain
 
-    recipe = Recipe(
+    recipe = PretrainingRecipe(
+        script="train_ar",
         model_class=GPT,
-        objective=lambda config, _: NextToken(block_size=config.block_size),
-        # Published micro batches by size in millions; they fix which rows are averaged together, not memory.
-        group_sizes=((20, 32), (50, 16), (1028, 8), (2000, 4), (float("inf"), 2)),
+        objective=lambda config: NextToken(block_size=config.block_size),
     )
     pretrain(recipe, flags)
 

@@ -41,18 +41,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from lit_gpt.model.bidirectional import TransEncoder
     from lit_gpt.training.objectives import MaskedDiffusion
-    from lit_gpt.training.pretraining import MDM_GROUP_SIZES, Recipe, pretrain
+    from lit_gpt.training.pretraining import PretrainingRecipe, pretrain
 
-    recipe = Recipe(
+    recipe = PretrainingRecipe(
+        script="train_mdm_rl",
         model_class=TransEncoder,
-        objective=lambda config, _: MaskedDiffusion(
+        objective=lambda config: MaskedDiffusion(
             block_size=config.block_size,
             mask_id=config.mask_id,
             seed=flags.seed,
             global_batch_size=flags.batch_size,
             ssl_ratio=flags.ssl_ratio,
         ),
-        group_sizes=MDM_GROUP_SIZES,
         ssl_ratio=flags.ssl_ratio,
     )
     pretrain(recipe, flags)

@@ -13,21 +13,21 @@ ___ is a gap of --gap tokens and ___5 one of five; the row then ends where the t
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import fail, parse, run, warn
+from lit_gpt.sampling.settings import Sampling
 
 _PICTURES = (".png", ".gif")
 _SAVED = (*_PICTURES, ".jsonl")
 
 
-@dataclass
-class Flags:
-    """Flags of the chat."""
+@dataclass(frozen=True)
+class Flags(Sampling):
+    """Flags of the chat: the settings of sampling, and its own."""
 
     ckpt_path: str = ""
     """A `.safetensors` or `.pth` file, or a run folder."""
@@ -58,40 +58,34 @@ class Flags:
 
 def main() -> None:
     """Parse, load, then one completion or many."""
-    from lit_gpt.sampling.flags import chosen, with_sampling
-
-    flags: Any = parse(with_sampling(Flags), None, __doc__)
+    # A wrong setting of sampling shows here, before the checkpoint is read, which may take a while.
+    flags = parse(Flags, None, __doc__)
     _check(flags)
 
     from rich.console import Console
 
     from lit_gpt.checkpoints.loaded import load_model
-    from lit_gpt.sampling.settings import Sampling
     from lit_gpt.ui.completion import Completer
     from lit_gpt.ui.terminal import TerminalSession, TerminalSettings
 
-    # Before the checkpoint, which may take a while, so that a wrong setting shows at once; the end token is the
-    # tokenizer's, and the completer puts it in.
-    sampling = Sampling(flags.context_length or 1, stop_id=0, **chosen(flags))
     loaded = load_model(
         flags.ckpt_path, model_name=flags.model, tokenizer=flags.tokenizer, device=flags.device, dtype="float32"
     )
     # Opened now: a missing tokenizer ends the command, not a line of the conversation.
     _ = loaded.tokenizer
-    if flags.context_length is None:
-        sampling = replace(sampling, context_length=loaded.model.config.block_size)
     if loaded.kind == "arm" and Path(flags.save or "").suffix in _PICTURES:
         raise ValueError(f"--save {flags.save}: a picture shows masks, which an ARM has none of; give FILE.jsonl")
     _warn_of_unused(flags, loaded.kind)
     shown = TerminalSettings(flags.gap, flags.chat, flags.delay, flags.snapshots, flags.save)
-    session = TerminalSession(Completer(loaded), sampling, shown, Console(highlight=False))
+    length = loaded.model.config.block_size if flags.context_length is None else flags.context_length
+    session = TerminalSession(Completer(loaded), Sampling.of(flags), length, shown, Console(highlight=False))
     if flags.prompt is not None:
         session.complete(flags.prompt)
     else:
         session.complete_lines()
 
 
-def _check(flags: Any) -> None:
+def _check(flags: Flags) -> None:
     """Refuse what no checkpoint can do, before one is loaded."""
     if not flags.ckpt_path:
         fail("which checkpoint? python scripts/chat.py --ckpt_path FILE")
@@ -111,11 +105,9 @@ def _check(flags: Any) -> None:
         make_folder(Path(flags.save).parent)
 
 
-def _warn_of_unused(flags: Any, kind: str) -> None:
+def _warn_of_unused(flags: Flags, kind: str) -> None:
     """Name flags that this kind of model has no use for (guidance of an ARM is an error of the sampler)."""
-    from lit_gpt.sampling.flags import unused
-
-    for name in [*unused(flags, kind), *(["snapshots"] if flags.snapshots and kind == "arm" else [])]:
+    for name in [*flags.unused(kind), *(["snapshots"] if flags.snapshots and kind == "arm" else [])]:
         if name != "cfg_scale":
             warn(f"--{name} has no effect: this checkpoint is an {kind.upper()}")
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import Interrupted, parse, run
 
 if TYPE_CHECKING:
-    from lit_gpt.data.preparation import Outcome, Progress
-    from lit_gpt.data.preparation_plan import Plan
+    from lit_gpt.data.preparation import PackingProgress, PackingResult
+    from lit_gpt.data.preparation_plan import PackingPlan
 
 # Seconds between two lines where there is no terminal to draw a bar on.
 _LINE_EVERY_S = 30.0
@@ -66,14 +66,14 @@ def main() -> None:
     flags = parse(PrepareFlags, None, __doc__)
     _check(flags)
 
-    from lit_gpt.data.preparation import prepare
-    from lit_gpt.data.preparation_plan import Plan
-    from lit_gpt.data.text_sources import TextRules, available_cores, find_sources
+    from lit_gpt.data.preparation import pack_texts
+    from lit_gpt.data.preparation_plan import PackingPlan
+    from lit_gpt.data.text_sources import DocumentRules, available_cores, find_sources
     from lit_gpt.tokenizer import Tokenizer
 
-    plan = Plan(
+    plan = PackingPlan(
         sources=find_sources(flags.source_path, flags.percentage),
-        rules=TextRules(flags.document, flags.text_field, tuple(flags.skip_subsets)),
+        rules=DocumentRules(flags.document, flags.text_field, tuple(flags.skip_subsets)),
         tokenizer=Tokenizer(flags.tokenizer_path),
         destination=Path(flags.destination_path),
         prefix=flags.prefix,
@@ -84,7 +84,7 @@ def main() -> None:
         signal.signal(number, _stop)
     display = _Display()
     try:
-        outcome = prepare(plan, flags.num_workers or available_cores(), flags.overwrite, display.update, display.say)
+        outcome = pack_texts(plan, flags.num_workers or available_cores(), flags.overwrite, display.update, display.say)
     finally:
         display.close()
     _summary(plan, outcome)
@@ -136,7 +136,7 @@ class _Display:
         self._start_s = self._line_s = time.monotonic()
         self._first: int | None = None
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: PackingProgress) -> None:
         if not self._console.is_terminal:
             self._print_line(progress)
             return
@@ -160,7 +160,7 @@ class _Display:
             self._task, completed=progress.bytes_done, documents=progress.documents, tokens=progress.tokens
         )
 
-    def _print_line(self, progress: Progress) -> None:
+    def _print_line(self, progress: PackingProgress) -> None:
         now_s = time.monotonic()
         if self._first is None:
             self._first = progress.bytes_done
@@ -180,7 +180,7 @@ class _Display:
             self._bar.stop()
 
 
-def _summary(plan: Plan, outcome: Outcome) -> None:
+def _summary(plan: PackingPlan, outcome: PackingResult) -> None:
     for prefix, manifest in outcome.manifests.items():
         mib = manifest["text_bytes"] / 2**20
         print(

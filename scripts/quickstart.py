@@ -230,7 +230,7 @@ def sample(flags: Flags, pipeline: Pipeline, packed: Stage, results: dict[str, d
         return stage.result
 
     from lit_gpt.checkpoints.loaded import load_model
-    from lit_gpt.sampling import samplers
+    from lit_gpt.sampling.sample import sample_states
     from lit_gpt.sampling.settings import Sampling
     from lit_gpt.tokenizer import Tokenizer
     from lit_gpt.ui.trajectory import DenoisingTrajectory, indented, replay_trajectory
@@ -240,14 +240,12 @@ def sample(flags: Flags, pipeline: Pipeline, packed: Stage, results: dict[str, d
     validation = (out / "text" / "validation.txt").read_text()
     prompt = validation.lstrip().split("\n", 1)[0] + "\n" if flags.prompt is None else flags.prompt
     ids = tokenizer.encode_ids(prompt)
-    sampling = Sampling(
-        flags.block_size, "origin", flags.sampling_steps, flags.temperature, seed=flags.seed, stop_id=tokenizer.eos_id
-    )
+    sampling = Sampling("origin", flags.sampling_steps, flags.temperature, seed=flags.seed)
     texts, rates = {}, {}
     for kind, result in results.items():
         model = load_model(result["export"], kind=kind, device="cpu", dtype="float32").model
         started = time.perf_counter()
-        states = list(samplers.sample_states(model, [ids], sampling))
+        states = list(sample_states(model, [ids], sampling, flags.block_size, tokenizer.eos_id))
         rates[kind] = (flags.block_size - len(ids)) / (time.perf_counter() - started)
         texts[kind] = tokenizer.decode(states[-1].tokens()[0])
         console.print(f"  a sample of the {NAMES[kind]}, {rates[kind]:,.0f} tokens/s:", style="bold")

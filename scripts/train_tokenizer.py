@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import parse, run, warn
 
 if TYPE_CHECKING:
-    from lit_gpt.data.text_sources import Source, TextRules
+    from lit_gpt.data.text_sources import DocumentRules, TextFile
 
 # SentencePiece keeps all sentences in memory, about ten times their size.
 _MOST_BYTES = 1 << 30
@@ -54,26 +54,26 @@ def main() -> None:
     if flags.document not in ("file", "line"):
         raise ValueError(f"--document {flags.document}: expected file or line")
 
-    from lit_gpt.data.text_sources import TextRules, find_sources
+    from lit_gpt.data.text_sources import DocumentRules, find_sources
     from lit_gpt.files import make_folder, write_file
     from lit_gpt.tokenizer import Tokenizer
 
     sources = find_sources(flags.source_path)
     folder = Path(flags.destination_path)
     make_folder(folder)
-    model = train(sentences(sources, TextRules(flags.document, flags.text_field)), flags.vocab_size)
+    model = train(sentences(sources, DocumentRules(flags.document, flags.text_field)), flags.vocab_size)
     path = folder / "tokenizer.model"
     write_file(path, lambda file: file.write(model))
     tokenizer = Tokenizer(path)
     print(f"{path}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.fingerprint[:16]}")
 
 
-def sentences(sources: list[Source], rules: TextRules) -> Iterator[str]:
+def sentences(sources: list[TextFile], rules: DocumentRules) -> Iterator[str]:
     """The lines of all documents, long ones in parts, up to a fixed number of bytes."""
-    from lit_gpt.data.text_sources import Position, read_batches
+    from lit_gpt.data.text_sources import ReadPosition, read_raw_records
 
     taken = 0
-    for batch in read_batches(sources, rules, Position()):
+    for batch in read_raw_records(sources, rules, ReadPosition()):
         for document in batch.texts(rules):
             for line in document.split("\n"):
                 for start in range(0, len(line), _SENTENCE_BYTES // 4):

@@ -27,16 +27,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(FinetuneConfig, argv, __doc__)
 
     from lit_gpt.data.sft_formats import SHAREGPT
-    from lit_gpt.training.finetuning import Recipe, finetune
+    from lit_gpt.training.finetuning import FinetuningRecipe, finetune
     from lit_gpt.training.objectives import NextResponseToken
 
-    recipe = Recipe(
+    recipe = FinetuningRecipe(
+        script="finetune_ar",
         kind="arm",
-        source=SHAREGPT,
+        data_format=SHAREGPT,
         max_length=2048,
-        objective=lambda *_: NextResponseToken(),
-        # Published micro batches by size in millions; they fix which rows are averaged together, not memory.
-        group_sizes=((50, 16), (float("inf"), 8)),
+        objective=lambda _: NextResponseToken(),
         warmup_steps=lambda _: 200,
         run_name=lambda model: f"arm-sharegpt-{model.config.size_label}M",
         suffix="sharegpt",

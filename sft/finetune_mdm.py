@@ -43,17 +43,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(Flags, argv, __doc__)
 
     from lit_gpt.data.sft_formats import SHAREGPT
-    from lit_gpt.training.finetuning import MDM_GROUP_SIZES, Recipe, finetune
+    from lit_gpt.training.finetuning import FinetuningRecipe, finetune
     from lit_gpt.training.objectives import MaskedResponse
 
-    recipe = Recipe(
+    recipe = FinetuningRecipe(
+        script="finetune_mdm",
         kind="mdm",
-        source=SHAREGPT,
+        data_format=SHAREGPT,
         max_length=2048,
-        objective=lambda model, _: MaskedResponse(
+        objective=lambda model: MaskedResponse(
             model.config.mask_id, flags.seed, flags.batch_size, prompt_drop=flags.cfg
         ),
-        group_sizes=MDM_GROUP_SIZES,
         warmup_steps=lambda _: 200,
         run_name=lambda model: f"mdm-sharegpt-{model.config.size_label}M-cfg={flags.cfg}",
         suffix=f"sharegpt-cfg-{flags.cfg:g}" if flags.cfg else "sharegpt",

@@ -22,23 +22,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import parse, run
 from lit_gpt.training.settings import FinetuneConfig
 
+# Tokens of a padded example, as published.
+_ROW_LENGTH = 256
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, describe, fit."""
     flags = parse(FinetuneConfig, argv, __doc__, defaults={"epochs": 40})
 
     from lit_gpt.data.sft_formats import GSM8K
-    from lit_gpt.training.finetuning import Recipe, finetune
+    from lit_gpt.training.finetuning import FinetuningRecipe, finetune
     from lit_gpt.training.objectives import MaskedResponse
 
-    recipe = Recipe(
+    recipe = FinetuningRecipe(
+        script="finetune_mdm_gsm8k",
         kind="mdm",
-        source=GSM8K,
-        max_length=256,
-        objective=lambda model, row_length: MaskedResponse(
-            model.config.mask_id, flags.seed, flags.batch_size, row_length=row_length
+        data_format=GSM8K,
+        max_length=_ROW_LENGTH,
+        objective=lambda model: MaskedResponse(
+            model.config.mask_id, flags.seed, flags.batch_size, row_length=min(_ROW_LENGTH, model.config.block_size)
         ),
-        group_sizes=((float("inf"), 16),),
         warmup_steps=lambda steps: steps // 100,
         run_name=lambda model: f"mdm-gsm8k-{model.config.size_label}M",
         suffix="gsm8k",

@@ -29,18 +29,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(FinetuneConfig, argv, __doc__, defaults=defaults)
 
     from lit_gpt.data.sft_formats import REVERSE
-    from lit_gpt.training.finetuning import MDM_GROUP_SIZES, Recipe, finetune
+    from lit_gpt.training.finetuning import FinetuningRecipe, finetune
     from lit_gpt.training.objectives import MaskedResponse, NextResponseToken
 
     masked = {"seed": flags.seed, "global_batch_size": flags.batch_size}
-    recipe = Recipe(
+    recipe = FinetuningRecipe(
+        script="finetune_mdm_reverse",
         kind=None,
-        source=REVERSE,
+        data_format=REVERSE,
         max_length=2048,
-        objective=lambda model, _: (
+        objective=lambda model: (
             NextResponseToken() if model.kind == "arm" else MaskedResponse(model.config.mask_id, **masked)
         ),
-        group_sizes=MDM_GROUP_SIZES,
         warmup_steps=lambda _: 200,
         run_name=lambda model: f"{model.kind}-reverse-{model.config.size_label}M",
         suffix="reverse",

@@ -45,9 +45,9 @@ def golden() -> Callable[[str], Any]:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer of 400 pieces."""
-    from tests.support.small_tokenizers import train_small
+    from tests.support.small_tokenizers import train_small_tokenizer
 
-    return train_small(tmp_path_factory.mktemp("tokenizer"), vocab_size=400)
+    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), vocab_size=400)
 
 
 @pytest.fixture(scope="session")

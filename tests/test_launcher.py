@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt.launcher import Options, _code_of, parse, resolve
+from lit_gpt.launcher import LauncherOptions, _code_of, fabric_options, split_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = [sys.executable, "-m", "lit_gpt.launcher"]
@@ -150,30 +150,34 @@ def test_mistakes_are_one_line_and_code_2(tmp_path):
 def test_help_is_quick_and_complete(tmp_path):
     done = launch(tmp_path, "run", "model", "--help")
     assert done.returncode == 0
-    for name in vars(Options()):
+    for name in vars(LauncherOptions()):
         assert f"--{name.replace('_', '-')} " in done.stdout
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def documented(tmp_path: Path, *options: str) -> tuple[Options, str, list[str]]:
+def documented(tmp_path: Path, *options: str) -> tuple[LauncherOptions, str, list[str]]:
     """Parse a command line of the published form."""
     path = tmp_path / "train_mdm.py"
     path.touch()
-    options_, found, rest = parse(["run", "model", *options, str(path), "--model", "170", "--flops", "10."])
+    options_, found, rest = split_command_line(
+        ["run", "model", *options, str(path), "--model", "170", "--flops", "10."]
+    )
     assert found == str(path)
     return options_, found, rest
 
 
 def test_published_commands(tmp_path):
     options, _, rest = documented(tmp_path, "--node-rank=0", "--accelerator=cuda", "--devices=8", "--num-nodes=1")
-    assert options == Options(accelerator="cuda", devices="8", num_nodes="1", node_rank="0")
+    assert options == LauncherOptions(accelerator="cuda", devices="8", num_nodes="1", node_rank="0")
     assert rest == ["--model", "170", "--flops", "10."]
     options, _, _ = documented(
         tmp_path, "--node-rank=1", "--main-address=node0", "--accelerator=cuda", "--devices=8", "--num-nodes=2"
     )
-    assert options == Options(accelerator="cuda", devices="8", num_nodes="2", node_rank="1", main_address="node0")
+    assert options == LauncherOptions(
+        accelerator="cuda", devices="8", num_nodes="2", node_rank="1", main_address="node0"
+    )
 
 
 def test_spellings(tmp_path):
@@ -181,7 +185,7 @@ def test_spellings(tmp_path):
     apart, _, _ = documented(
         tmp_path, "--node-rank", "1", "--num-nodes", "2", "--main-port", "7", "--main-address", "h", "--"
     )
-    assert with_equals == apart == Options(node_rank="1", num_nodes="2", main_port="7", main_address="h")
+    assert with_equals == apart == LauncherOptions(node_rank="1", num_nodes="2", main_port="7", main_address="h")
 
 
 @pytest.mark.parametrize(
@@ -199,25 +203,28 @@ def test_spellings(tmp_path):
 )
 def test_wrong_command_lines(arguments, message):
     with pytest.raises(ValueError) as caught:
-        parse(arguments)
+        split_command_line(arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(accelerator="tpu"), "--accelerator tpu is unknown: choose from auto, cpu, cuda, gpu"),
-        (Options(accelerator="cpu", devices="0"), "--devices 0: expected a whole number of at least 1"),
-        (Options(accelerator="cpu", devices="two"), "--devices two: expected a whole number"),
-        (Options(accelerator="cpu", devices="0,1"), "--devices 0,1: a list takes different numbers of CUDA devices"),
-        (Options(accelerator="cpu", node_rank="1"), "--node-rank 1: expected less than --num-nodes 1"),
-        (Options(accelerator="cpu", num_nodes="x"), "--num-nodes x: expected a whole number"),
-        (Options(accelerator="cpu", main_port="http"), "--main-port http: expected a whole number"),
+        (LauncherOptions(accelerator="tpu"), "--accelerator tpu is unknown: choose from auto, cpu, cuda, gpu"),
+        (LauncherOptions(accelerator="cpu", devices="0"), "--devices 0: expected a whole number of at least 1"),
+        (LauncherOptions(accelerator="cpu", devices="two"), "--devices two: expected a whole number"),
+        (
+            LauncherOptions(accelerator="cpu", devices="0,1"),
+            "--devices 0,1: a list takes different numbers of CUDA devices",
+        ),
+        (LauncherOptions(accelerator="cpu", node_rank="1"), "--node-rank 1: expected less than --num-nodes 1"),
+        (LauncherOptions(accelerator="cpu", num_nodes="x"), "--num-nodes x: expected a whole number"),
+        (LauncherOptions(accelerator="cpu", main_port="http"), "--main-port http: expected a whole number"),
     ],
 )
 def test_wrong_values(options, message):
     with pytest.raises(ValueError) as caught:
-        resolve(options)
+        fabric_options(options)
     assert message in str(caught.value)
 
 
@@ -226,13 +233,15 @@ def test_cuda_must_be_there():
 
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with pytest.raises(ValueError, match=f"has {there} CUDA device" if there else "torch sees no CUDA device here"):
-        resolve(Options(accelerator="cuda", devices=str(there + 1)))
+        fabric_options(LauncherOptions(accelerator="cuda", devices=str(there + 1)))
 
 
 def test_options_for_fabric(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    words, environment_ = resolve(
-        Options("cpu", "2", num_nodes="2", node_rank="1", main_address="node0", strategy="ddp", precision="32-true")
+    words, environment_ = fabric_options(
+        LauncherOptions(
+            "cpu", "2", num_nodes="2", node_rank="1", main_address="node0", strategy="ddp", precision="32-true"
+        )
     )
     assert words == [
         "--devices=2", "--num-nodes=2", "--node-rank=1", "--main-address=node0", "--main-port=29400",
@@ -240,8 +249,12 @@ def test_options_for_fabric(monkeypatch):
     ]  # fmt: skip
     assert int(environment_["OMP_NUM_THREADS"]) >= 1
     # A machine alone does not look for itself elsewhere, and two runs on it must not meet at one port.
-    assert "--main-address=127.0.0.1" in resolve(Options("cpu", main_address="node0"))[0]
-    assert resolve(Options("cpu"))[0][4] != resolve(Options("cpu"))[0][4] != "--main-port=29400"
+    assert "--main-address=127.0.0.1" in fabric_options(LauncherOptions("cpu", main_address="node0"))[0]
+    assert (
+        fabric_options(LauncherOptions("cpu"))[0][4]
+        != fabric_options(LauncherOptions("cpu"))[0][4]
+        != "--main-port=29400"
+    )
 
 
 def test_one_code_for_all_processes(capsys):

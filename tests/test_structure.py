@@ -118,7 +118,7 @@ def test_slow_libraries_are_imported_late(path):
 def test_scripts_show_help_without_torch(path):
     if path.parent.name == "benchmarks":
         pytest.skip("benchmarks compare libraries, and load them")
-    quick = {"config", "cli", "training.settings", "evaluation.settings", "sampling.settings", "sampling.flags"}
+    quick = {"config", "cli", "training.settings", "evaluation.settings", "sampling.settings"}
     early = {name for name in imports(syntax_tree(path), into_functions=False)}
     assert "torch" not in {name.split(".")[0] for name in early}
     assert {name for name in early if name.startswith("lit_gpt.")} <= {
@@ -144,7 +144,7 @@ def test_import_costs_nothing():
 
 
 def test_cli_and_settings_need_no_torch():
-    modules = "cli", "config", "training.settings", "evaluation.settings", "sampling.settings", "sampling.flags"
+    modules = "cli", "config", "training.settings", "evaluation.settings", "sampling.settings"
     code = f"import sys, {', '.join(f'lit_gpt.{name}' for name in modules)}; print(*sys.modules, sep='\\n')"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not (LATE | {"torch", "numpy"}) & set(found.split())

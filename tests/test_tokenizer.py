@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import Tokenizer
-from tests.support.small_tokenizers import convert, train_small
+from tests.support.small_tokenizers import convert_to_tokenizer_json, train_small_tokenizer
 
 TEXTS = [
     "",
@@ -36,8 +36,8 @@ ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\u2581"), ma
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("tokenizers")
-    source = train_small(root / "model")
-    return source, convert(source, root / "json")
+    source = train_small_tokenizer(root / "model")
+    return source, convert_to_tokenizer_json(source, root / "json")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from lit_gpt.likelihood.loglikelihood import (
 from lit_gpt.likelihood.scoring import ScoringModel
 from lit_gpt.model.layers import Transformer
 from lit_gpt.sampling.infill import DEFAULT_GAP, infill_row, infill_states
-from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
 
@@ -226,9 +226,9 @@ class LoadedModel:
 
     def _finished(self, row: list[int], length: int, sampling: dict[str, Any]) -> list[int]:
         """The ids of a row ([MASK] at gaps) once it is written to a length."""
-        settings = Sampling(length, stop_id=self.tokenizer.eos_id, **sampling)
         with self.autocast():
-            (last,) = deque(infill_states(self.model, [row], settings), maxlen=1)
+            states = infill_states(self.model, [row], Sampling(**sampling), length, self.tokenizer.eos_id)
+            (last,) = deque(states, maxlen=1)
         return last.tokens()[0].tolist()  # type: ignore[no-any-return]
 
     # --- tokens, in batches -------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ class LoadedModel:
 
         Args:
             prompts: token ids of each.
-            rows: each row's number, as `sampling.sample`.
+            rows: each row's number, as `sample`.
             sampling: how.
             length: tokens of each finished row, prompt included.
 
@@ -299,10 +299,9 @@ class LoadedModel:
         if not has_room:
             return finished
         fitting, numbers = [prompts[n] for n in has_room], [rows[n] for n in has_room]
-        sampling = replace(sampling, context_length=length, stop_id=self.tokenizer.eos_id)
         try:
             with self.autocast():
-                ids = sample(self.model, fitting, sampling, numbers)
+                ids = sample(self.model, fitting, sampling, length, self.tokenizer.eos_id, numbers)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

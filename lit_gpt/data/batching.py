@@ -3,7 +3,7 @@
 Step s (from 0) trains on samples s * B ... s * B + B - 1 of the data set, in that order. A *group* is a fixed run of
 consecutive rows of a step; what the published recipe decides per micro batch (a random length, one denominator) is
 decided per group, from sample numbers alone. So neither the number of devices nor the micro batch changes the loss: a
-micro batch may hold several groups or part of one. May import noise-level modules and packed_dataset's Sample.
+micro batch may hold several groups or part of one.
 
 B rows, T tokens.
 """
@@ -72,7 +72,7 @@ class GroupRule(Protocol):
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """One micro batch of one device."""
 
     tokens: Tensor
@@ -90,7 +90,7 @@ class Batch:
     step: int
     """Optimizer step, from 0."""
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> MicroBatch:
         """The same batch with its tensors on a device."""
         names = ("tokens", "lengths", "prompt_lengths", "cuts", "rows", "row_weights")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
@@ -127,7 +127,7 @@ def largest_group(global_batch_size: int, group_size: int) -> int:
     return next(size for size in range(min(group_size, global_batch_size), 0, -1) if global_batch_size % size == 0)
 
 
-def step_batches(dataset: Dataset, rule: GroupRule, layout: StepLayout, step: int) -> list[Batch]:
+def step_batches(dataset: Dataset, rule: GroupRule, layout: StepLayout, step: int) -> list[MicroBatch]:
     """This device's micro batches of one step.
 
     Args:
@@ -154,12 +154,12 @@ def step_batches(dataset: Dataset, rule: GroupRule, layout: StepLayout, step: in
     return batches
 
 
-def _collate(samples: list[Sample], groups: list[Group], rows: range, groups_per_step: int, step: int) -> Batch:
+def _collate(samples: list[Sample], groups: list[Group], rows: range, groups_per_step: int, step: int) -> MicroBatch:
     """Stack samples, cut to the longest group among them."""
     longest = max(group.length for group in groups)
     tokens = np.stack([sample.tokens[: longest + 1] for sample in samples])
     weights = [1.0 / (group.denominator * groups_per_step) for group in groups]
-    return Batch(
+    return MicroBatch(
         tokens=torch.from_numpy(tokens),
         lengths=torch.tensor([sample.length for sample in samples]),
         prompt_lengths=torch.tensor([sample.prompt_length for sample in samples]),
@@ -172,7 +172,7 @@ def _collate(samples: list[Sample], groups: list[Group], rows: range, groups_per
 
 def prefetched_steps(
     dataset: Dataset, rule: GroupRule, layout: StepLayout, steps: range
-) -> Iterator[tuple[int, list[Batch]]]:
+) -> Iterator[tuple[int, list[MicroBatch]]]:
     """`step_batches` of each step, read by a thread one step ahead of training.
 
     A sample costs microseconds (memory-mapped), so one thread is enough; it hides a slow disk.
@@ -187,7 +187,7 @@ def prefetched_steps(
 
 def validation_batches(
     dataset: ValidationData, count: int, micro_batch_size: int, rank: int, world_size: int
-) -> Iterator[Batch]:
+) -> Iterator[MicroBatch]:
     """A device's share of the first `count` validation sequences, whole rows.
 
     Every device gets the same number of batches, because sharded models meet in every forward pass; rows that fill up the

@@ -4,7 +4,7 @@ Decisions: the data position of a run is one number k, and sample k is a pure fu
 a mixture k falls on data set d, index j, by a deterministic rule that keeps every set's count within two samples of its
 share; set d's epoch is j // n_d, and each epoch is a pseudo-random permutation computed on the fly, so nothing grows
 with the corpus and seeking costs nothing. What pads the end of a series is never a real token: a manifest says where it
-begins, and without one it is the trailing run of one repeated token. May import files, noise and packed_format.
+begins, and without one it is the trailing run of one repeated token.
 """
 
 from __future__ import annotations
@@ -21,19 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_gpt.data.packed_format import HEADER_BYTES, PackedDatasetBuilder, read_header
+from lit_gpt.data.packed_format import HEADER_BYTES, read_header
 from lit_gpt.files import read_json_object
 from lit_gpt.randomness import Stream, permute_index
-
-__all__ = [
-    "Extent",
-    "PackedDatasetBuilder",
-    "PackedMixture",
-    "PackedSeries",
-    "Sample",
-    "open_mixture",
-    "open_validation",
-]
 
 # Memory maps that stay open: far below the usual limit of 1024 descriptors, with thousands of files.
 _OPEN_FILES = 64

@@ -4,8 +4,7 @@ Evaluation data of earlier days is `pickle.dump(list_of_ints)`. Unpickling runs 
 reads the bytes itself. Decisions: of the format's opcodes only those that a list of integers needs are known, and any
 other ends the reading; a regular expression cuts a block into opcodes, the rest is done on arrays, so that 200 million
 ids take less than a minute; structure is checked as strictly as content (a mark within a mark, an integer that is never
-appended, bytes behind the end). Protocols 2 to 5, which Python 3 writes. This module may import nothing of the
-package.
+appended, bytes behind the end). Protocols 2 to 5, which Python 3 writes.
 
 Source of the opcodes: CPython's Lib/pickletools.py, which documents each of them.
 """

@@ -4,8 +4,7 @@ Decisions: one process reads and writes, the others tokenise batches whose resul
 depends on inputs and settings, never on the number of cores. Each document is followed by the end token (TinyLlama's
 rule); the end of the last file is filled with the begin token. Whenever a file is finished, a progress record says
 which files are, how far the sources are read, and which tokens wait for the next file; a run that finds one goes on
-from there and ends with the same bytes. Manifests are written last: a folder that has one is complete. May import
-tokenizer, packed_format, text_sources, preparation_plan and files.
+from there and ends with the same bytes. Manifests are written last: a folder that has one is complete.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from lit_gpt.data.packed_format import PackedDatasetBuilder
-from lit_gpt.data.preparation_plan import TOKENIZER_FOLDER, Plan
-from lit_gpt.data.text_sources import Batch, Position, TextRules, read_batches
+from lit_gpt.data.preparation_plan import TOKENIZER_FOLDER, PackingPlan
+from lit_gpt.data.text_sources import DocumentRules, RawRecords, ReadPosition, read_raw_records
 from lit_gpt.files import folder_lock, make_folder, write_json
 from lit_gpt.tokenizer import Tokenizer, valid_text
 
@@ -42,7 +41,7 @@ _RECORD_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
-class Progress:
+class PackingProgress:
     """How far a preparation is."""
 
     bytes_done: int
@@ -53,7 +52,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PackingResult:
     """What lies in the destination in the end."""
 
     manifests: dict[str, dict[str, Any]]
@@ -63,7 +62,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Part:
+class PackedPart:
     """A batch's share of one series."""
 
     tokens: np.ndarray
@@ -74,9 +73,13 @@ class Part:
     """UTF-8 bytes of the documents."""
 
 
-def prepare(
-    plan: Plan, workers: int, overwrite: bool, report: Callable[[Progress], object], notify: Callable[[str], object]
-) -> Outcome:
+def pack_texts(
+    plan: PackingPlan,
+    workers: int,
+    overwrite: bool,
+    report: Callable[[PackingProgress], object],
+    notify: Callable[[str], object],
+) -> PackingResult:
     """Pack, or go on packing, or find that it is done.
 
     Args:
@@ -93,13 +96,13 @@ def prepare(
     make_folder(plan.destination)
     with folder_lock(plan.destination):
         if not overwrite and (manifests := plan.finished()) is not None:
-            return Outcome(manifests, was_finished=True)
+            return PackingResult(manifests, was_finished=True)
         record = plan.clear_destination(overwrite)
         plan.copy_tokenizer(overwrite)
         all_series = [_Series(plan, prefix) for prefix in plan.prefixes]
-        position, bytes_done = Position(), 0
+        position, bytes_done = ReadPosition(), 0
         if record is not None:
-            position, bytes_done = Position(**record["position"]), record["bytes_done"]
+            position, bytes_done = ReadPosition(**record["position"]), record["bytes_done"]
             for series in all_series:
                 series.restore(record["series"][series.prefix])
             notify(
@@ -116,14 +119,14 @@ def prepare(
                 _record(plan, all_series, batch.end, bytes_done)
                 recorded_s = time.monotonic()
             counts = (sum(s.documents for s in all_series), sum(s.tokens for s in all_series))
-            report(Progress(bytes_done, plan.source_bytes, *counts))
-        return Outcome(_finish(plan, all_series), was_finished=False)
+            report(PackingProgress(bytes_done, plan.source_bytes, *counts))
+        return PackingResult(_finish(plan, all_series), was_finished=False)
 
 
 class _Series:
     """The files of one prefix while they are written."""
 
-    def __init__(self, plan: Plan, prefix: str) -> None:
+    def __init__(self, plan: PackingPlan, prefix: str) -> None:
         self.prefix, self._plan = prefix, plan
         tokenizer = plan.tokenizer
         self._builder = PackedDatasetBuilder(
@@ -136,7 +139,7 @@ class _Series:
         """Finished ones."""
         return len(self._builder.filenames)
 
-    def add(self, part: Part) -> None:
+    def add(self, part: PackedPart) -> None:
         self._builder.add_array(part.tokens)
         self.documents += len(part.digests)
         self.tokens += len(part.tokens)
@@ -189,7 +192,7 @@ class _Series:
         }
 
 
-def _finish(plan: Plan, all_series: list[_Series]) -> dict[str, dict[str, Any]]:
+def _finish(plan: PackingPlan, all_series: list[_Series]) -> dict[str, dict[str, Any]]:
     """Write the last files and the manifests, the main one last."""
     total = sum(series.documents for series in all_series)
     if not total:
@@ -208,7 +211,7 @@ def _finish(plan: Plan, all_series: list[_Series]) -> dict[str, dict[str, Any]]:
     return manifests
 
 
-def _record(plan: Plan, all_series: list[_Series], position: Position, bytes_done: int) -> None:
+def _record(plan: PackingPlan, all_series: list[_Series], position: ReadPosition, bytes_done: int) -> None:
     series = {one.prefix: one.record() for one in all_series}
     values = {"made_from": plan.identity, "position": asdict(position), "bytes_done": bytes_done, "series": series}
     write_json(plan.progress_path, values)
@@ -217,7 +220,9 @@ def _record(plan: Plan, all_series: list[_Series], position: Position, bytes_don
 # --- tokenising -----------------------------------------------------------------------------------------------------
 
 
-def pack_batch(batch: Batch, tokenizer: Tokenizer, rules: TextRules, validation_fraction: float) -> list[Part]:
+def pack_batch(
+    batch: RawRecords, tokenizer: Tokenizer, rules: DocumentRules, validation_fraction: float
+) -> list[PackedPart]:
     """Tokenise a batch.
 
     Args:
@@ -247,13 +252,15 @@ def pack_batch(batch: Batch, tokenizer: Tokenizer, rules: TextRules, validation_
         ids[part].append(tokenizer.eos_id)
         digests[part].append(digest)
         sizes[part] += len(raw)
-    parts = [Part(np.asarray(ids[p], dtype=np.int32), digests[p], sizes[p]) for p in (0, 1)]
+    parts = [PackedPart(np.asarray(ids[p], dtype=np.int32), digests[p], sizes[p]) for p in (0, 1)]
     return parts if validation_fraction else parts[:1]
 
 
-def _pack_in_order(plan: Plan, start: Position, workers: int) -> Iterator[tuple[Batch, list[Part]]]:
+def _pack_in_order(
+    plan: PackingPlan, start: ReadPosition, workers: int
+) -> Iterator[tuple[RawRecords, list[PackedPart]]]:
     """Batches with their tokens, in order, however many processes work on them."""
-    batches = read_batches(plan.sources, plan.rules, start)
+    batches = read_raw_records(plan.sources, plan.rules, start)
     if workers == 1 or plan.source_bytes < _POOL_BYTES:
         for batch in batches:
             yield batch, pack_batch(batch, plan.tokenizer, plan.rules, plan.validation_fraction)
@@ -264,7 +271,7 @@ def _pack_in_order(plan: Plan, start: Position, workers: int) -> Iterator[tuple[
         initializer=_start_worker,
         initargs=(str(plan.destination / TOKENIZER_FOLDER), plan.rules, plan.validation_fraction),
     )
-    waiting: deque[tuple[Batch, Future[list[Part]]]] = deque()
+    waiting: deque[tuple[RawRecords, Future[list[PackedPart]]]] = deque()
     try:
         for batch in batches:
             waiting.append((batch, _submit(pool, batch)))
@@ -287,7 +294,7 @@ def _pack_in_order(plan: Plan, start: Position, workers: int) -> Iterator[tuple[
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, batch: Batch) -> Future[list[Part]]:
+def _submit(pool: ProcessPoolExecutor, batch: RawRecords) -> Future[list[PackedPart]]:
     """Hand over a batch; processes that this starts inherit a blocked SIGINT, so Ctrl-C is this process's alone."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -296,10 +303,10 @@ def _submit(pool: ProcessPoolExecutor, batch: Batch) -> Future[list[Part]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-_job: tuple[Tokenizer, TextRules, float] | None = None
+_job: tuple[Tokenizer, DocumentRules, float] | None = None
 
 
-def _start_worker(tokenizer: str, rules: TextRules, validation_fraction: float) -> None:
+def _start_worker(tokenizer: str, rules: DocumentRules, validation_fraction: float) -> None:
     """Set up a worker process, which ends when its parent does, even by kill -9."""
     global _job
     _job = (Tokenizer(tokenizer), rules, validation_fraction)
@@ -313,6 +320,6 @@ def _start_worker(tokenizer: str, rules: TextRules, validation_fraction: float) 
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _work(batch: Batch) -> list[Part]:
+def _work(batch: RawRecords) -> list[PackedPart]:
     assert _job is not None
     return pack_batch(batch, *_job)

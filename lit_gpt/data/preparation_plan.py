@@ -3,7 +3,7 @@
 Decisions: a plan's identity is everything that decides the bytes of its files, names of folders and the number of cores
 apart; manifests and progress records hold it, so that the same plan is found finished or goes on, and another one is
 refused before anything is touched. The tokenizer is copied beside the files, so that a manifest needs no path of the
-machine that made it. May import tokenizer, text_sources and files.
+machine that made it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.data.text_sources import Source, TextRules
+from lit_gpt.data.text_sources import DocumentRules, TextFile
 from lit_gpt.files import HashingFile, make_folder, read_json_object, write_file
 from lit_gpt.tokenizer import Tokenizer
 
@@ -27,11 +27,11 @@ _REMEDY = "--overwrite replaces it, or give another --destination_path"
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """What is to be packed, and where to."""
 
-    sources: list[Source]
-    rules: TextRules
+    sources: list[TextFile]
+    rules: DocumentRules
     tokenizer: Tokenizer
     destination: Path
     prefix: str = "train_slim"

@@ -4,8 +4,7 @@ Decisions: the preparation is a `datasets` pipeline whose result lies in a folde
 file's hash, the format, the tokenizer, the length limit), so that nothing stale is served and a second run starts at
 once; its Arrow files are mapped, not loaded. What cannot be used is counted by reason and said; too many malformed
 records are refused. As in pretraining, sample k is a pure function of k: its epoch is k // n, and each epoch has a
-pseudo-random order of its own, in which short and long examples stay mixed. May import files, noise, packed_dataset,
-sft_sources and tokenizer.
+pseudo-random order of its own, in which short and long examples stay mixed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lit_gpt.data.packed_dataset import Extent, Sample
-from lit_gpt.data.sft_formats import SOURCES, Malformed, Source, Unusable
+from lit_gpt.data.sft_formats import SFT_FORMATS, Malformed, SftFormat, Unusable
 from lit_gpt.files import file_sha256, make_folder, read_json_object, write_json
 from lit_gpt.randomness import Stream, permute_index
 from lit_gpt.tokenizer import Tokenizer
@@ -30,7 +29,7 @@ from lit_gpt.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import pyarrow
 
-DEFAULT_CACHE = Path("~/.cache/smdm/sft")
+DEFAULT_EXAMPLES_CACHE = Path("~/.cache/smdm/sft")
 """Where prepared examples are kept."""
 # Changes whenever the same file would give other examples.
 _VERSION = 1
@@ -42,11 +41,11 @@ _TOO_LONG = "too long"
 
 
 @dataclass(frozen=True)
-class Preparation:
+class ExamplePreparation:
     """How a file becomes examples."""
 
-    source: Source
-    """Its format."""
+    data_format: SftFormat
+    """Of the file."""
     path: Path
     tokenizer: Tokenizer
     max_length: int
@@ -63,7 +62,7 @@ class SftDataset:
     """Prepared examples as endless training data; a `batching.Dataset`.
 
     Args:
-        folder: from `prepare`.
+        folder: from `prepare_examples`.
         row_length: tokens of a padded row that the model reads; a sample has one more.
         pad_id: what rows are padded with.
         seed: decides the orders.
@@ -132,7 +131,7 @@ class _Chunk:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
 
-def prepare(plan: Preparation) -> Path:
+def prepare_examples(plan: ExamplePreparation) -> Path:
     """Tokenize a file, or find that it has been.
 
     Returns:
@@ -146,16 +145,16 @@ def prepare(plan: Preparation) -> Path:
     from filelock import FileLock
 
     if not plan.path.is_file():
-        raise FileNotFoundError(missing(plan.source, plan.path))
+        raise FileNotFoundError(missing_file_line(plan.data_format, plan.path))
     parts = {
         "version": _VERSION,
-        "format": plan.source.name,
+        "format": plan.data_format.name,
         "file": file_sha256(plan.path),
         "tokenizer": plan.tokenizer.fingerprint,
         "max_length": plan.max_length,
     }
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    folder = plan.cache.expanduser() / f"{plan.source.name}-{fingerprint}"
+    folder = plan.cache.expanduser() / f"{plan.data_format.name}-{fingerprint}"
     make_folder(folder.parent)
     # Several processes of a run ask at the same time: one prepares, the others wait.
     with FileLock(f"{folder}.lock"):
@@ -166,19 +165,19 @@ def prepare(plan: Preparation) -> Path:
     return folder
 
 
-def _prepare(plan: Preparation, folder: Path, info: dict[str, Any]) -> None:
+def _prepare(plan: ExamplePreparation, folder: Path, info: dict[str, Any]) -> None:
     """The pipeline: records, examples, what is left out, then the folder under its name."""
     from datasets import Dataset, Features, List, Value
 
     # The pipeline has no word for it.
-    if next(plan.source.records(plan.path), None) is None:
+    if next(plan.data_format.records(plan.path), None) is None:
         raise ValueError(f"{plan.path} gives no example: it is empty")
     building = folder.with_suffix(".tmp")
     shutil.rmtree(building, ignore_errors=True)
     read = Dataset.from_generator(
         _records,
         features=Features({"position": Value("int64"), "record": Value("string")}),
-        gen_kwargs={"name": plan.source.name, "path": str(plan.path)},
+        gen_kwargs={"name": plan.data_format.name, "path": str(plan.path)},
         cache_dir=str(building / "records"),
         fingerprint=info["fingerprint"],
     )
@@ -189,7 +188,7 @@ def _prepare(plan: Preparation, folder: Path, info: dict[str, Any]) -> None:
         batched=True,
         batch_size=_RECORDS_AT_ONCE,
         remove_columns=read.column_names,
-        fn_kwargs={"name": plan.source.name, "tokenizer": plan.tokenizer, "max_length": plan.max_length},
+        fn_kwargs={"name": plan.data_format.name, "tokenizer": plan.tokenizer, "max_length": plan.max_length},
         features=Features(
             {
                 "tokens": List(Value("int32")),
@@ -215,7 +214,7 @@ def _prepare(plan: Preparation, folder: Path, info: dict[str, Any]) -> None:
 
 
 def _records(name: str, path: str) -> Any:
-    for position, record in SOURCES[name].records(Path(path)):
+    for position, record in SFT_FORMATS[name].records(Path(path)):
         yield {"position": position, "record": record}
 
 
@@ -229,7 +228,7 @@ def _tokenized(batch: dict[str, list[Any]], name: str, tokenizer: Tokenizer, max
 
     for position, record in zip(batch["position"], batch["record"], strict=True):
         try:
-            examples = SOURCES[name].examples(record, tokenizer)
+            examples = SFT_FORMATS[name].examples(record, tokenizer)
         except Unusable as why:
             add([], 0, f"{'malformed: ' if isinstance(why, Malformed) else ''}{why}", position)
             continue
@@ -258,7 +257,7 @@ def left_out_lines(info: dict[str, Any], max_length: int) -> list[str]:
     ]
 
 
-def _check_share(plan: Preparation, info: dict[str, Any]) -> None:
+def _check_share(plan: ExamplePreparation, info: dict[str, Any]) -> None:
     """Refuse a file of which too much is malformed, or nothing is left."""
     malformed = {reason: entry for reason, entry in info["left_out"].items() if reason.startswith("malformed")}
     count = sum(entry["records"] for entry in malformed.values())
@@ -273,7 +272,8 @@ def _check_share(plan: Preparation, info: dict[str, Any]) -> None:
         raise ValueError(f"{plan.path} gives no example: {'; '.join(left_out_lines(info, plan.max_length))}")
 
 
-def missing(source: Source, path: Path) -> str:
+def missing_file_line(data_format: SftFormat, path: Path) -> str:
     """The line for a file that is not there: where a file is to be had, and where it goes."""
-    bundled = f", or give --data_file {source.bundled}, a small one that comes with the code" if source.bundled else ""
-    return f"no training data: {path} is missing; get it from {source.origin} and put it there{bundled}"
+    small = data_format.bundled
+    bundled = f", or give --data_file {small}, a small one that comes with the code" if small else ""
+    return f"no training data: {path} is missing; get it from {data_format.origin} and put it there{bundled}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from lit_gpt.tokenizer import Tokenizer
 
-CHAT = (
+CHAT_TEMPLATE = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: {question} ASSISTANT:"
 )
@@ -41,7 +41,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Source:
+class SftFormat:
     """A format of fine-tuning data."""
 
     name: str
@@ -57,7 +57,7 @@ class Source:
     """A record to its examples; they stand or fall together. Raises Unusable."""
 
 
-def lines(path: Path) -> Iterator[tuple[int, str]]:
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     r"""The lines of a text file with their numbers, split at `\n` only (texts hold U+2028 and the like)."""
     with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, start=1):
@@ -65,7 +65,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def items(path: Path) -> Iterator[tuple[int, str]]:
+def json_items(path: Path) -> Iterator[tuple[int, str]]:
     """The items of a JSON list with their numbers, each as JSON again.
 
     Raises:
@@ -105,7 +105,7 @@ def sharegpt_examples(item: str, tokenizer: Tokenizer) -> list[Example]:
     question, answer = (turn["value"] for turn in turns[:2])
     if not question.strip() or not answer.strip():
         raise Unusable("a turn of the first round is empty")
-    prompt = [tokenizer.bos_id, *tokenizer.encode_ids(CHAT.format(question=question))]
+    prompt = [tokenizer.bos_id, *tokenizer.encode_ids(CHAT_TEMPLATE.format(question=question))]
     return [Example(prompt, [tokenizer.bos_id, *tokenizer.encode_ids(answer), tokenizer.eos_id])]
 
 
@@ -125,28 +125,28 @@ def _is_turn(turn: Any) -> bool:
     return isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
 
 
-GSM8K = Source(
+GSM8K = SftFormat(
     "gsm8k",
     "data/gsm8k/train.txt",
     "github.com/da03/implicit_chain_of_thought, the augmented GSM8K (385,620 lines)",
     "data/gsm8k/train_no_aug.txt",
-    lines,
+    text_lines,
     gsm8k_examples,
 )
-SHAREGPT = Source(
+SHAREGPT = SftFormat(
     "sharegpt",
     "data/ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json",
     "huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered",
     "data/sharegpt/dummy_conversation.json",
-    items,
+    json_items,
     sharegpt_examples,
 )
-REVERSE = Source(
+REVERSE = SftFormat(
     "reverse",
     "data/reverse_experiments/june_version_7921032488/all_prompts_train.jsonl",
     "github.com/lukasberglund/reversal_curse, its folder data/reverse_experiments",
     None,
-    lines,
+    text_lines,
     reverse_examples,
 )
-SOURCES = {source.name: source for source in (GSM8K, SHAREGPT, REVERSE)}
+SFT_FORMATS = {source.name: source for source in (GSM8K, SHAREGPT, REVERSE)}

@@ -1,9 +1,8 @@
 """Documents out of text files: .txt, .jsonl, .jsonl.zst and .parquet, read in order from any position.
 
-Reading is split in two, so that all cores can share the work: `read_batches` (one process) only cuts files into raw
-records, and `Batch.texts` (any process) parses them. A batch ends at a fixed number of bytes, so batches depend on the
-inputs alone. Lines end at newline characters only: U+2028 and its like are part of the text. May import nothing of the
-package.
+Reading is split in two, so that all cores can share the work: `read_raw_records` (one process) only cuts files into
+batches of raw records, and `RawRecords.texts` (any process) parses them. A batch ends at a fixed number of bytes, so
+batches depend on the inputs alone. Lines end at newline characters only: U+2028 and its like are part of the text.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class TextRules:
+class DocumentRules:
     """How records become documents; decides the result."""
 
     document: str = "file"
@@ -43,7 +42,7 @@ class TextRules:
 
 
 @dataclass(frozen=True)
-class Source:
+class TextFile:
     """One text file."""
 
     path: Path
@@ -69,7 +68,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Position:
+class ReadPosition:
     """Where reading goes on."""
 
     source: int = 0
@@ -81,8 +80,8 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Consecutive raw records of one file."""
+class RawRecords:
+    """A batch of consecutive raw records of one file."""
 
     path: Path
     kind: str
@@ -90,12 +89,12 @@ class Batch:
     first: int
     """Number of the first record, from 1."""
     records: tuple[bytes | str, ...]
-    end: Position
+    end: ReadPosition
     """Behind the batch."""
     bytes_read: int
     """Bytes of the file on the disk that this batch used up."""
 
-    def texts(self, rules: TextRules) -> Iterator[str]:
+    def texts(self, rules: DocumentRules) -> Iterator[str]:
         """The documents of the batch.
 
         Raises:
@@ -115,7 +114,7 @@ class Batch:
                     yield text
 
 
-def find_sources(paths: Sequence[str], share: float = 1.0) -> list[Source]:
+def find_sources(paths: Sequence[str], share: float = 1.0) -> list[TextFile]:
     """Text files of files, folders (searched to any depth) and glob patterns, each once.
 
     Args:
@@ -126,21 +125,21 @@ def find_sources(paths: Sequence[str], share: float = 1.0) -> list[Source]:
         ValueError: nothing found, or a file of another kind.
         FileNotFoundError: a path that is not there.
     """
-    found: dict[Path, Source] = {}
+    found: dict[Path, TextFile] = {}
     for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if _is_text(p) and not _hidden(p.relative_to(path)))
-            sources = [Source(p, p.relative_to(path).as_posix()) for p in files]
+            sources = [TextFile(p, p.relative_to(path).as_posix()) for p in files]
         elif path.exists():
-            sources = [Source(path, path.name)]
+            sources = [TextFile(path, path.name)]
         else:
             matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
             if not matches:
                 raise FileNotFoundError(
                     f"--source_path {given}: no such file or folder, and no file matches it as a pattern"
                 )
-            sources = [Source(match, match.name) for match in matches if match.is_file()]
+            sources = [TextFile(match, match.name) for match in matches if match.is_file()]
         foreign = next((source.path for source in sources if not source.path.name.endswith(SUFFIXES)), None)
         if foreign is not None:
             raise ValueError(f"{foreign}: unknown kind of file: expected {', '.join(SUFFIXES)}")
@@ -154,19 +153,19 @@ def find_sources(paths: Sequence[str], share: float = 1.0) -> list[Source]:
     return kept
 
 
-def read_batches(sources: Sequence[Source], rules: TextRules, start: Position) -> Iterator[Batch]:
+def read_raw_records(sources: Sequence[TextFile], rules: DocumentRules, start: ReadPosition) -> Iterator[RawRecords]:
     """Raw batches of all files, in order, from a position on.
 
     Args:
         sources: the files.
         rules: only `document` and `text_field` matter here.
-        start: `Position()`, or the `end` of a batch of an earlier run over the same files.
+        start: `ReadPosition()`, or the `end` of a batch of an earlier run over the same files.
 
     Raises:
         ValueError: a file is damaged; names it.
     """
     for index in range(start.source, len(sources)):
-        begin = start if index == start.source else Position(index)
+        begin = start if index == start.source else ReadPosition(index)
         source = sources[index]
         try:
             if source.kind == ".parquet":
@@ -174,14 +173,14 @@ def read_batches(sources: Sequence[Source], rules: TextRules, start: Position) -
             elif source.kind == ".txt" and rules.document == "file":
                 if begin.record == 0:
                     content = source.path.read_bytes()
-                    yield Batch(source.path, ".txt", 1, (content,), Position(index + 1), len(content))
+                    yield RawRecords(source.path, ".txt", 1, (content,), ReadPosition(index + 1), len(content))
             else:
                 yield from _line_batches(source, index, begin)
         except (EOFError, OSError) as error:
             raise ValueError(f"{source.path}: cannot be read ({error}); copy it again") from error
 
 
-def _line_batches(source: Source, index: int, begin: Position) -> Iterator[Batch]:
+def _line_batches(source: TextFile, index: int, begin: ReadPosition) -> Iterator[RawRecords]:
     with source.path.open("rb") as raw:
         lines = _decompressed(source, raw)
         _skip(lines, begin.offset)
@@ -190,12 +189,12 @@ def _line_batches(source: Source, index: int, begin: Position) -> Iterator[Batch
             size = sum(map(len, records))
             offset += size
             on_disk = raw.tell() if source.kind == ".jsonl.zst" else offset
-            end = Position(index, record + len(records), offset)
-            yield Batch(source.path, source.kind, record + 1, tuple(records), end, on_disk - done)
+            end = ReadPosition(index, record + len(records), offset)
+            yield RawRecords(source.path, source.kind, record + 1, tuple(records), end, on_disk - done)
             record, done = end.record, on_disk
 
 
-def _decompressed(source: Source, raw: IO[bytes]) -> IO[bytes]:
+def _decompressed(source: TextFile, raw: IO[bytes]) -> IO[bytes]:
     """The lines' bytes; a .zst file may hold several frames, each of which must be whole."""
     if source.kind != ".jsonl.zst":
         return raw
@@ -254,7 +253,7 @@ def _skip(stream: IO[bytes], count: int) -> None:
         count -= len(part)
 
 
-def _parquet_batches(source: Source, index: int, rules: TextRules, begin: Position) -> Iterator[Batch]:
+def _parquet_batches(source: TextFile, index: int, rules: DocumentRules, begin: ReadPosition) -> Iterator[RawRecords]:
     import pyarrow
     import pyarrow.parquet
 
@@ -283,12 +282,12 @@ def _parquet_batches(source: Source, index: int, rules: TextRules, begin: Positi
                         f"{source.path}: row {first + wrong + 1}: expected text in {rules.text_field!r}, got {found}"
                     )
                 used = size * record // rows - size * first // rows
-                yield Batch(source.path, ".parquet", first + 1, tuple(texts), Position(index, record), used)
+                yield RawRecords(source.path, ".parquet", first + 1, tuple(texts), ReadPosition(index, record), used)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{source.path}: not a readable parquet file ({error}); copy it again") from error
 
 
-def _json_text(line: bytes, rules: TextRules, where: str) -> str | None:
+def _json_text(line: bytes, rules: DocumentRules, where: str) -> str | None:
     """The text of a record, None for one of a skipped subset."""
     try:
         record = json.loads(line)
@@ -306,7 +305,7 @@ def _json_text(line: bytes, rules: TextRules, where: str) -> str | None:
     return text
 
 
-def _plain_text(record: bytes, rules: TextRules, path: Path, number: int) -> str:
+def _plain_text(record: bytes, rules: DocumentRules, path: Path, number: int) -> str:
     if number == 1:
         record = record.removeprefix(_UTF8_BOM)
     if rules.document == "line":

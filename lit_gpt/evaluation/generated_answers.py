@@ -66,7 +66,7 @@ def generate_answers(flags: AnswerFlags, task: AnswerTask) -> list[JsonQuestion]
     """
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once.
     samplings = [
-        Sampling(flags.length, flags.algorithm, flags.steps, task.temperature, getattr(flags, name) or 0.0, flags.seed)
+        Sampling(flags.algorithm, flags.steps, task.temperature, getattr(flags, name) or 0.0, flags.seed)
         for name in task.guidance
     ]
     rank, _ = join_processes()

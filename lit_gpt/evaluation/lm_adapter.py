@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,7 @@ from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.likelihood.estimators import make_estimator
 from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings
 from lit_gpt.randomness import hash_int
-from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.settings import Sampling
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class _Wish:
     """A text that is to be written."""
 
     prompt: list[int]
+    length: int
+    """Tokens of the finished row."""
     how: Sampling
     row: int
     """Decides its random numbers."""
@@ -240,34 +242,32 @@ class Adapter:
         if settings.get("do_sample") is False:
             temperature = 0.0
         how = Sampling(
-            len(prompt) + new_tokens,
             self.arguments.alg,
             self.arguments.steps or new_tokens,
             temperature,
             self.likelihood_settings.cfg_scale,
             self.arguments.seed,
-            self.tokenizer.eos_id,
         )
         until = settings.get("until") or []
         row = hash_int(number, *prompt) >> 1  # an int64
-        return _Wish(prompt, how, row, [until] if isinstance(until, str) else list(until))
+        return _Wish(prompt, len(prompt) + new_tokens, how, row, [until] if isinstance(until, str) else list(until))
 
     def _generate(self, wishes: dict[str, _Wish]) -> Iterator[tuple[str, str]]:
         """Texts by key, those with the same settings together; a text does not depend on its batch."""
         alike: dict[Sampling, list[str]] = {}
         for key, wish in wishes.items():
-            alike.setdefault(dataclasses.replace(wish.how, context_length=0), []).append(key)
+            alike.setdefault(wish.how, []).append(key)
         at_once = max(1, self._batch_tokens() // self.max_length)
         for how, names in alike.items():
             # Rows of about the same length waste the least.
             names.sort(key=lambda name: -len(wishes[name].prompt))
             for start in range(0, len(names), at_once):
                 batch = {name: wishes[name] for name in names[start : start + at_once]}
-                lengths = tuple(cast(int, wish.how.context_length) for wish in batch.values())
-                together = dataclasses.replace(how, context_length=lengths)
-                prompts, rows = ([getattr(wish, field) for wish in batch.values()] for field in ("prompt", "row"))
+                prompts, lengths, rows = zip(
+                    *((one.prompt, one.length, one.row) for one in batch.values()), strict=True
+                )
                 with self.loaded.autocast():
-                    ids = sample(self.loaded.model, prompts, together, rows)
+                    ids = sample(self.loaded.model, prompts, how, lengths, self.tokenizer.eos_id, rows)
                 for (name, wish), row in zip(batch.items(), ids, strict=True):
                     yield name, self._text(row.tolist()[len(wish.prompt) :], wish.until)
 

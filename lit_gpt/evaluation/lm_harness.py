@@ -20,7 +20,7 @@ from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import DEFAULT_FOLDER
 from lit_gpt.evaluation.settings import ModelArgs, read_model_args, usage
 
-KINDS = {"ar": "arm", "mdlm": "mdm"}
+HARNESS_MODEL_KINDS = {"ar": "arm", "mdlm": "mdm"}
 
 
 @dataclass
@@ -61,7 +61,7 @@ def registered_models() -> list[Any]:
 
         return Registered
 
-    return [register_model(name)(registered(kind)) for name, kind in KINDS.items()]
+    return [register_model(name)(registered(kind)) for name, kind in HARNESS_MODEL_KINDS.items()]
 
 
 def evaluate(model: str, argv: Sequence[str]) -> None:

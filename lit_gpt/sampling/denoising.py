@@ -33,7 +33,9 @@ _REVEAL, _REMASK = -1, -2
 
 
 @torch.no_grad()
-def denoise(logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size: int) -> Iterator[State]:
+def denoise(
+    logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size: int, stop_id: int | None = None
+) -> Iterator[State]:
     """Reveal a canvas block by block, each block over t = linspace(1, 1e-5, steps + 1).
 
     The steps of `origin` and `greedy` are handed to the device without waiting for it. `threshold`, `entropy` and early
@@ -45,6 +47,7 @@ def denoise(logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size:
         canvas: what to fill; [MASK] is wherever a token is neither given nor padding.
         sampling: algorithm, steps and everything else.
         vocab_size: K; ids from here on are never sampled.
+        stop_id: the end token, which early stopping needs.
 
     Yields:
         The state before the first step, then one after each.
@@ -52,7 +55,7 @@ def denoise(logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size:
     Raises:
         ValueError: the model's logits are no finite numbers.
     """
-    board = _Board(logits_fn, canvas, sampling, vocab_size)
+    board = _Board(logits_fn, canvas, sampling, vocab_size, stop_id)
     yield board.state(0)
     step = 0
     while board.clock.turn():
@@ -74,7 +77,10 @@ class _Board:
         finite: scalar bool on the device, whether all logits so far were finite numbers.
     """
 
-    def __init__(self, logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size: int) -> None:
+    def __init__(
+        self, logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size: int, stop_id: int | None
+    ) -> None:
+        self.stop_id = stop_id
         self.logits_fn, self.canvas, self.sampling, self.vocab_size = logits_fn, canvas, sampling, vocab_size
         self.device = canvas.input_ids.device
         self.origin = sampling.algorithm == "origin"
@@ -117,8 +123,8 @@ class _Board:
         self.input_ids = torch.where(revealed, spread(drawn.token_ids, 0), self.input_ids)
         self.confidence = torch.where(revealed, confidence.float(), self.confidence)
         self.written = self.written | revealed
-        if sampling.early_stop and sampling.stop_id is not None:
-            self._stop_early(sampling.stop_id)
+        if sampling.early_stop and self.stop_id is not None:
+            self._stop_early(self.stop_id)
         if self.asks:
             self.done = self.written.cpu().numpy()
             self.clock.see(self.done)
@@ -198,8 +204,8 @@ class _Board:
             max_per_row=most,
         )
         forbidden = None
-        if sampling.min_new_tokens and sampling.stop_id is not None:
-            forbidden = self.early[places], sampling.stop_id
+        if sampling.min_new_tokens and self.stop_id is not None:
+            forbidden = self.early[places], self.stop_id
         uniforms = self._uniforms(number, TOKEN, places, canvas) if sampling.temperature else None
         how = Drawing(sampling.temperature, sampling.top_k, sampling.top_p)
         return draw(self.logits_fn(batch), uniforms, how, self.vocab_size, forbidden, sampling.algorithm == "entropy")

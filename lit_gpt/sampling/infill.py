@@ -2,7 +2,7 @@
 
 Decisions: a gap is three or more underscores, `___5` one of exactly five tokens; the row ends where the text ends, since
 a person who wants more after it adds a gap. The space before a gap belongs to the gap, because a word's token holds the
-space before it. May import sampling and below.
+space before it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
-from lit_gpt.sampling.denoising import denoise
-from lit_gpt.sampling.samplers import mdm_logits, sample_states
-from lit_gpt.sampling.sequence import State, context_lengths, masked_canvas
+from lit_gpt.sampling.sample import mdm_states, sample_states
+from lit_gpt.sampling.sequence import State, context_lengths
 from lit_gpt.sampling.settings import Sampling
 
 if TYPE_CHECKING:
@@ -79,14 +78,21 @@ def infill_row(text: str, tokenizer: Tokenizer, mask_id: int, gap: int = DEFAULT
 
 
 def infill_states(
-    model: Transformer, rows: Sequence[Sequence[int] | Tensor], sampling: Sampling, numbers: Sequence[int] | None = None
+    model: Transformer,
+    rows: Sequence[Sequence[int] | Tensor],
+    sampling: Sampling,
+    context_length: int | Sequence[int],
+    stop_id: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[State]:
-    """`sampling.sample_states`, for rows that may hold [MASK] anywhere: those positions are filled in.
+    """`sample_states`, for rows that may hold [MASK] anywhere: those positions are filled in.
 
     Args:
         model: an MDM, or an ARM if no row holds [MASK].
         rows: token ids and [MASK]s; [MASK] follows up to the context length.
         sampling: how.
+        context_length: as `sample`.
+        stop_id: as `sample`.
         numbers: each row's number, the `rows` of `sample_states`.
 
     Raises:
@@ -96,14 +102,12 @@ def infill_states(
     ids = [torch.as_tensor(row, dtype=torch.int64).cpu() for row in rows]
     gaps = [row == config.mask_id for row in ids]
     if not any(bool(gap.any()) for gap in gaps):
-        return sample_states(model, ids, sampling, numbers)
+        return sample_states(model, ids, sampling, context_length, stop_id, numbers)
     if isinstance(model, GPT):
         raise ValueError(_NO_GAPS)
     # [MASK] is no token of a prompt: any token stands in for it where prompts are checked.
     given = [row.masked_fill(gap, 0) for row, gap in zip(ids, gaps, strict=True)]
-    lengths = context_lengths(given, sampling.context_length, config)
-    canvas = masked_canvas(ids, lengths, config.mask_id, numbers, next(model.parameters()).device)
-    return denoise(mdm_logits(model, sampling), canvas, sampling, config.vocab_size)
+    return mdm_states(model, ids, context_lengths(given, context_length, config), sampling, stop_id, numbers)
 
 
 def _continuation(tokenizer: Tokenizer, text: str) -> list[int]:

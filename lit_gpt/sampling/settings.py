@@ -1,80 +1,153 @@
-"""How to sample, as plain values: the one description that flags, the page and the library share. Imports no torch."""
+"""How to sample, as plain values: the one description that flags, the page and the library share.
+
+Imports no torch, so that `--help` is quick. A field's metadata say what a person must know of it: `help` for
+flags, `text` without the owner, which `kind` (`arm`, `mdm`, None for both) and `algorithm` name, and the rest of
+`setting`'s arguments.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
 ALGORITHM_NAMES = ("origin", "greedy", "threshold", "entropy")
-CACHES = ("none", "prefix", "dual")
+
+
+def setting(
+    default: Any,
+    text: str,
+    owner: str | None = None,
+    needs: str | None = None,
+    choices: tuple[str, ...] = (),
+    bounds: tuple[float, float | None] | None = None,
+) -> Any:
+    """A field of `Sampling`.
+
+    Args:
+        default: its value unless another one is given.
+        text: what it does.
+        owner: who alone has a use for it: `arm`, `mdm`, or one of the MDM's algorithms. If it is off by default, other
+            algorithms refuse it.
+        needs: another field, without which only the default will do.
+        choices: its values, if there are few.
+        bounds: its smallest and its largest value; None is any finite number.
+    """
+    algorithm = None if owner in (None, "arm", "mdm") else owner
+    kind = "mdm" if algorithm else owner
+    before = ", ".join(filter(None, (kind and kind.upper(), algorithm)))
+    metadata: dict[str, Any] = {"help": f"{before}: {text}" if before else text[0].upper() + text[1:]}
+    metadata |= {"text": text, "kind": kind, "algorithm": algorithm, "needs": needs}
+    return field(default=default, metadata=metadata | {"choices": choices, "bounds": bounds})
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. Fields that only one kind of model has a use for say so."""
+    """How to sample. What follows from the prompts and the tokenizer (context length, end token) is no setting."""
 
-    context_length: int | tuple[int, ...]
-    """Tokens of the finished row, prompt included; a tuple gives each row its own."""
-    algorithm: str = "origin"
-    """MDM: origin, greedy (also spelt greddy), threshold or entropy."""
-    steps: int = 128
-    """MDM: denoising steps, for threshold and entropy at most; more steps than masked positions is normal use."""
-    temperature: float = 1.0
-    """0 takes the likeliest token; 1 samples from the model's distribution."""
-    cfg_scale: float = 0.0
-    """MDM: classifier-free guidance; 0 is none."""
-    seed: int = 1234
-    """Together with a row's number it decides all that is random."""
-    stop_id: int | None = None
-    """The end token (the tokenizer's eos): an ARM's row ends with it, an MDM's with early_stop."""
-    use_cache: bool = True
-    """ARM: keep keys and values instead of reading the whole row again for each token; the tokens are the same."""
-    top_k: int = 0
-    """Draw only from the k likeliest tokens; 0 from all."""
-    top_p: float = 1.0
-    """Draw only from the likeliest tokens that together reach this probability."""
-    min_new_tokens: int = 0
-    """No end token among the first so many new ones."""
-    threshold: float = 0.9
-    """MDM, threshold: reveal every token with at least this confidence."""
-    entropy_bound: float = 0.1
-    """MDM, entropy: nats that the tokens of one step may share; higher is faster and less careful."""
-    block_length: int = 0
-    """MDM: write blocks of so many tokens from left to right, each in its share of the steps; 0 is one block."""
-    cache: str = "none"
-    """MDM, with block_length: keep keys and values of what a block's steps do not change: none, prefix or dual."""
-    refresh: int = 0
-    """MDM, with cache: read everything again after so many steps; 0 only at each block's start, 1 is exact."""
-    remask: float = 0.0
-    """MDM, origin: largest share of written tokens that a step masks again, to be written better (ReMDM-cap)."""
-    early_stop: bool = False
-    """MDM: once the end token stands with nothing masked before it, the row is done: end tokens fill the rest."""
+    algorithm: str = setting(
+        "origin",
+        "origin, greedy (also spelt greddy), threshold or entropy.",
+        owner="mdm",
+        choices=ALGORITHM_NAMES,
+    )
+    steps: int = setting(
+        128,
+        "denoising steps, for threshold and entropy at most; more steps than masked positions is normal use.",
+        owner="mdm",
+        bounds=(1, None),
+    )
+    temperature: float = setting(
+        1.0, "0 takes the likeliest token; 1 samples from the model's distribution.", bounds=(0, None)
+    )
+    cfg_scale: float = setting(0.0, "classifier-free guidance; 0 is none.", owner="mdm", bounds=(0, None))
+    seed: int = setting(1234, "together with a row's number it decides all that is random.")
+    use_cache: bool = setting(
+        True,
+        "keep keys and values instead of reading the whole row again for each token; the tokens are the same.",
+        owner="arm",
+    )
+    top_k: int = setting(0, "draw only from the k likeliest tokens; 0 from all.", bounds=(0, None))
+    top_p: float = setting(
+        1.0, "draw only from the likeliest tokens that together reach this probability.", bounds=(0, 1)
+    )
+    min_new_tokens: int = setting(0, "no end token among the first so many new ones.", bounds=(0, None))
+    threshold: float = setting(
+        0.9, "reveal every token with at least this confidence.", owner="threshold", bounds=(0, 1)
+    )
+    entropy_bound: float = setting(
+        0.1,
+        "nats that the tokens of one step may share; higher is faster and less careful.",
+        owner="entropy",
+        bounds=(0, math.inf),
+    )
+    block_length: int = setting(
+        0,
+        "write blocks of so many tokens from left to right, each in its share of the steps; 0 is one block.",
+        owner="mdm",
+        bounds=(0, None),
+    )
+    cache: str = setting(
+        "none",
+        "with block_length, keep keys and values of what a block's steps do not change: none, prefix or dual.",
+        owner="mdm",
+        needs="block_length",
+        choices=("none", "prefix", "dual"),
+    )
+    refresh: int = setting(
+        0,
+        "with cache, read everything again after so many steps; 0 only at each block's start, 1 is exact.",
+        owner="mdm",
+        bounds=(0, None),
+    )
+    remask: float = setting(
+        0.0,
+        "largest share of written tokens that a step masks again, to be written better (ReMDM-cap).",
+        owner="origin",
+        bounds=(0, 1),
+    )
+    early_stop: bool = setting(
+        False,
+        "once the end token stands with nothing masked before it, the row is done: end tokens fill the rest.",
+        owner="mdm",
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "algorithm", algorithm_name(self.algorithm))
-        problems = []
-        if self.steps < 1:
-            problems.append(f"steps is {self.steps}: at least 1 is needed")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            problems.append(f"temperature is {self.temperature}: it must be a number from 0 up")
-        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
-            problems.append(f"cfg_scale is {self.cfg_scale}: it must be a number from 0 up")
-        for name, low, high in (("threshold", 0, 1), ("top_p", 0, 1), ("remask", 0, 1), ("entropy_bound", 0, math.inf)):
-            if not low <= getattr(self, name) <= high:
-                problems.append(f"{name} is {getattr(self, name)}: it must be a number from {low} to {high}")
-        for name in ("top_k", "min_new_tokens", "block_length", "refresh"):
-            if getattr(self, name) < 0:
-                problems.append(f"{name} is {getattr(self, name)}: it must be a whole number from 0 up")
-        if self.cache not in CACHES:
-            problems.append(f"cache is {self.cache!r}: choose from {', '.join(CACHES)}")
-        elif self.cache != "none" and not self.block_length:
-            problems.append(f"cache {self.cache} needs a block_length")
-        if self.remask and self.algorithm != "origin":
-            problems.append(f"remask goes with the algorithm origin, not {self.algorithm}")
-        if self.early_stop and self.stop_id is None:
-            problems.append("early_stop needs a stop_id")
+        problems = [problem for field in fields(Sampling) if (problem := self._problem(field))]
         if problems:
             raise ValueError("sampling: " + "; ".join(problems))
+
+    def _problem(self, field: Field[Any]) -> str | None:
+        """What is wrong with one value, if anything is."""
+        name, value = field.name, getattr(self, field.name)
+        choices, bounds, needs, algorithm = map(field.metadata.get, ("choices", "bounds", "needs", "algorithm"))
+        if choices and value not in choices:
+            return f"{name} is {value!r}: choose from {', '.join(choices)}"
+        if bounds is not None:
+            low, high = bounds
+            if not (low <= value <= high if high is not None else low <= value and math.isfinite(value)):
+                number = "a whole number" if field.type == "int" else "a number"
+                expected = f"it must be {number} from {low} " + ("up" if high is None else f"to {high}")
+                return f"{name} is {value}: {f'at least {low} is needed' if low else expected}"
+        if needs and value != field.default and not getattr(self, needs):
+            return f"{name} {value} needs a {needs}"
+        if algorithm and value and not field.default and self.algorithm != algorithm:
+            return f"{name} goes with the algorithm {algorithm}, not {self.algorithm}"
+        return None
+
+    @classmethod
+    def of(cls, flags: Any) -> Sampling:
+        """The settings among a script's flags, which have them as fields."""
+        return Sampling(**{field.name: getattr(flags, field.name) for field in fields(Sampling)})
+
+    def unused(self, kind: str) -> list[str]:
+        """Names of settings that are not the default's and that this kind of model (`arm`, `mdm`) has no use for."""
+        return [
+            field.name
+            for field in fields(Sampling)
+            if field.metadata["kind"] not in (None, kind) and getattr(self, field.name) != field.default
+        ]
 
 
 _HISTORIC_NAMES = {"greddy": "greedy"}

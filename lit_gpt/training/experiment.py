@@ -26,7 +26,7 @@ class Experiment:
     val_data: ValidationData | None
     """Validation sequences, or None."""
     group_size: int
-    """Rows that share a length and a denominator (the published code's micro batch)."""
+    """Rows that share a length and a denominator (the published micro batch, `training.group_sizes`)."""
     max_steps: int
     """The last optimizer step."""
     warmup_steps: int

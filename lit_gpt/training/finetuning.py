@@ -1,7 +1,7 @@
 """What the four fine-tuning scripts share: the checkpoint to start from, the prepared examples, steps and names.
 
 A script says which data, which objective and which published numbers; this module turns them and the flags into an
-`Experiment` and hands it to `trainer.fit`. May import everything below the scripts.
+`Experiment` and hands it to `training.loop.fit`.
 """
 
 from __future__ import annotations
@@ -15,35 +15,34 @@ from lit_gpt import devices
 from lit_gpt.checkpoints import weights
 from lit_gpt.checkpoints.tokenizer_lookup import find_tokenizer
 from lit_gpt.data import sft_dataset
-from lit_gpt.data.sft_dataset import Preparation, SftDataset
-from lit_gpt.data.sft_formats import Source
+from lit_gpt.data.sft_dataset import ExamplePreparation, SftDataset
+from lit_gpt.data.sft_formats import SftFormat
 from lit_gpt.model.layers import Transformer
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.training import loop
 from lit_gpt.training.experiment import Experiment
+from lit_gpt.training.group_sizes import group_size
 from lit_gpt.training.objectives import Objective
 from lit_gpt.training.settings import FinetuneConfig
 
 # A run may be too short for its recipe's warmup; then it ends in the middle (ours: the published runs are longer).
 _LARGEST_WARMUP = 0.5
-MDM_GROUP_SIZES = ((50, 16), (1000, 8), (float("inf"), 4))
-"""Published micro batches by size in millions; they fix which rows are averaged together, not memory."""
 
 
 @dataclass
-class Recipe:
+class FinetuningRecipe:
     """What makes one fine-tuning script different from the next."""
 
+    script: str
+    """Its name, which the table of group sizes knows."""
     kind: str | None
     """Of the model: `arm` or `mdm`; None for either."""
-    source: Source
+    data_format: SftFormat
     """The data's format."""
     max_length: int
     """Tokens of the longest example, unless the model reads fewer."""
-    objective: Callable[[Transformer, int], Objective]
-    """Builds what is learnt, from the model and the row's length in tokens."""
-    group_sizes: tuple[tuple[float, int], ...]
-    """(largest size in millions, rows of a group), ascending; the published micro batches."""
+    objective: Callable[[Transformer], Objective]
+    """Builds what is learnt, from the model."""
     warmup_steps: Callable[[int], int]
     """The run's steps to those of linear warmup."""
     run_name: Callable[[Transformer], str]
@@ -54,17 +53,17 @@ class Recipe:
     """Whether a group is cut to its longest row; False pads all rows to the same length."""
 
 
-def finetune(recipe: Recipe, flags: FinetuneConfig) -> dict[str, Any]:
+def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     """Run one fine-tuning from flags to exported model.
 
     Raises:
         ValueError, FileNotFoundError: anything a user can get wrong, with the remedy.
     """
     _check(flags)
-    path = Path(flags.data_file or recipe.source.path)
+    path = Path(flags.data_file or recipe.data_format.path)
     if not path.is_file():
         # Before a large checkpoint is loaded.
-        raise FileNotFoundError(sft_dataset.missing(recipe.source, path))
+        raise FileNotFoundError(sft_dataset.missing_file_line(recipe.data_format, path))
     model, record = weights.read_model(flags.pretrain_path, flags.model, recipe.kind)
     model.train()
     tokenizer = find_tokenizer(flags.pretrain_path, model.config, record, flags.tokenizer)
@@ -78,18 +77,18 @@ def finetune(recipe: Recipe, flags: FinetuneConfig) -> dict[str, Any]:
     warmup = flags.warmup_steps
     if warmup is None:
         warmup = min(recipe.warmup_steps(steps), int(steps * _LARGEST_WARMUP))
-    group_size = next(rows for limit, rows in recipe.group_sizes if config.size_in_millions <= limit)
+    rows = group_size(recipe.script, config.size_in_millions)
     settings = flags.settings() | {"kind": model.kind, "model": config.to_dict(), "data": data.fingerprint}
-    settings |= {"pretrained": weights.state_hash(model.state_dict()), "group_size": group_size}
+    settings |= {"pretrained": weights.state_hash(model.state_dict()), "group_size": rows}
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
     name = recipe.run_name(model)
     experiment = Experiment(
         name=name,
         model=model,
-        objective=recipe.objective(model, row_length),
+        objective=recipe.objective(model),
         train_data=data,
         val_data=None,
-        group_size=group_size,
+        group_size=rows,
         max_steps=steps,
         warmup_steps=warmup,
         settings=settings,
@@ -115,18 +114,20 @@ def _check(flags: FinetuneConfig) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _data(recipe: Recipe, flags: FinetuneConfig, path: Path, tokenizer: Tokenizer, row_length: int) -> SftDataset:
+def _data(
+    recipe: FinetuningRecipe, flags: FinetuneConfig, path: Path, tokenizer: Tokenizer, row_length: int
+) -> SftDataset:
     """The examples, prepared now or earlier."""
-    plan = Preparation(
-        source=recipe.source,
+    plan = ExamplePreparation(
+        data_format=recipe.data_format,
         path=path,
         tokenizer=tokenizer,
         max_length=row_length,
         max_malformed=flags.max_malformed,
         workers=flags.workers,
-        cache=Path(flags.cache_dir) if flags.cache_dir else sft_dataset.DEFAULT_CACHE,
+        cache=Path(flags.cache_dir) if flags.cache_dir else sft_dataset.DEFAULT_EXAMPLES_CACHE,
     )
-    return SftDataset(sft_dataset.prepare(plan), row_length, tokenizer.eos_id, flags.seed)
+    return SftDataset(sft_dataset.prepare_examples(plan), row_length, tokenizer.eos_id, flags.seed)
 
 
 def _steps(data: SftDataset, flags: FinetuneConfig) -> int:

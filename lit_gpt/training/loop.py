@@ -18,7 +18,7 @@ import torch
 
 from lit_gpt import devices
 from lit_gpt.data import batching
-from lit_gpt.data.batching import Batch, StepLayout
+from lit_gpt.data.batching import MicroBatch, StepLayout
 from lit_gpt.model import kernels
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.loss_terms import LossTerms
@@ -161,7 +161,7 @@ class _Trainer:
 
     def _largest_terms(self, rows: int) -> LossTerms:
         """What the objective makes of `rows` made-up full rows, with every position scored that may be."""
-        batch = Batch(
+        batch = MicroBatch(
             tokens=torch.zeros((rows, self.block_size + 1), dtype=torch.int64),
             lengths=torch.full((rows,), self.block_size + 1),
             prompt_lengths=torch.zeros(rows, dtype=torch.int64),
@@ -203,7 +203,9 @@ class _Trainer:
             signals.restore()
             torch.compiler.set_stance("default")
 
-    def _train_step(self, step: int, batches: list[Batch], signals: devices.StopSignals) -> tuple[float, float, int]:
+    def _train_step(
+        self, step: int, batches: list[MicroBatch], signals: devices.StopSignals
+    ) -> tuple[float, float, int]:
         """One optimizer step.
 
         Returns:
@@ -233,7 +235,7 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return value, grad_norm, (signals.received or signal.SIGTERM) if stop else 0
 
-    def _count(self, batch: Batch, terms: LossTerms, scored: int) -> None:
+    def _count(self, batch: MicroBatch, terms: LossTerms, scored: int) -> None:
         """Count a micro batch's tokens and FLOPs; an objective may put more columns into a row than it has tokens."""
         samples, tokens = len(batch.rows), batch.tokens[:, 1:].numel()
         module = self.experiment.model

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt import diffusion
-from lit_gpt.data.batching import Batch, Group
+from lit_gpt.data.batching import Group, MicroBatch
 from lit_gpt.data.packed_dataset import Extent
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.model.visibility import Visibility
@@ -33,7 +33,7 @@ class Objective(Protocol):
         """Cut and denominator of a group; see `batching.GroupRule`."""
         ...
 
-    def training(self, batch: Batch) -> LossTerms:
+    def training(self, batch: MicroBatch) -> LossTerms:
         """A training micro batch, with the run's noise."""
         ...
 
@@ -57,7 +57,7 @@ class ValidatedObjective(Objective, Protocol):
         """Validation draws per sequence that make sense; None where more draws are more exact."""
         ...
 
-    def validation(self, batch: Batch, draw: int, draws: int) -> LossTerms:
+    def validation(self, batch: MicroBatch, draw: int, draws: int) -> LossTerms:
         """A validation batch with the fixed noise of one draw; weights sum to nats, not to a mean."""
         ...
 
@@ -76,14 +76,14 @@ class NextToken:
         """The whole row; every token but the first of a row is predicted."""
         return Group(self.block_size, sum(row.length - 1 for row in extents))
 
-    def training(self, batch: Batch) -> LossTerms:
+    def training(self, batch: MicroBatch) -> LossTerms:
         """Read tokens 0 .. T-1, predict 1 .. T."""
         targets = batch.tokens[:, 1:]
         counted = _before(torch.minimum(batch.lengths - 1, batch.cuts), targets.size(1))
         # Padding lies behind everything that is scored, so a causal model attends to none of it.
         return LossTerms(batch.tokens[:, :-1], targets, counted * batch.row_weights.float()[:, None], counted)
 
-    def validation(self, batch: Batch, draw: int, draws: int) -> LossTerms:
+    def validation(self, batch: MicroBatch, draw: int, draws: int) -> LossTerms:
         """As in training; there is no noise."""
         return self.training(batch)
 
@@ -122,17 +122,17 @@ class MaskedDiffusion:
                 length = 1 + hash_int(self.seed, Stream.RANDOM_LENGTH, step, group, 1) % self.block_size
         return Group(length, sum(min(row.length, length) for row in extents))
 
-    def training(self, batch: Batch) -> LossTerms:
+    def training(self, batch: MicroBatch) -> LossTerms:
         """Mask with times stratified over the step's rows."""
         return self._masked(batch, *_training_noise(batch, self.seed, self.global_batch_size))
 
-    def validation(self, batch: Batch, draw: int, draws: int) -> LossTerms:
+    def validation(self, batch: MicroBatch, draw: int, draws: int) -> LossTerms:
         """Mask with noise that is the same for every run: a function of the sequence's number and the draw."""
         t = diffusion.low_discrepancy_times(batch.rows, draw, draws)
         uniforms = uniform_grid(0, Stream.VALIDATION, draw, batch.rows, batch.tokens.size(1) - 1)
         return self._masked(batch, t, uniforms)
 
-    def _masked(self, batch: Batch, t: Tensor, uniforms: Tensor) -> LossTerms:
+    def _masked(self, batch: MicroBatch, t: Tensor, uniforms: Tensor) -> LossTerms:
         clean = batch.tokens[:, :-1]
         real = _before(torch.minimum(batch.lengths, batch.cuts), clean.size(1))
         p_mask = diffusion.masking_probability(t)
@@ -151,7 +151,7 @@ class NextResponseToken:
         predicted = sum(row.length - max(row.prompt_length, 1) for row in extents)
         return Group(max(row.length for row in extents) - 1, predicted)
 
-    def training(self, batch: Batch) -> LossTerms:
+    def training(self, batch: MicroBatch) -> LossTerms:
         """Read tokens 0 .. T-1, predict 1 .. T, where that is response."""
         targets = batch.tokens[:, 1:]
         columns = targets.size(1)
@@ -182,7 +182,7 @@ class MaskedResponse:
         length = self.row_length or max(row.length for row in extents)
         return Group(length, sum(length - min(row.prompt_length, length) for row in extents))
 
-    def training(self, batch: Batch) -> LossTerms:
+    def training(self, batch: MicroBatch) -> LossTerms:
         """Mask everything behind the prompts at rate p, drop some prompts."""
         t, uniforms = _training_noise(batch, self.seed, self.global_batch_size)
         clean, columns = batch.tokens[:, :-1], batch.tokens.size(1) - 1
@@ -196,7 +196,7 @@ class MaskedResponse:
         return LossTerms(noisy_input, clean, weights, row & ~prompt, visibility=_without_padding(row))
 
 
-def _training_noise(batch: Batch, seed: int, global_batch_size: int) -> tuple[Tensor, Tensor]:
+def _training_noise(batch: MicroBatch, seed: int, global_batch_size: int) -> tuple[Tensor, Tensor]:
     """Times (B,), stratified over the step's rows, and uniform numbers (B, T)."""
     t = diffusion.diffusion_times(seed, batch.step, batch.rows, global_batch_size)
     return t, uniform_grid(seed, Stream.MASK, batch.step, batch.rows, batch.tokens.size(1) - 1)

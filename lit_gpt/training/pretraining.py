@@ -1,12 +1,11 @@
-"""What the three pretraining scripts share: opening the packed data, the model's shape, names, group sizes.
+"""What the three pretraining scripts share: opening the packed data, the model's shape, the number of steps, names.
 
-A script says which model and which objective; this module turns the flags into an `Experiment` and hands it to
-`trainer.fit`. May import everything below the scripts.
+A script says which model and which objective; this module turns that and the flags into an `Experiment` and hands it to
+`training.loop.fit`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,28 +19,26 @@ from lit_gpt.model.layers import Transformer
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.training import loop, schedule
 from lit_gpt.training.experiment import Experiment
+from lit_gpt.training.group_sizes import group_size
 from lit_gpt.training.objectives import Objective
 from lit_gpt.training.settings import SHAPE_FLAGS, PretrainConfig
 
-MDM_GROUP_SIZES = ((20, 32), (50, 16), (1000, 8), (math.inf, 4))
-"""Published micro batches by size in millions; they fix which rows are averaged together, not memory."""
-
 
 @dataclass
-class Recipe:
+class PretrainingRecipe:
     """What makes one pretraining script different from the next."""
 
+    script: str
+    """Its name, which the table of group sizes knows."""
     model_class: type[Transformer]
     """GPT or TransEncoder."""
-    objective: Callable[[Config, PretrainConfig], Objective]
-    """Builds what is learnt."""
-    group_sizes: tuple[tuple[float, int], ...]
-    """(largest size in millions, rows of a group), ascending; the published micro batches."""
+    objective: Callable[[Config], Objective]
+    """Builds what is learnt, from the model's config."""
     ssl_ratio: float | None = None
     """Share of groups with a random length; None where the script has none."""
 
 
-def pretrain(recipe: Recipe, flags: PretrainConfig) -> dict[str, Any]:
+def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]:
     """Run one pretraining from flags to exported model.
 
     Raises:
@@ -73,7 +70,7 @@ def pretrain(recipe: Recipe, flags: PretrainConfig) -> dict[str, Any]:
     else:
         model.init_weights(flags.seed)
     warmup = schedule.default_warmup(steps) if flags.warmup_steps is None else flags.warmup_steps
-    group_size = next(rows for limit, rows in recipe.group_sizes if config.size_in_millions <= limit)
+    rows = group_size(recipe.script, config.size_in_millions)
     settings = flags.settings() | {
         "kind": kind,
         "model": config.to_dict(),
@@ -81,15 +78,15 @@ def pretrain(recipe: Recipe, flags: PretrainConfig) -> dict[str, Any]:
         "init_from": start_hash,
     }
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
-    settings |= {"ssl_ratio": recipe.ssl_ratio, "group_size": group_size}
+    settings |= {"ssl_ratio": recipe.ssl_ratio, "group_size": rows}
     name = names.run_name(kind, config, budget, recipe.ssl_ratio)
     experiment = Experiment(
         name=name,
         model=model,
-        objective=recipe.objective(config, flags),
+        objective=recipe.objective(config),
         train_data=data,
         val_data=validation,
-        group_size=group_size,
+        group_size=rows,
         max_steps=steps,
         warmup_steps=warmup,
         settings=settings,

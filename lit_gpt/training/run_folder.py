@@ -1,8 +1,8 @@
 """One run on disk, as the training loop sees it: lock, resume, log, checkpoints, the exported model, the record.
 
 A run folder holds the checkpoints, `run.json` (what the run is, and its result once finished) and `run.lock`. What goes
-into the files is `checkpoint`'s and `weights`' business; this module decides when. Whatever fails on the first process
-fails on all of them, so that none waits for the others. May import checkpoint, weights and runtime.
+into the files is decided in `checkpoints`, when they are written is decided here. Whatever fails on the first process
+fails on all of them, so that none waits for the others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""From a compute budget to steps, and from a step to a learning rate: plain arithmetic on numbers.
-
-Imports nothing of the package.
-"""
+"""From a compute budget to steps, and from a step to a learning rate: plain arithmetic on numbers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The settings of a training run, as flags: every field is a flag of the training scripts, its docstring the help text.
 
-Plain dataclasses and nothing heavy to import, so that `--help` is quick. May import nothing from the package.
+Plain dataclasses and nothing heavy to import, so that `--help` is quick.
 """
 
 from __future__ import annotations

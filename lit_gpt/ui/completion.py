@@ -8,11 +8,11 @@ are plain text. Whoever shows the states (a terminal, a page) uses `Completer`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lit_gpt.checkpoints.loaded import LoadedModel
-from lit_gpt.data.sft_formats import CHAT
+from lit_gpt.data.sft_formats import CHAT_TEMPLATE
 from lit_gpt.model.causal import GPT
 from lit_gpt.sampling.infill import DEFAULT_GAP, has_gaps, infill_row, infill_states
 from lit_gpt.sampling.sequence import State
@@ -26,8 +26,8 @@ class CompletionRequest:
 
     row: list[int]
     """Token ids; [MASK] at gaps."""
-    sampling: Sampling
-    """With the context length of this row."""
+    context_length: int
+    """Tokens of the finished row."""
     start: int
     """Where the shown text begins: 0, or in a chat behind the question."""
 
@@ -43,38 +43,35 @@ class Completer:
         """`arm` or `mdm`."""
         return self.loaded.kind
 
-    def request(self, text: str, sampling: Sampling, gap: int = DEFAULT_GAP, chat: bool = False) -> CompletionRequest:
+    def request(self, text: str, context_length: int, gap: int = DEFAULT_GAP, chat: bool = False) -> CompletionRequest:
         """Turn typed text into tokens.
 
         Args:
             text: a prompt, a text with gaps for an MDM, or a question.
-            sampling: how; its context length is the limit, and where a prompt's row ends.
+            context_length: the limit, and where a prompt's row ends.
             gap: tokens of a gap without a number.
             chat: put the text into the chat template.
 
         Raises:
             ValueError: gaps of no token, or more of them than the context has room for.
         """
-        sampling = replace(sampling, stop_id=self.loaded.tokenizer.eos_id)
         if chat:
-            row = self.loaded.prompt_ids(CHAT.format(question=text))
-            return CompletionRequest(row, sampling, len(row))
+            row = self.loaded.prompt_ids(CHAT_TEMPLATE.format(question=text))
+            return CompletionRequest(row, context_length, len(row))
         row = infill_row(text, self.loaded.tokenizer, self.loaded.model.config.mask_id, gap)
         if not row and isinstance(self.loaded.model, GPT):
             row = [self.loaded.tokenizer.bos_id]
-        limit = sampling.context_length
         # A row that is too long keeps the limit: the sampler's error says both.
-        if has_gaps(text) and isinstance(limit, int) and len(row) < limit:
-            sampling = replace(sampling, context_length=len(row))
-        return CompletionRequest(row, sampling, 0)
+        return CompletionRequest(row, min(len(row), context_length) if has_gaps(text) else context_length, 0)
 
-    def states(self, request: CompletionRequest) -> Iterator[State]:
+    def states(self, request: CompletionRequest, sampling: Sampling) -> Iterator[State]:
         """Write: one state before the first step and one after each.
 
         Raises:
             ValueError: as `infill_states`, before anything is written.
         """
-        return infill_states(self.loaded.model, [request.row], request.sampling)
+        eos_id = self.loaded.tokenizer.eos_id
+        return infill_states(self.loaded.model, [request.row], sampling, request.context_length, eos_id)
 
     def recorder(self, request: CompletionRequest) -> TrajectoryRecorder:
         """The recorder of a request's row, to be given its states."""

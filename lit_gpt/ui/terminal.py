@@ -52,6 +52,7 @@ class TerminalSession:
 
     completer: Completer
     sampling: Sampling
+    context_length: int
     settings: TerminalSettings
     console: Console
     completions: int = field(default=0, init=False)
@@ -83,8 +84,8 @@ class TerminalSession:
             ValueError: the text does not fit the model or its context.
             Interrupted: by Ctrl-C; what was sampled is shown and saved.
         """
-        request = self.completer.request(text, self.sampling, self.settings.gap, self.settings.chat)
-        states = self.completer.states(request)
+        request = self.completer.request(text, self.context_length, self.settings.gap, self.settings.chat)
+        states = self.completer.states(request, self.sampling)
         self.completions += 1
         collected: list[State] = []
         stopped = False
@@ -135,7 +136,7 @@ class TerminalSession:
             for state in states:
                 collected.append(state)
                 if recorder.add(state):
-                    live.update(_with_status(recorder.trajectory(), request.sampling.steps), refresh=True)
+                    live.update(_with_status(recorder.trajectory(), self.sampling.steps), refresh=True)
                     time.sleep(self.settings.delay)
 
     # --- afterwards ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ after any step follows from that, here and in `trajectory_images`. Torch and ric
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
@@ -118,9 +118,7 @@ class TrajectoryRecorder:
             self._step + 1 if token == self._mask_id else since
             for token, since in zip(self._ids, self._since, strict=True)
         ]
-        texts = token_texts(self._tokenizer, self._ids, self._mask_id)
-        if texts and texts[0].startswith(" ") and not self._tokenizer.decode(self._ids[:1]).startswith(" "):
-            texts[0] = texts[0][1:]  # the dummy space that the tokenizer put before the text
+        texts = token_texts(self._tokenizer, self._ids, self._mask_id, starts_text=True)
         return DenoisingTrajectory(texts, revealed, self._step)
 
 
@@ -156,13 +154,24 @@ def indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
-def token_texts(tokenizer: Tokenizer, ids: Iterable[int], mask_id: int | None = None) -> list[str]:
-    """The text of every single token, leading spaces included; "" for special tokens and the mask."""
+def token_texts(
+    tokenizer: Tokenizer, ids: Sequence[int], mask_id: int | None = None, starts_text: bool = False
+) -> list[str]:
+    """The text of every single token, leading spaces included.
+
+    Args:
+        tokenizer: of the ids.
+        ids: special tokens and the mask have the text "".
+        mask_id: id of [MASK].
+        starts_text: the first token begins a text: it is without the space that the tokenizer puts before one.
+    """
     # A LLaMA-style tokenizer drops the space that begins a text: read each token behind another one.
     anchor = tokenizer.encode_ids("a")
     skip = len(tokenizer.decode(anchor))
     known: dict[int, str] = {} if mask_id is None else {mask_id: ""}
-    ids = list(ids)
     for token in set(ids) - known.keys():
         known[token] = tokenizer.decode([*anchor, token])[skip:]
-    return [known[token] for token in ids]
+    texts = [known[token] for token in ids]
+    if starts_text and texts and texts[0].startswith(" ") and not tokenizer.decode(ids[:1]).startswith(" "):
+        texts[0] = texts[0][1:]
+    return texts

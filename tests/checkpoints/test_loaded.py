@@ -11,15 +11,15 @@ from lit_gpt import load_model
 from lit_gpt.checkpoints.export import WeightsRecord, export_weights
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.sampling.infill import infill_row
-from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.settings import Sampling
-from tests.support.small_models import export_both
+from tests.support.small_models import export_arm_and_mdm
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, LoadedModel]:
     """An ARM and an MDM with random weights, opened."""
-    paths = export_both(tmp_path_factory.mktemp("models"), embedding_scale=8)
+    paths = export_arm_and_mdm(tmp_path_factory.mktemp("models"), embedding_scale=8)
     return {kind: load_model(paths[kind]) for kind in ("arm", "mdm")}
 
 
@@ -35,7 +35,7 @@ def test_what_is_behind_it(models):
 
 
 def test_bfloat16_is_autocast(tmp_path):
-    path = export_both(tmp_path)["mdm"]
+    path = export_arm_and_mdm(tmp_path)["mdm"]
     model = load_model(path, device="cpu", dtype="bfloat16")
     with model.autocast():
         assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -99,7 +99,7 @@ def test_generated_text_goes_on_from_the_prompt(models, kind, prompt):
     assert text == model.generate(prompt, max_new_tokens=12, **settings) and "[MASK]" not in text
     assert text != model.generate(prompt, max_new_tokens=12, **settings | {"seed": 4})
     row = model.tokenizer.encode_ids(prompt) or [model.tokenizer.bos_id] * (kind == "arm")
-    (ids,) = sample(model.model, [row], Sampling(len(row) + 12, stop_id=model.tokenizer.eos_id, **settings))
+    (ids,) = sample(model.model, [row], Sampling(**settings), len(row) + 12, model.tokenizer.eos_id)
     assert prompt + text == model.tokenizer.decode(row + model.until_end(ids.tolist()[len(row) :]))
 
 

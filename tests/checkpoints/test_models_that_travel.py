@@ -24,7 +24,7 @@ from lit_gpt.model.causal import GPT
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.ui.info import path_info
 from scripts import chat
-from tests.support.small_tokenizers import convert, train_small
+from tests.support.small_tokenizers import convert_to_tokenizer_json, train_small_tokenizer
 
 TEXTS = ["To be, or not to be", "déjà vu   naïve\n2048", ""]
 
@@ -41,9 +41,9 @@ def export(folder: Path, kind: type, tokenizer: Tokenizer | None, **recorded: st
 def alone(request, tmp_path_factory) -> dict[str, Path]:
     """An ARM's and an MDM's file, each alone in a folder; what they were made from is gone."""
     made = tmp_path_factory.mktemp("made")
-    folder = train_small(made / "tokenizer")
+    folder = train_small_tokenizer(made / "tokenizer")
     if request.param == "tokenizer.json":
-        folder = convert(folder, made / "json")
+        folder = convert_to_tokenizer_json(folder, made / "json")
     paths = {}
     for kind in (GPT, TransEncoder):
         path = export(made, kind, Tokenizer(folder))
@@ -77,8 +77,8 @@ def test_the_file_alone_evaluates_samples_and_chats(alone, kind, tmp_path, monke
 
 
 def test_the_tokenizer_inside_is_the_one_that_went_in(tmp_path):
-    folder = train_small(tmp_path / "tokenizer")
-    for source in (folder, convert(folder, tmp_path / "json")):
+    folder = train_small_tokenizer(tmp_path / "tokenizer")
+    for source in (folder, convert_to_tokenizer_json(folder, tmp_path / "json")):
         tokenizer = Tokenizer(source)
         path = export(tmp_path / source.name / "model", GPT, tokenizer)
         held = open_tokenizer(str(path))
@@ -92,7 +92,7 @@ def test_the_tokenizer_inside_is_the_one_that_went_in(tmp_path):
 
 
 def test_equal_models_are_equal_files(tmp_path):
-    tokenizer = Tokenizer(convert(train_small(tmp_path / "tokenizer"), tmp_path / "json"))
+    tokenizer = Tokenizer(convert_to_tokenizer_json(train_small_tokenizer(tmp_path / "tokenizer"), tmp_path / "json"))
     paths = [export(tmp_path / name, GPT, tokenizer) for name in ("a", "b", "c")]
     assert len({file_sha256(path) for path in paths}) == 1
 
@@ -114,14 +114,14 @@ def find(path: Path, given: str | None = None) -> Tokenizer:
 
 
 def test_an_older_file_looks_at_its_record_and_beside_itself(tmp_path, caplog):
-    recorded = train_small(tmp_path / "tokenizer", 450)
+    recorded = train_small_tokenizer(tmp_path / "tokenizer", 450)
     fingerprint = Tokenizer(recorded).fingerprint
     path = export(tmp_path / "model", GPT, None, source=str(recorded), fingerprint=fingerprint)
-    beside = train_small(tmp_path / "model", 400)
+    beside = train_small_tokenizer(tmp_path / "model", 400)
     assert find(path).source == str(recorded), "another tokenizer beside it is passed over"
     # Another one has taken the recorded one's place: the right one beside the file counts.
     shutil.copy(recorded / "tokenizer.model", beside / "tokenizer.model")
-    train_small(recorded, 420)
+    train_small_tokenizer(recorded, 420)
     assert find(path).source == str(beside) and not caplog.records
     # Only wrong ones: today's place counts, with a warning.
     (beside / "tokenizer.model").unlink()
@@ -136,7 +136,7 @@ def test_a_file_without_a_record_looks_beside_itself(tmp_path):
     path = export(tmp_path, GPT, None)
     save_file(load_file(path), path)
     assert read_record(path) is None
-    train_small(tmp_path)
+    train_small_tokenizer(tmp_path)
     assert find_tokenizer(path, Config.from_name(6), None).source == str(tmp_path)
 
 
@@ -165,6 +165,6 @@ def test_a_damaged_tokenizer_is_refused(alone, tmp_path):
 
 def test_a_very_large_tokenizer_is_only_named(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_gpt.checkpoints.export._LARGEST_TOKENIZER", 1000)
-    tokenizer = Tokenizer(train_small(tmp_path / "tokenizer"))
+    tokenizer = Tokenizer(train_small_tokenizer(tmp_path / "tokenizer"))
     record = read_record(export(tmp_path, GPT, tokenizer))
     assert record.tokenizer_files == {} and record.tokenizer["fingerprint"] == tokenizer.fingerprint

@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 
 from lit_gpt.config import Config
-from lit_gpt.evaluation.mt_bench.bench import Question, answer_line
+from lit_gpt.evaluation.mt_bench.benchmark_files import MtBenchQuestion, answer_line
 from lit_gpt.evaluation.mt_bench.judging import JudgePrompt, Match, judgment_line
-from tests.support.small_tokenizers import train_small
-from tests.support.training_runs import make_data, metrics, train, words
+from tests.support.small_tokenizers import train_small_tokenizer
+from tests.support.training_runs import make_packed_data, read_metrics, run_pretraining, script_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
@@ -31,8 +31,8 @@ def unnamed(names) -> set[str]:
 
 
 def test_a_runs_files(tmp_path):
-    make_data(tmp_path / "data")
-    train("train_mdm.py", tmp_path, max_steps=2)
+    make_packed_data(tmp_path / "data")
+    run_pretraining("train_mdm.py", tmp_path, max_steps=2)
     (run,) = tmp_path.glob("workdir/scaling_debug/*/run.json")
     record = json.loads(run.read_text())
     assert not unnamed(record) and not unnamed(record["config"]) and not unnamed(record["tokenizer"])
@@ -41,7 +41,7 @@ def test_a_runs_files(tmp_path):
     assert not unnamed(content) and not unnamed(content["model"]) and not unnamed(content["record"])
     assert not unnamed(content["record"]["run"])
     assert not unnamed(json.loads(checkpoint.with_suffix(".json").read_text()))
-    assert not unnamed(metrics(tmp_path)[0])
+    assert not unnamed(read_metrics(tmp_path)[0])
     (export,) = tmp_path.glob("models/*.safetensors")
     with safe_open(export, framework="pt") as file:
         assert not unnamed(file.metadata()) and not unnamed(file.keys())
@@ -53,10 +53,10 @@ def test_a_runs_files(tmp_path):
 
 
 def test_packed_tokens_and_their_manifest(tmp_path):
-    train_small(tmp_path / "tokenizer")
+    train_small_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text("To be, or not to be.\n" * 9)
     flags = {"source_path": "text.txt", "tokenizer_path": "tokenizer", "destination_path": "out", "chunk_size": 64}
-    subprocess.run([sys.executable, *words("scripts/prepare_text.py", **flags)], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, *script_command("scripts/prepare_text.py", **flags)], cwd=tmp_path, check=True)
     (manifest,) = tmp_path.glob("out/*.manifest.json")
     found = json.loads(manifest.read_text())
     assert not unnamed(found) and not unnamed(found["tokenizer"])
@@ -69,7 +69,7 @@ def test_packed_tokens_and_their_manifest(tmp_path):
 
 
 def test_lines_of_mt_bench():
-    answer = answer_line(Question(81, "writing", ("Write.", "Again.")), "model", ["text"])
+    answer = answer_line(MtBenchQuestion(81, "writing", ("Write.", "Again.")), "model", ["text"])
     assert not unnamed(answer) and not unnamed(answer["choices"][0])
     prompt = JudgePrompt("single-v1", "", "")
     for models in (("a",), ("a", "b")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def test_a_wheel_holds_every_module(tmp_path):
             (copy / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run(build, cwd=copy, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
+    assert "lit_gpt/ui/page.html" in zipfile.ZipFile(wheel).namelist()
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     site = subprocess.run(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from lit_gpt.tokenizer import Tokenizer
-from tests.support.small_models import export_both
+from tests.support.small_models import export_arm_and_mdm
 from tests.support.training_runs import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_lines_run(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    made = export_both(tmp_path / "made")
+    made = export_arm_and_mdm(tmp_path / "made")
     (named,) = re.findall(r'load_model\("(.+?)"\)', block)
     path = tmp_path / "elsewhere" / named
     path.parent.mkdir(parents=True)

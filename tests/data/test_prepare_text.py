@@ -18,11 +18,11 @@ import pytest
 from lit_gpt.cli import parse
 from lit_gpt.data import packed_dataset
 from lit_gpt.data.packed_format import PackedDatasetBuilder
-from lit_gpt.data.preparation import pack_batch, prepare
-from lit_gpt.data.preparation_plan import Plan
-from lit_gpt.data.text_sources import Position, TextRules, find_sources, read_batches
+from lit_gpt.data.preparation import pack_batch, pack_texts
+from lit_gpt.data.preparation_plan import PackingPlan
+from lit_gpt.data.text_sources import DocumentRules, ReadPosition, find_sources, read_raw_records
 from lit_gpt.tokenizer import Tokenizer
-from tests.support.small_tokenizers import CORPUS, train_small, training_lines
+from tests.support.small_tokenizers import CORPUS, train_small_tokenizer, training_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "prepare_text.py"
@@ -38,13 +38,13 @@ def plan_of(tmp_path, tokenizer):
         rules = {name: options.pop(name) for name in ("document", "text_field", "skip_subsets") if name in options}
         options = {"tokenizer": tokenizer, "chunk_size": CHUNK, **options}
         found = find_sources([str(source) for source in sources], options.pop("percentage", 1.0))
-        return Plan(found, TextRules(**rules), destination=tmp_path / destination, **options)
+        return PackingPlan(found, DocumentRules(**rules), destination=tmp_path / destination, **options)
 
     return make
 
 
 def run_plan(plan, workers=1, overwrite=False):
-    return prepare(plan, workers, overwrite, report=lambda progress: None, notify=lambda line: None)
+    return pack_texts(plan, workers, overwrite, report=lambda progress: None, notify=lambda line: None)
 
 
 def write_jsonl(path, documents, **more):
@@ -171,11 +171,11 @@ def test_positions_go_on_anywhere(tmp_path, monkeypatch):
     for suffix in (".jsonl", ".jsonl.zst", ".parquet"):
         write_any(tmp_path, suffix, [f"{suffix} {i}" for i in range(9)])
     (tmp_path / "plain.txt").write_text("whole")
-    sources, rules = find_sources([str(tmp_path)]), TextRules()
-    batches = list(read_batches(sources, rules, Position()))
+    sources, rules = find_sources([str(tmp_path)]), DocumentRules()
+    batches = list(read_raw_records(sources, rules, ReadPosition()))
     assert len(batches) > 10
     for index, batch in enumerate(batches):
-        rest = [text for later in read_batches(sources, rules, batch.end) for text in later.texts(rules)]
+        rest = [text for later in read_raw_records(sources, rules, batch.end) for text in later.texts(rules)]
         assert rest == [text for later in batches[index + 1 :] for text in later.texts(rules)]
     for source in sources:
         read = sum(batch.bytes_read for batch in batches if batch.path == source.path)
@@ -280,7 +280,7 @@ def test_every_interruption_of_a_small_run(tmp_path, plan_of, monkeypatch):
     class Stop(Exception):
         pass
 
-    batches = len(list(read_batches(find_sources([str(source)]), TextRules(), Position())))
+    batches = len(list(read_raw_records(find_sources([str(source)]), DocumentRules(), ReadPosition())))
     for stop in range(1, batches + 1):
         plan, calls = plan_of(source, destination=f"stop{stop}", validation_fraction=0.2), []
 
@@ -290,7 +290,7 @@ def test_every_interruption_of_a_small_run(tmp_path, plan_of, monkeypatch):
                 raise Stop
 
         with pytest.raises(Stop):
-            prepare(plan, 1, False, report, lambda line: None)
+            pack_texts(plan, 1, False, report, lambda line: None)
         assert not run_plan(plan).was_finished
         assert content(plan.destination) == whole
 
@@ -345,7 +345,7 @@ def test_files_of_another_preparation_are_refused(tmp_path, plan_of):
 def test_another_tokenizer_in_the_destination_is_refused(tmp_path, plan_of):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     run_plan(plan_of(source))
-    other = Tokenizer(train_small(tmp_path / "other", vocab_size=410))
+    other = Tokenizer(train_small_tokenizer(tmp_path / "other", vocab_size=410))
     with pytest.raises(ValueError, match=r"another tokenizer, which train_slim\.manifest\.json needs"):
         run_plan(plan_of(source, prefix="train_star", tokenizer=other), overwrite=True)
     run_plan(plan_of(source, tokenizer=other), overwrite=True)
@@ -459,8 +459,8 @@ def test_a_locked_destination_is_refused(tmp_path, plan_of):
 
 def test_batches_do_not_depend_on_the_environment(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
-    (batch,) = read_batches(find_sources([str(source)]), TextRules(), Position())
-    parts = pack_batch(batch, tokenizer, TextRules(), 0.0)
+    (batch,) = read_raw_records(find_sources([str(source)]), DocumentRules(), ReadPosition())
+    parts = pack_batch(batch, tokenizer, DocumentRules(), 0.0)
     assert len(parts) == 1 and parts[0].tokens.tolist() == expected_tokens(tokenizer, DOCUMENTS)
     assert batch.bytes_read == os.path.getsize(source)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_gpt.data.sft_dataset import Preparation, SftDataset, left_out_lines, prepare
-from lit_gpt.data.sft_formats import GSM8K, REVERSE, SHAREGPT, SOURCES, items, lines
+from lit_gpt.data.sft_dataset import ExamplePreparation, SftDataset, left_out_lines, prepare_examples
+from lit_gpt.data.sft_formats import GSM8K, REVERSE, SFT_FORMATS, SHAREGPT, json_items, text_lines
 from lit_gpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,14 +32,14 @@ def plan(tmp_path, tokenizer):
         path = tmp_path / f"data.{source.name}"
         path.write_text(text, encoding="utf-8")
         return dataclasses.replace(
-            Preparation(source, path, tokenizer, 64, 0.05, workers=1, cache=tmp_path / "cache"), **changes
+            ExamplePreparation(source, path, tokenizer, 64, 0.05, workers=1, cache=tmp_path / "cache"), **changes
         )
 
     return make
 
 
 def opened(plan, row_length=64, seed=3):
-    return SftDataset(prepare(plan), row_length, plan.tokenizer.eos_id, seed)
+    return SftDataset(prepare_examples(plan), row_length, plan.tokenizer.eos_id, seed)
 
 
 def examples(source, records, tokenizer):
@@ -55,10 +55,12 @@ def check(found, expected):
 def test_gsm8k_examples_are_the_originals(golden, llama, tmp_path, number):
     case = golden("sft")["gsm8k"][number]
     first, end = case["lines"]
-    chosen = [line for _, line in lines(ROOT / GSM8K.bundled)][first:end]
+    chosen = [line for _, line in text_lines(ROOT / GSM8K.bundled)][first:end]
     path = tmp_path / "train.txt"
     path.write_text("".join(chosen), encoding="utf-8")
-    data = opened(Preparation(GSM8K, path, llama, case["max_length"], 0, 1, tmp_path / "cache"), case["max_length"])
+    data = opened(
+        ExamplePreparation(GSM8K, path, llama, case["max_length"], 0, 1, tmp_path / "cache"), case["max_length"]
+    )
     assert len(data) == case["count"]
     for index, expected in enumerate(case["examples"]):
         assert data.tokens(index).tolist() == expected["tokens"]
@@ -68,7 +70,7 @@ def test_gsm8k_examples_are_the_originals(golden, llama, tmp_path, number):
 
 def test_sharegpt_examples_are_the_originals(golden, llama):
     case = golden("sft")["sharegpt"]
-    found = examples(SHAREGPT, list(items(ROOT / SHAREGPT.bundled))[slice(*case["items"])], llama)
+    found = examples(SHAREGPT, list(json_items(ROOT / SHAREGPT.bundled))[slice(*case["items"])], llama)
     assert len(found) == case["count"]
     for one, expected in zip(found, case["examples"], strict=False):
         check(one, expected)
@@ -79,7 +81,7 @@ def test_reverse_examples_are_the_originals(llama):
     if not (shared / REVERSE.path).is_file():
         pytest.skip("the reversal curse's files state no licence and are not part of this repository")
     case = json.loads((shared / "golden/sft.json").read_text())["reverse"]
-    found = examples(REVERSE, lines(shared / REVERSE.path), llama)
+    found = examples(REVERSE, text_lines(shared / REVERSE.path), llama)
     assert len(found) == case["count"]
     for index, expected in zip((0, 1, 3599), case["examples"], strict=True):
         check(found[index], expected)
@@ -88,7 +90,7 @@ def test_reverse_examples_are_the_originals(llama):
 def test_lines_end_at_newlines_only(tmp_path):
     path = tmp_path / "train.txt"
     path.write_text("a\u2028b\r\nc\n\n d\x0be", encoding="utf-8", newline="")
-    assert list(lines(path)) == [(1, "a\u2028b\r\n"), (2, "c\n"), (4, " d\x0be")]
+    assert list(text_lines(path)) == [(1, "a\u2028b\r\n"), (2, "c\n"), (4, " d\x0be")]
 
 
 def test_samples_are_padded_rows_in_an_order_of_their_own_each_epoch(plan):
@@ -110,19 +112,19 @@ def test_several_workers_and_a_second_call_give_the_same(plan, monkeypatch):
     monkeypatch.setattr("lit_gpt.data.sft_dataset._RECORDS_FOR_A_WORKER", 40)
     text = "".join(LINE.format(n=n) for n in range(120))
     one = opened(plan(GSM8K, text))
-    folder = prepare(plan(GSM8K, text))
+    folder = prepare_examples(plan(GSM8K, text))
     made = (folder / "info.json").stat().st_mtime_ns
-    assert prepare(plan(GSM8K, text)) == folder and (folder / "info.json").stat().st_mtime_ns == made
+    assert prepare_examples(plan(GSM8K, text)) == folder and (folder / "info.json").stat().st_mtime_ns == made
     two = opened(plan(GSM8K, text, workers=2, cache=folder.parent / "other"))
     assert one.fingerprint == two.fingerprint
     assert all((one.tokens(index) == two.tokens(index)).all() for index in range(240))
     # Another text or limit is another folder.
-    assert prepare(plan(GSM8K, text, max_length=63)) != folder
-    assert prepare(plan(GSM8K, text + LINE.format(n=7))) != folder
+    assert prepare_examples(plan(GSM8K, text, max_length=63)) != folder
+    assert prepare_examples(plan(GSM8K, text + LINE.format(n=7))) != folder
 
 
 def _prepare_and_tell(plan, queue):
-    queue.put(str(prepare(plan)))
+    queue.put(str(prepare_examples(plan)))
 
 
 def test_processes_that_start_together_prepare_once(plan):
@@ -158,7 +160,7 @@ def test_long_and_malformed_records_are_counted_with_their_place(plan):
     with pytest.raises(
         ValueError, match=r"2 of 43 records are malformed, first .*:41 .*larger share with --max_malformed"
     ):
-        prepare(dataclasses.replace(chosen, max_malformed=0.01))
+        prepare_examples(dataclasses.replace(chosen, max_malformed=0.01))
 
 
 @pytest.mark.parametrize(
@@ -182,17 +184,17 @@ def test_dialogues_of_wrong_roles_or_empty_turns_are_left_out(plan, record, reas
 
 def test_files_that_give_nothing_are_refused(plan):
     with pytest.raises(ValueError, match=r"gives no example: left out 1 of 1 records: over 4 tokens"):
-        prepare(plan(GSM8K, LINE.format(n=1), max_length=4))
+        prepare_examples(plan(GSM8K, LINE.format(n=1), max_length=4))
     with pytest.raises(ValueError, match="gives no example: it is empty"):
-        prepare(plan(GSM8K, ""))
+        prepare_examples(plan(GSM8K, ""))
     with pytest.raises(ValueError, match="not readable as JSON: .* line 1 column"):
-        prepare(plan(SHAREGPT, "[{]"))
+        prepare_examples(plan(SHAREGPT, "[{]"))
     with pytest.raises(ValueError, match="holds a JSON dict, expected a list"):
-        prepare(plan(SHAREGPT, "{}"))
+        prepare_examples(plan(SHAREGPT, "{}"))
     with pytest.raises(FileNotFoundError, match=r"get it from github.com/lukasberglund.* and put it there$"):
         chosen = plan(REVERSE, "")
         chosen.path.unlink()
-        prepare(chosen)
+        prepare_examples(chosen)
 
 
 def test_a_reverse_fact_is_one_text(tokenizer):
@@ -203,7 +205,7 @@ def test_a_reverse_fact_is_one_text(tokenizer):
 
 
 def test_every_source_says_where_it_comes_from():
-    for source in SOURCES.values():
+    for source in SFT_FORMATS.values():
         assert source.origin and (source.bundled is None or (ROOT / source.bundled).is_file())
 
 

@@ -14,7 +14,7 @@ from lit_gpt.data.packed_format import PackedDatasetBuilder
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import EvalCache, request_key
 from lit_gpt.evaluation.settings import read_model_args
-from tests.support.small_models import export_both
+from tests.support.small_models import export_arm_and_mdm
 
 LENGTH = 16
 OF_THE_MODEL = ("checkpoint", "config", "tokenizer_hash")
@@ -24,7 +24,7 @@ OF_THE_MODEL = ("checkpoint", "config", "tokenizer_hash")
 def folder(tmp_path_factory) -> Path:
     """An ARM and an MDM with random weights, their tokenizer, and packed tokens."""
     folder = tmp_path_factory.mktemp("models")
-    export_both(folder)
+    export_arm_and_mdm(folder)
     (folder / "new").mkdir()
     builder = PackedDatasetBuilder(folder / "new", "validation", chunk_size=LENGTH * 4, sep_token=1, vocab_size=500)
     builder.add_array([2] * LENGTH * 2)

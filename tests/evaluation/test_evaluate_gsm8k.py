@@ -26,8 +26,8 @@ from lit_gpt.evaluation.gsm8k import answer_word_problems, extract_answer, is_sm
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
-from tests.support.small_models import export_both
-from tests.support.training_runs import environment, kill_after_lines
+from tests.support.small_models import export_arm_and_mdm
+from tests.support.training_runs import kill_after_lines, one_thread_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "evaluate_gsm8k.py")
@@ -179,7 +179,7 @@ class Scripted:
 def asked(kind, script):
     answerer = Scripted(kind, script)
     questions = [{"index": 3, "question": "a", "target": "4"}, {"index": 7, "question": "b", "target": "5"}]
-    rounds = [Sampling(64, cfg_scale=0.1), Sampling(64, cfg_scale=0.2)]
+    rounds = [Sampling(cfg_scale=0.1), Sampling(cfg_scale=0.2)]
     return answerer.calls, answer_word_problems(answerer, rounds, 64, questions)
 
 
@@ -230,7 +230,7 @@ def test_where_there_is_no_room():
 def folder(tmp_path_factory) -> Path:
     """An ARM and an MDM with random weights, and the questions."""
     folder = tmp_path_factory.mktemp("gsm8k")
-    export_both(folder, block_size=96, embedding_scale=4.0)
+    export_arm_and_mdm(folder, block_size=96, embedding_scale=4.0)
     (folder / "test.jsonl").write_text(
         "".join(
             json.dumps({"question": question, "answer": "", "target": target}) + "\n"
@@ -353,7 +353,7 @@ def test_two_processes_write_the_same_file(folder, evaluating, tmp_path):
         [*launch, *flags_of(folder, "mdm", *words, str(tmp_path / "two.jsonl"))],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=one_thread_environment(),
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
@@ -411,7 +411,7 @@ def test_the_published_settings(folder, evaluating, tmp_path, monkeypatch):
     monkeypatch.setattr(LoadedModel, "complete", complete)
     for model, scales in (("mdm", (0.1, 0.1)), ("arm", (0.0, 0.0))):
         assert evaluating(model, "--output", str(tmp_path / f"{model}.jsonl"))[0] == 0
-        published = Sampling(LENGTH, "greddy", steps=256, temperature=0.1, seed=1234)
+        published = Sampling("greddy", steps=256, temperature=0.1, seed=1234)
         assert seen == [(replace(published, cfg_scale=scale), LENGTH, "float32") for scale in scales]
         seen.clear()
     words = ("--cfg1", "0.3", "--cfg2", "0.4", "--dtype", "bfloat16", "--output", str(tmp_path / "other.jsonl"))

@@ -15,10 +15,10 @@ from lit_gpt import cli
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.checkpoints.weights import read_model
 from lit_gpt.evaluation.reversal import DATA_DIR, FILES, character_bleu, is_right
-from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
-from tests.support.small_models import export_both
+from tests.support.small_models import export_arm_and_mdm
 from tests.support.training_runs import kill_after_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ def test_bleu_over_characters():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     """An ARM and an MDM with random weights, and their tokenizer."""
-    return export_both(tmp_path_factory.mktemp("models"), block_size=64, embedding_scale=4.0)
+    return export_arm_and_mdm(tmp_path_factory.mktemp("models"), block_size=64, embedding_scale=4.0)
 
 
 def write_questions(folder: Path, known: dict[str, list[str]] | None = None) -> Path:
@@ -153,10 +153,10 @@ def test_the_generation_is_the_text_behind_the_prompt(kind, models, evaluating, 
     path = tmp_path / "a.jsonl"
     assert evaluating(kind, "--output", str(path), "--steps", "5")[0] == 0
     model, tokenizer = read_model(models[kind])[0], Tokenizer(models["tokenizer"])
-    how = Sampling(LENGTH, "greedy", 5, 0.0, 0.8 if kind == "mdm" else 0.0, stop_id=tokenizer.eos_id)
+    how = Sampling("greedy", 5, 0.0, 0.8 if kind == "mdm" else 0.0)
     for one in answers_of(path):
         prompt = [tokenizer.bos_id, *tokenizer.encode_ids(one["prompt"])]
-        ids = sample(model, [prompt], how)[0].tolist()[len(prompt) :]
+        ids = sample(model, [prompt], how, LENGTH, tokenizer.eos_id)[0].tolist()[len(prompt) :]
         end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else None
         assert one["generation"] == tokenizer.decode(ids[:end])
 
@@ -242,7 +242,7 @@ def test_the_published_settings(models, evaluating, tmp_path, monkeypatch):
     monkeypatch.setattr(LoadedModel, "complete", complete)
     for kind, scale in (("mdm", 0.8), ("arm", 0.0)):
         assert evaluating(kind, "--length", "52", "--output", str(tmp_path / f"{kind}.jsonl"))[0] == 0
-        assert seen == [(Sampling(52, "greddy", 32, 0.0, scale, 1234), 52)]
+        assert seen == [(Sampling("greddy", 32, 0.0, scale, 1234), 52)]
         seen.clear()
     assert Flags().length == 52 and Flags().data_dir == DATA_DIR
 

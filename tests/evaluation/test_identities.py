@@ -15,7 +15,7 @@ import evaluate_reverse
 from eval import gen_model_answer
 from lit_gpt import cli
 from lit_gpt.checkpoints.weights import load_weights, state_hash
-from tests.support.small_models import export_both
+from tests.support.small_models import export_arm_and_mdm
 
 CONFIG = {
     "name": "tiny",
@@ -36,7 +36,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     """An ARM and an MDM with random weights, and their tokenizer."""
-    return export_both(tmp_path_factory.mktemp("models"), block_size=256)
+    return export_arm_and_mdm(tmp_path_factory.mktemp("models"), block_size=256)
 
 
 @pytest.fixture

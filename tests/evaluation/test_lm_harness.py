@@ -19,7 +19,7 @@ from lit_gpt.evaluation import lm_harness
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import EvalCache
 from lit_gpt.evaluation.settings import read_model_args
-from tests.support.small_models import export_both
+from tests.support.small_models import export_arm_and_mdm
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ["--tasks", "next_line,lambada_local", "--include_path", "tasks"]
@@ -28,7 +28,7 @@ TASKS = ["--tasks", "next_line,lambada_local", "--include_path", "tasks"]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     """An ARM and an MDM with random weights, their tokenizer beside them."""
-    return export_both(tmp_path_factory.mktemp("models"), embedding_scale=8)
+    return export_arm_and_mdm(tmp_path_factory.mktemp("models"), embedding_scale=8)
 
 
 def adapter(kind: str, path: Path, cache: Path | None = None, **settings) -> Adapter:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from scripts.study_reverse_curse import read_accuracies
-from tests.support.training_runs import ROOT, environment
+from tests.support.training_runs import ROOT, one_thread_environment
 
 
 def test_shares_are_read_from_the_evaluations_last_line():
@@ -22,7 +22,7 @@ def test_the_whole_study_small(tmp_path):
 
     def run():
         return subprocess.run(
-            command, cwd=tmp_path, env=environment(), check=True, capture_output=True, text=True
+            command, cwd=tmp_path, env=one_thread_environment(), check=True, capture_output=True, text=True
         ).stdout
 
     run()

@@ -23,7 +23,15 @@ from lit_gpt.model.causal import GPT
 from lit_gpt.randomness import hash_int
 from lit_gpt.tokenizer import Tokenizer
 from scripts.train_tokenizer import train as train_tokenizer
-from tests.support.training_runs import ROOT, environment, final_state, losses, run_words, start_words, words
+from tests.support.training_runs import (
+    ROOT,
+    final_state,
+    one_thread_environment,
+    read_losses,
+    run_script_main,
+    script_command,
+    start_script,
+)
 
 SCRIPTS = ("finetune_ar", "finetune_mdm", "finetune_mdm_gsm8k", "finetune_mdm_reverse")
 FLAGS = {"learning_rate": 3e-3, "min_lr": 3e-4, "precision": "32-true", "bs": 16, "cache_dir": "cache", "workers": 1}
@@ -77,13 +85,13 @@ def start_weights(tmp_path_factory, examples):
 def command(script, start_weights, examples, **flags):
     kind = "arm" if script == "finetune_ar" else "mdm"
     values = {"pretrain_path": start_weights[kind], "data_file": examples[script], **FLAGS, **flags}
-    return words(f"sft/{script}.py", **values)
+    return script_command(f"sft/{script}.py", **values)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_fine_tuning_learns_and_exports(tmp_path, start_weights, examples, script):
-    out, _ = run_words(command(script, start_weights, examples, epoch=5), tmp_path)
-    curve = losses(tmp_path)
+    out, _ = run_script_main(command(script, start_weights, examples, epoch=5), tmp_path)
+    curve = read_losses(tmp_path)
     first, last = curve[1], curve[max(curve)]
     assert last < 0.75 * first
     folder, name, suffix = {
@@ -104,7 +112,7 @@ def test_a_fine_tuning_learns_and_exports(tmp_path, start_weights, examples, scr
     # Steps follow the data's size.
     examples_used = int(re.search(r", ([\d,]+) examples", out)[1].replace(",", ""))
     assert max(curve) == examples_used * 5 // 16
-    again, _ = run_words(command(script, start_weights, examples, epoch=5), tmp_path)
+    again, _ = run_script_main(command(script, start_weights, examples, epoch=5), tmp_path)
     assert "is finished" in again
     evaluate(script, alone, examples[script].parent, tmp_path)
 
@@ -112,8 +120,11 @@ def test_a_fine_tuning_learns_and_exports(tmp_path, start_weights, examples, scr
 def evaluate(script, export, data, folder):
     """The fine-tuned model in the evaluation that it was fine-tuned for: it runs, and its output has the published form."""
     if script == "finetune_mdm_gsm8k":
-        out, _ = run_words(
-            words("evaluate_gsm8k.py", ckpt_path=export, limit=3, steps=8, data=ROOT / "data/gsm8k/test.jsonl"), folder
+        out, _ = run_script_main(
+            script_command(
+                "evaluate_gsm8k.py", ckpt_path=export, limit=3, steps=8, data=ROOT / "data/gsm8k/test.jsonl"
+            ),
+            folder,
         )
         assert re.fullmatch(r"Acc: (0\.\d+|1\.0)", out.splitlines()[-1])
         answers = [json.loads(line) for line in next(folder.glob("out/gsm8k/*.jsonl")).read_text().splitlines()]
@@ -121,7 +132,7 @@ def evaluate(script, export, data, folder):
     elif script == "finetune_mdm_reverse":
         for qs_type in ("ntd", "dtn"):
             flags = {"qs_type": qs_type, "ckpt_path": export, "data_dir": data / "questions", "steps": 8, "cfg": 0}
-            out, _ = run_words(words("evaluate_reverse.py", **flags), folder)
+            out, _ = run_script_main(script_command("evaluate_reverse.py", **flags), folder)
             assert re.match(rf"qs_type: {qs_type}, accs: \S+, accs_reverse: \S+", out.splitlines()[-1])
     else:
         kind = "arm" if script == "finetune_ar" else "mdm"
@@ -129,7 +140,7 @@ def evaluate(script, export, data, folder):
         flags |= {"max_new_token": 256, "question_end": 2}
         (folder / "data").mkdir()
         (folder / "data" / "mt_bench").symlink_to(ROOT / "data" / "mt_bench")
-        out, _ = run_words(words("eval/gen_model_answer.py", **flags), folder)
+        out, _ = run_script_main(script_command("eval/gen_model_answer.py", **flags), folder)
         assert re.fullmatch(r"answers.jsonl, inference time: [\d.]+ s", out.splitlines()[-1])
         answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
         assert [answer["question_id"] for answer in answers] == [81, 82]
@@ -140,18 +151,18 @@ def test_a_killed_run_ends_as_an_unbroken_one(tmp_path, start_weights, examples)
     flags = {"epoch": 3, "cfg": 0.2, "save_interval": 5, "log_interval": 1}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
-    run_words(command("finetune_mdm", start_weights, examples, **flags), whole)
+    run_script_main(command("finetune_mdm", start_weights, examples, **flags), whole)
     for step in (7, 20):
-        process = start_words(command("finetune_mdm", start_weights, examples, **flags), broken)
+        process = start_script(command("finetune_mdm", start_weights, examples, **flags), broken)
         reached = (line for line in process.stdout if (at := re.search(r"step (\d+):", line)) and int(at[1]) >= step)
         assert next(reached, None), process.stderr.read()
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    run_words(command("finetune_mdm", start_weights, examples, **flags), broken)
+    run_script_main(command("finetune_mdm", start_weights, examples, **flags), broken)
     one, other = final_state(whole), final_state(broken)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert losses(whole) == losses(broken)
-    _, err = run_words(
+    assert read_losses(whole) == read_losses(broken)
+    _, err = run_script_main(
         command("finetune_mdm", start_weights, examples, **{**flags, "learning_rate": 2e-3}), broken, code=2
     )
     assert "with other settings: learning_rate" in err
@@ -161,16 +172,21 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, start_weights, examples
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     flags = {"max_steps": 6, "log_interval": 1, "cfg": 0.2}
-    run_words(command("finetune_mdm", start_weights, examples, **flags), one)
+    run_script_main(command("finetune_mdm", start_weights, examples, **flags), one)
     script, *rest = command("finetune_mdm", start_weights, examples, **flags, devices=2, accelerator="cpu")
     subprocess.run(
-        [sys.executable, script, *rest], cwd=two, env=environment(), check=True, capture_output=True, timeout=200
+        [sys.executable, script, *rest],
+        cwd=two,
+        env=one_thread_environment(),
+        check=True,
+        capture_output=True,
+        timeout=200,
     )
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert read_losses(two) == pytest.approx(read_losses(one), rel=1e-5)
 
 
 def refused(tmp_path, *arguments):
-    _, err = run_words(list(arguments), tmp_path, code=2)
+    _, err = run_script_main(list(arguments), tmp_path, code=2)
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "Traceback" not in err
     return lines[0]

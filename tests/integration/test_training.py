@@ -15,21 +15,21 @@ import pytest
 import torch
 
 from tests.support.training_runs import (
-    command,
-    environment,
     final_state,
-    losses,
-    make_data,
-    metrics,
-    start,
-    train,
-    train_alone,
+    make_packed_data,
+    one_thread_environment,
+    pretraining_command,
+    read_losses,
+    read_metrics,
+    run_pretraining,
+    run_pretraining_process,
+    start_pretraining,
 )
 
 
 @pytest.fixture
 def folder(tmp_path):
-    make_data(tmp_path / "data")
+    make_packed_data(tmp_path / "data")
     return tmp_path
 
 
@@ -41,10 +41,10 @@ def same(one, other):
 @pytest.mark.parametrize("script", ["train_ar.py", "train_mdm.py", "train_mdm_rl.py"])
 def test_a_run_learns_validates_and_exports(folder, script):
     extra = {"ssl_ratio": 0.2} if script == "train_mdm_rl.py" else {}
-    out, _ = train(script, folder, max_steps=150, val_interval=75, **extra)
-    curve = losses(folder)
+    out, _ = run_pretraining(script, folder, max_steps=150, val_interval=75, **extra)
+    curve = read_losses(folder)
     assert curve[150] < 0.8 * curve[1]
-    validation = losses(folder, "metric/val_loss")
+    validation = read_losses(folder, "metric/val_loss")
     assert set(validation) == {75, 150}
     assert validation[150] < validation[75]
     record = json.loads(next(folder.glob("workdir/scaling_debug/*/run.json")).read_text())
@@ -52,7 +52,7 @@ def test_a_run_learns_validates_and_exports(folder, script):
     assert ("bound" in record["result"]["estimator"]) == (script != "train_ar.py")
     assert (folder / record["result"]["export"]).is_file()
     assert "remaining time" in out
-    again, _ = train(script, folder, max_steps=150, val_interval=75, **extra)
+    again, _ = run_pretraining(script, folder, max_steps=150, val_interval=75, **extra)
     assert "is finished" in again
 
 
@@ -61,24 +61,24 @@ def test_kill_and_resume_is_bit_identical(folder, tmp_path_factory):
     # Steps take milliseconds: the last kill must come well before the end.
     settings = {"max_steps": 400, "save_interval": 7, "log_interval": 5}
     whole = tmp_path_factory.mktemp("whole")
-    make_data(whole / "data")
-    train_alone("train_mdm_rl.py", whole, **settings, ssl_ratio=0.3)
+    make_packed_data(whole / "data")
+    run_pretraining_process("train_mdm_rl.py", whole, **settings, ssl_ratio=0.3)
     moments = random.Random(5)
     for step in (15, 90, 170, 250):
-        process = start("train_mdm_rl.py", folder, **settings, ssl_ratio=0.3)
+        process = start_pretraining("train_mdm_rl.py", folder, **settings, ssl_ratio=0.3)
         reached = (line for line in process.stdout if (at := re.search(r"step (\d+):", line)) and int(at[1]) >= step)
         assert next(reached, None), process.stderr.read()
         time.sleep(moments.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    train_alone("train_mdm_rl.py", folder, **settings, ssl_ratio=0.3)
+    run_pretraining_process("train_mdm_rl.py", folder, **settings, ssl_ratio=0.3)
     assert same(final_state(whole), final_state(folder)) == []
-    assert losses(whole) == losses(folder)
+    assert read_losses(whole) == read_losses(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(folder, number):
-    process = start("train_ar.py", folder, max_steps=2000, save_interval=5000, val_samples=0)
+    process = start_pretraining("train_ar.py", folder, max_steps=2000, save_interval=5000, val_samples=0)
     for line in process.stdout:
         if "step 20:" in line:
             break
@@ -87,8 +87,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, number):
     assert process.returncode == 128 + number, out + err
     assert "Traceback" not in err and "the same command goes on" in err
     stopped = int(max(folder.glob("workdir/*/*/iter-*-ckpt.pth")).name.split("-")[1])
-    out, _ = train("train_ar.py", folder, code=2, max_steps=2000, save_interval=5000, val_samples=0, learning_rate=4e-3)
-    process = start("train_ar.py", folder, max_steps=2000, save_interval=5000, val_samples=0)
+    out, _ = run_pretraining(
+        "train_ar.py", folder, code=2, max_steps=2000, save_interval=5000, val_samples=0, learning_rate=4e-3
+    )
+    process = start_pretraining("train_ar.py", folder, max_steps=2000, save_interval=5000, val_samples=0)
     resumed = next(line for line in process.stdout if "resumed at step" in line)
     process.kill()
     process.communicate()
@@ -96,11 +98,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, number):
 
 
 def test_a_broken_checkpoint_is_skipped_by_name(folder):
-    train("train_ar.py", folder, max_steps=20, save_interval=5)
+    run_pretraining("train_ar.py", folder, max_steps=20, save_interval=5)
     newest, before = sorted(folder.glob("workdir/*/*/iter-*-ckpt.pth"), reverse=True)[:2]
     with newest.open("r+b") as file:
         file.truncate(newest.stat().st_size // 2)
-    out, err = train("train_ar.py", folder, max_steps=20, save_interval=5)
+    out, err = run_pretraining("train_ar.py", folder, max_steps=20, save_interval=5)
     assert f"warning: {newest.relative_to(folder)}" in err or newest.name in err
     assert "resumed at step 15 of 20" in out
 
@@ -113,13 +115,13 @@ def relative_difference(one, other):
 def test_two_processes_have_the_losses_of_one(folder, tmp_path_factory, strategy):
     settings = {"max_steps": 50, "log_interval": 1, "ssl_ratio": 0.2, "batch_size": 8, "seed": 2**33 + 5}
     single = tmp_path_factory.mktemp("single")
-    make_data(single / "data")
-    train("train_mdm_rl.py", single, **settings)
-    train_alone("train_mdm_rl.py", folder, **settings, devices=2, strategy=strategy)
-    one, two = losses(single), losses(folder)
+    make_packed_data(single / "data")
+    run_pretraining("train_mdm_rl.py", single, **settings)
+    run_pretraining_process("train_mdm_rl.py", folder, **settings, devices=2, strategy=strategy)
+    one, two = read_losses(single), read_losses(folder)
     assert len(one) == 50
     assert relative_difference(one, two) < 1e-5
-    assert relative_difference(losses(single, "metric/val_loss"), losses(folder, "metric/val_loss")) < 1e-5
+    assert relative_difference(read_losses(single, "metric/val_loss"), read_losses(folder, "metric/val_loss")) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -131,26 +133,28 @@ def test_two_processes_have_the_losses_of_one(folder, tmp_path_factory, strategy
 )
 def test_the_launchers_start_the_scripts(folder, launcher):
     executable = os.path.join(os.path.dirname(sys.executable), launcher[0])
-    arguments = [executable, *launcher[1:], *command("train_mdm.py", folder, max_steps=12)]
-    result = subprocess.run(arguments, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
+    arguments = [executable, *launcher[1:], *pretraining_command("train_mdm.py", folder, max_steps=12)]
+    result = subprocess.run(
+        arguments, cwd=folder, env=one_thread_environment(), capture_output=True, text=True, timeout=200
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "device: 2 x cpu" in result.stdout
-    assert 12 in losses(folder)
+    assert 12 in read_losses(folder)
 
 
 def test_the_micro_batch_changes_speed_only(folder, tmp_path_factory):
     settings = {"max_steps": 30, "log_interval": 1}
     other = tmp_path_factory.mktemp("other")
-    make_data(other / "data")
-    train("train_mdm.py", folder, **settings, micro_batch_size=8)
-    train("train_mdm.py", other, **settings, micro_batch_size=3, activation_checkpointing="true")
-    assert relative_difference(losses(folder), losses(other)) < 1e-5
+    make_packed_data(other / "data")
+    run_pretraining("train_mdm.py", folder, **settings, micro_batch_size=8)
+    run_pretraining("train_mdm.py", other, **settings, micro_batch_size=3, activation_checkpointing="true")
+    assert relative_difference(read_losses(folder), read_losses(other)) < 1e-5
 
 
 def test_an_mdm_starts_from_an_arms_weights(folder):
-    train("train_ar.py", folder, max_steps=60)
+    run_pretraining("train_ar.py", folder, max_steps=60)
     (export,) = folder.glob("models/*.safetensors")
-    out, _ = train("train_mdm.py", folder, max_steps=5, init_from=export, log_dir="out_mdm")
+    out, _ = run_pretraining("train_mdm.py", folder, max_steps=5, init_from=export, log_dir="out_mdm")
     assert (len(list(folder.glob("models/*.safetensors")))) == 2
     assert "run mdm-" in out
 
@@ -173,70 +177,70 @@ def test_an_mdm_starts_from_an_arms_weights(folder):
     ],
 )
 def test_a_users_mistake_is_one_line_and_code_2(folder, flags, expected):
-    out, err = train("train_mdm.py", folder, code=2, **flags)
+    out, err = run_pretraining("train_mdm.py", folder, code=2, **flags)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and expected in lines[0], err
     assert "Traceback" not in err
 
 
 def test_a_batch_that_does_not_split_is_one_line_for_all_processes(folder):
-    _, err = train_alone("train_mdm.py", folder, code=2, max_steps=5, devices=3)
+    _, err = run_pretraining_process("train_mdm.py", folder, code=2, max_steps=5, devices=3)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "the nearest that do are 6 or 9" in lines[0], err
     assert "Traceback" not in err
 
 
 def test_a_name_that_another_run_holds_is_refused_before_the_first_step(folder):
-    train("train_ar.py", folder, max_steps=5)
-    _, err = train("train_ar.py", folder, code=2, max_steps=5, out_dir="elsewhere")
+    run_pretraining("train_ar.py", folder, max_steps=5)
+    _, err = run_pretraining("train_ar.py", folder, code=2, max_steps=5, out_dir="elsewhere")
     assert "--overwrite" in err
     assert not list(folder.glob("elsewhere/*/iter-*"))
-    train("train_ar.py", folder, max_steps=5, out_dir="elsewhere", overwrite="true")
+    run_pretraining("train_ar.py", folder, max_steps=5, out_dir="elsewhere", overwrite="true")
 
 
 def test_a_second_writer_is_kept_out(folder):
-    first = start("train_ar.py", folder, max_steps=3000, val_samples=0)
+    first = start_pretraining("train_ar.py", folder, max_steps=3000, val_samples=0)
     for line in first.stdout:
         if "step 10:" in line:
             break
-    _, err = train("train_ar.py", folder, code=2, max_steps=3000, val_samples=0)
+    _, err = run_pretraining("train_ar.py", folder, code=2, max_steps=3000, val_samples=0)
     first.kill()
     first.communicate()
     assert "is in use by process" in err
 
 
 def test_the_log_goes_on_in_the_same_file(folder):
-    process = start("train_ar.py", folder, max_steps=60, save_interval=10, log_interval=1)
+    process = start_pretraining("train_ar.py", folder, max_steps=60, save_interval=10, log_interval=1)
     for line in process.stdout:
         if "step 25:" in line:
             break
     process.kill()
     process.communicate()
     time.sleep(0.2)
-    train("train_ar.py", folder, max_steps=60, save_interval=10, log_interval=1)
-    steps = [int(row["step"]) for row in metrics(folder) if row["metric/train_loss"]]
+    run_pretraining("train_ar.py", folder, max_steps=60, save_interval=10, log_interval=1)
+    steps = [int(row["step"]) for row in read_metrics(folder) if row["metric/train_loss"]]
     assert steps == list(range(1, 61))
 
 
 def test_tensorboard_gets_the_metrics_when_asked(folder):
-    train("train_ar.py", folder, max_steps=10, logger="csv,tensorboard", precision="bf16-mixed")
-    assert losses(folder)[10] > 0
+    run_pretraining("train_ar.py", folder, max_steps=10, logger="csv,tensorboard", precision="bf16-mixed")
+    assert read_losses(folder)[10] > 0
     assert list(folder.glob("out/*/version_0/tensorboard/**/events.out.tfevents.*"))
 
 
 def test_training_without_validation_data_says_so(folder):
     for path in (folder / "data").glob("validation*"):
         path.unlink()
-    out, _ = train("train_ar.py", folder, max_steps=5)
+    out, _ = run_pretraining("train_ar.py", folder, max_steps=5)
     assert "no validation* files" in out
 
 
 def test_a_precision_that_cannot_train_is_refused(folder, monkeypatch):
-    _, err = train("train_mdm.py", folder, code=2, max_steps=5, precision="16-mixed")
+    _, err = run_pretraining("train_mdm.py", folder, code=2, max_steps=5, precision="16-mixed")
     assert "--precision 16-mixed: expected auto, bf16-mixed, bf16-true, 32-true" in err
     monkeypatch.setenv("LT_CLI_USED", "1")
     monkeypatch.setenv("LT_PRECISION", "64-true")
-    _, err = train("train_mdm.py", folder, code=2, max_steps=5, precision="auto")
+    _, err = run_pretraining("train_mdm.py", folder, code=2, max_steps=5, precision="auto")
     assert "--precision 64-true: expected auto, bf16-mixed, bf16-true, 32-true" in err
     assert err.count("\n") == 1
 
@@ -246,10 +250,10 @@ def test_bf16_is_computed_in_whatever_the_number_of_devices(tmp_path_factory):
     curves = {}
     for precision, devices in (("32-true", 1), ("bf16-mixed", 1), ("bf16-mixed", 2)):
         place = tmp_path_factory.mktemp(precision)
-        make_data(place / "data")
+        make_packed_data(place / "data")
         flags = {"max_steps": 5, "log_interval": 1, "precision": precision, "accelerator": "cpu", "devices": devices}
-        (train if devices == 1 else train_alone)("train_mdm.py", place, **flags)
-        curves[precision, devices] = [*losses(place).values(), *losses(place, "metric/val_loss").values()]
+        (run_pretraining if devices == 1 else run_pretraining_process)("train_mdm.py", place, **flags)
+        curves[precision, devices] = [*read_losses(place).values(), *read_losses(place, "metric/val_loss").values()]
     exact, one, two = curves.values()
     assert len(exact) == 6
     for curve in (one, two):

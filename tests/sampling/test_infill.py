@@ -10,18 +10,17 @@ import torch
 
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.config import Config
-from lit_gpt.data.sft_formats import CHAT
+from lit_gpt.data.sft_formats import CHAT_TEMPLATE
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
 from lit_gpt.sampling.algorithms import ALGORITHMS
-from lit_gpt.sampling.flags import OWN, settings
 from lit_gpt.sampling.infill import has_gaps, infill_row, infill_states, split_gaps
-from lit_gpt.sampling.samplers import sample_states
+from lit_gpt.sampling.sample import sample_states
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.ui.completion import Completer
-from tests.support.small_tokenizers import convert, train_small
+from tests.support.small_tokenizers import convert_to_tokenizer_json, train_small_tokenizer
 
 TINY = Config("tiny", 2, 2, 32, 64, 2, block_size=64, vocab_size=500)
 MASK = TINY.mask_id
@@ -29,8 +28,10 @@ MASK = TINY.mask_id
 
 @pytest.fixture(scope="module", params=["sentencepiece", "tokenizers"])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder: Path = train_small(tmp_path_factory.mktemp("tokenizer") / "model")
-    return Tokenizer(folder if request.param == "sentencepiece" else convert(folder, folder.parent / "json"))
+    folder: Path = train_small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "model")
+    return Tokenizer(
+        folder if request.param == "sentencepiece" else convert_to_tokenizer_json(folder, folder.parent / "json")
+    )
 
 
 def tiny(kind: type):
@@ -87,8 +88,8 @@ def test_a_text_without_gaps_is_a_prompt(tokenizer):
 @pytest.mark.parametrize("settings", [{}, {"cfg_scale": 0.7}, {"block_length": 2}], ids=str)
 def test_what_is_given_stays(algorithm, settings):
     rows = [[3, MASK, MASK, 4, 5, MASK], [7, 8], [MASK, 9]]
-    sampling = Sampling((6, 5, 8), algorithm, 12, **settings)
-    states = list(infill_states(tiny(TransEncoder), rows, sampling))
+    sampling = Sampling(algorithm, 12, **settings)
+    states = list(infill_states(tiny(TransEncoder), rows, sampling, (6, 5, 8)))
     for state in states:
         for row, ids in zip(rows, state.tokens(), strict=True):
             assert all(token in (MASK, int(own)) for token, own in zip(row, ids, strict=False))
@@ -98,20 +99,20 @@ def test_what_is_given_stays(algorithm, settings):
 
 
 def test_gaps_at_the_end_are_a_completion():
-    model, sampling = tiny(TransEncoder), Sampling(10, steps=9)
-    typed = [state.input_ids for state in infill_states(model, [[5, 6, *[MASK] * 8]], sampling)]
-    known = [state.input_ids for state in sample_states(model, [[5, 6]], sampling)]
+    model, sampling = tiny(TransEncoder), Sampling(steps=9)
+    typed = [state.input_ids for state in infill_states(model, [[5, 6, *[MASK] * 8]], sampling, 10)]
+    known = [state.input_ids for state in sample_states(model, [[5, 6]], sampling, 10)]
     assert all(torch.equal(one, other) for one, other in zip(typed, known, strict=True))
 
 
 def test_mistakes():
-    sampling = Sampling(8)
+    sampling = Sampling()
     with pytest.raises(ValueError, match="an ARM writes from left to right and cannot fill gaps"):
-        infill_states(tiny(GPT), [[4, MASK, 5]], sampling)
+        infill_states(tiny(GPT), [[4, MASK, 5]], sampling, 8)
     with pytest.raises(ValueError, match="prompt 0 has 9 tokens, more than the context length 8"):
-        infill_states(tiny(TransEncoder), [[MASK] * 9], sampling)
+        infill_states(tiny(TransEncoder), [[MASK] * 9], sampling, 8)
     with pytest.raises(ValueError, match="ids from 0 to 505"):
-        infill_states(tiny(TransEncoder), [[MASK, 505]], sampling)
+        infill_states(tiny(TransEncoder), [[MASK, 505]], sampling, 8)
 
 
 # --- the request of a person ------------------------------------------------------------------------------------------
@@ -122,37 +123,26 @@ def completer(model: Transformer, tokenizer: Tokenizer) -> Completer:
 
 
 def test_requests(tokenizer):
-    sampling = Sampling(40, steps=4)
     mdm, arm = (completer(tiny(kind), tokenizer) for kind in (TransEncoder, GPT))
-    assert mdm.request("To be", sampling).sampling.context_length == 40
-    filled = mdm.request("To ___2 be", sampling)
-    assert filled.sampling.context_length == len(filled.row) < 40
-    assert mdm.text(list(mdm.states(filled))[0], filled) == "To __ __ be"
-    assert arm.request("", sampling).row == [tokenizer.bos_id]
-    assert mdm.request("", sampling).row == []
+    assert mdm.request("To be", 40).context_length == 40
+    filled = mdm.request("To ___2 be", 40)
+    assert filled.context_length == len(filled.row) < 40
+    assert mdm.text(next(mdm.states(filled, Sampling(steps=4))), filled) == "To __ __ be"
+    assert arm.request("", 40).row == [tokenizer.bos_id]
+    assert mdm.request("", 40).row == []
     for one in (mdm, arm):
         # Underscores are text in a chat, so an ARM takes them too.
-        request = one.request("Fill ___ in", dataclasses.replace(sampling, context_length=64 * 4), chat=True)
+        request = one.request("Fill ___ in", 64 * 4, chat=True)
         assert MASK not in request.row and request.row[0] == tokenizer.bos_id
-        assert tokenizer.decode(request.row) == CHAT.format(question="Fill ___ in")
+        assert tokenizer.decode(request.row) == CHAT_TEMPLATE.format(question="Fill ___ in")
         assert request.start == len(request.row)
 
 
 def test_an_answer_ends_at_its_end_token(tokenizer):
     arm = completer(tiny(GPT), tokenizer)
-    request = dataclasses.replace(arm.request("Speak", Sampling(60)), start=1)
-    (state,) = [next(iter(arm.states(request)))]
+    request = dataclasses.replace(arm.request("Speak", 60), start=1)
+    state = next(arm.states(request, Sampling()))
     answer = [tokenizer.bos_id, *tokenizer.encode_ids("I am"), tokenizer.eos_id, *tokenizer.encode_ids("never")]
     ids = torch.tensor([[request.row[0], *answer]])
     state = dataclasses.replace(state, input_ids=ids, key_mask=torch.ones_like(ids, dtype=torch.bool))
     assert arm.text(state, request) == "I am"
-
-
-def test_settings_are_the_fields_of_sampling():
-    fields = {field.name: field for field in dataclasses.fields(Sampling) if field.name not in OWN}
-    assert {one.name: (one.type, one.default) for one in settings()} == {
-        name: (field.type, field.default) for name, field in fields.items()
-    }
-    assert all(len(one.help) > 20 for one in settings())
-    kinds = {one.name: one.kind for one in settings()}
-    assert (kinds["steps"], kinds["use_cache"], kinds["seed"]) == ("mdm", "arm", None)

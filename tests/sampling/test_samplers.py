@@ -15,9 +15,10 @@ from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.logits import LogitsBatch, LogitsFn, guided, model_logits
+from lit_gpt.sampling.autoregressive import NextLogitsFn, extend, recomputed
 from lit_gpt.sampling.categorical import Drawing, draw
 from lit_gpt.sampling.denoising import denoise
-from lit_gpt.sampling.samplers import NextLogitsFn, extend, recomputed, sample, sample_states
+from lit_gpt.sampling.sample import sample, sample_states
 from lit_gpt.sampling.sequence import masked_canvas, prompt_canvas
 from lit_gpt.sampling.settings import Sampling, algorithm_name
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
@@ -124,8 +125,8 @@ def golden_arm() -> GPT:
 @pytest.mark.parametrize("case", golden_cases()["mdm_sample"]["cases"], ids=lambda case: f"steps{case['steps']}")
 def test_golden_mdm_tokens(golden_mdm: TransEncoder, case: dict) -> None:
     prompt = golden_tokens(case["prompt_len"], case["tokens_seed"])
-    settings = Sampling(case["context_length"], "greddy", case["steps"], 0.0, case["cfg_scale"])
-    assert sample(golden_mdm, [prompt], settings)[0].tolist() == case["tokens"]
+    settings = Sampling("greddy", case["steps"], 0.0, case["cfg_scale"])
+    assert sample(golden_mdm, [prompt], settings, case["context_length"])[0].tolist() == case["tokens"]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -134,7 +135,7 @@ def test_golden_arm_tokens(golden_arm: GPT, use_cache: bool) -> None:
     prompts = [golden_tokens(case["prompt_len"], case["tokens_seed"]) for case in cases]
     # All cases in one batch: different prompts, different lengths.
     lengths = tuple(case["context_length"] for case in cases)
-    result = sample(golden_arm, prompts, Sampling(lengths, temperature=0.0, use_cache=use_cache))
+    result = sample(golden_arm, prompts, Sampling(temperature=0.0, use_cache=use_cache), lengths)
     assert [row.tolist() for row in result] == [case["tokens"] for case in cases]
 
 
@@ -145,7 +146,7 @@ def test_golden_arm_tokens(golden_arm: GPT, use_cache: bool) -> None:
 def test_origin_has_its_exact_law_at_few_steps(steps: int) -> None:
     joint = toy_joint()
     canvas = masked_canvas([[]] * 10_000, [LENGTH] * 10_000, TOY_MASK)
-    *_, state = denoise(toy_mdm(joint), canvas, Sampling(LENGTH, "origin", steps), WORDS)
+    *_, state = denoise(toy_mdm(joint), canvas, Sampling("origin", steps), WORDS)
     law = origin_law(joint, steps)
     assert chi_squared(state.input_ids, law) < LIMIT
     # The test has power: the joint itself, which one step cannot reach, is rejected.
@@ -155,7 +156,7 @@ def test_origin_has_its_exact_law_at_few_steps(steps: int) -> None:
 def test_origin_reaches_the_joint_at_many_steps() -> None:
     joint = toy_joint()
     canvas = masked_canvas([[]] * 10_000, [LENGTH] * 10_000, TOY_MASK)
-    *_, state = denoise(toy_mdm(joint), canvas, Sampling(LENGTH, "origin", 300, seed=2), WORDS)
+    *_, state = denoise(toy_mdm(joint), canvas, Sampling("origin", 300, seed=2), WORDS)
     assert chi_squared(state.input_ids, joint) < LIMIT
 
 
@@ -163,7 +164,7 @@ def test_origin_given_a_prompt_has_the_conditional_law() -> None:
     joint = toy_joint()
     given = joint[1] / joint[1].sum()
     canvas = masked_canvas([[1]] * 10_000, [LENGTH] * 10_000, TOY_MASK)
-    *_, state = denoise(toy_mdm(joint), canvas, Sampling(LENGTH, "origin", 300), WORDS)
+    *_, state = denoise(toy_mdm(joint), canvas, Sampling("origin", 300), WORDS)
     assert (state.input_ids[:, 0] == 1).all()
     observed = torch.bincount(state.input_ids[:, 1:] @ torch.tensor([WORDS, 1]), minlength=9).numpy()
     expected = given.flatten() * 10_000
@@ -173,7 +174,7 @@ def test_origin_given_a_prompt_has_the_conditional_law() -> None:
 def test_arm_samples_the_joint() -> None:
     joint = toy_joint()
     canvas = prompt_canvas([[0]] * 10_000)
-    *_, state = extend(recomputed(toy_arm(joint)), canvas, [LENGTH] * 10_000, Sampling(LENGTH + 1), WORDS)
+    *_, state = extend(recomputed(toy_arm(joint)), canvas, [LENGTH] * 10_000, Sampling(), WORDS)
     assert chi_squared(state.input_ids[:, 1:], joint) < LIMIT
 
 
@@ -252,7 +253,7 @@ def test_greedy_is_the_brute_force_choice(steps: int) -> None:
             for i in best:
                 known[i] = int(table[i].argmax())
         canvas = masked_canvas([prompt], [LENGTH], TOY_MASK)
-        *_, state = denoise(toy_mdm(joint), canvas, Sampling(LENGTH, "greedy", steps, 0.0), WORDS)
+        *_, state = denoise(toy_mdm(joint), canvas, Sampling("greedy", steps, 0.0), WORDS)
         assert state.input_ids[0].tolist() == known
 
 
@@ -280,13 +281,13 @@ def test_guidance_is_the_formula() -> None:
 def test_a_row_does_not_depend_on_its_batch(kind: type, algorithm: str, temperature: float) -> None:
     model = tiny(kind)
     cfg_scale = 0.5 if kind is TransEncoder else 0.0
-    settings = Sampling((20, 17, 32), algorithm, 6, temperature, cfg_scale)
-    together = sample(model, PROMPTS, settings)
+    settings, lengths = Sampling(algorithm, 6, temperature, cfg_scale), (20, 17, 32)
+    together = sample(model, PROMPTS, settings, lengths)
     for row, prompt in enumerate(PROMPTS):
-        alone = sample(model, [prompt], replace(settings, context_length=settings.context_length[row]), rows=[row])
+        alone = sample(model, [prompt], settings, lengths[row], rows=[row])
         assert alone[0].tolist() == together[row].tolist()
         assert together[row][: len(prompt)].tolist() == prompt
-    swapped = sample(model, PROMPTS[::-1], replace(settings, context_length=(32, 17, 20)), rows=[2, 1, 0])
+    swapped = sample(model, PROMPTS[::-1], settings, lengths[::-1], rows=[2, 1, 0])
     assert [row.tolist() for row in swapped[::-1]] == [row.tolist() for row in together]
 
 
@@ -295,18 +296,18 @@ def test_a_row_does_not_depend_on_its_batch(kind: type, algorithm: str, temperat
 def test_cache_and_no_cache_agree(temperature: float, stop_id: int | None) -> None:
     model = tiny(GPT)
     prompts = [*PROMPTS, *PROMPTS, [1] * 31, [2] * 32]
-    settings = Sampling(32, temperature=temperature, stop_id=stop_id)
-    with_cache = sample(model, prompts, settings)
-    without = sample(model, prompts, replace(settings, use_cache=False))
+    settings = Sampling(temperature=temperature)
+    with_cache = sample(model, prompts, settings, 32, stop_id)
+    without = sample(model, prompts, replace(settings, use_cache=False), 32, stop_id)
     assert [row.tolist() for row in with_cache] == [row.tolist() for row in without]
     assert len(with_cache[-1]) == 32 and len(with_cache[-2]) == 32 or stop_id is not None
 
 
 def test_arm_rows_stop_at_the_stop_token() -> None:
     model = tiny(GPT)
-    free = sample(model, PROMPTS, Sampling(30))
+    free = sample(model, PROMPTS, Sampling(), 30)
     stop_id = int(free[1][9])
-    stopped = sample(model, PROMPTS, Sampling(30, stop_id=stop_id))
+    stopped = sample(model, PROMPTS, Sampling(), 30, stop_id)
     for prompt, whole, cut in zip(PROMPTS, free, stopped, strict=True):
         generated = whole[len(prompt) :].tolist()
         end = generated.index(stop_id) + 1 if stop_id in generated else len(generated)
@@ -315,10 +316,10 @@ def test_arm_rows_stop_at_the_stop_token() -> None:
 
 def test_rows_and_seeds_have_their_own_streams() -> None:
     model = tiny(TransEncoder)
-    settings = Sampling(24, "origin", 8)
-    first, second = sample(model, [[1], [1]], settings)
+    settings = Sampling("origin", 8)
+    first, second = sample(model, [[1], [1]], settings, 24)
     assert first.tolist() != second.tolist()
-    assert first.tolist() != sample(model, [[1]], replace(settings, seed=settings.seed + 2**32))[0].tolist()
+    assert first.tolist() != sample(model, [[1]], replace(settings, seed=settings.seed + 2**32), 24)[0].tolist()
 
 
 @pytest.mark.parametrize("kind", [TransEncoder, GPT])
@@ -326,7 +327,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(kind: type) -> None:
     model = tiny(kind)
     with torch.no_grad():
         model.lm_head.weight[TINY.vocab_size :] *= 100
-    result = torch.cat(sample(model, [[1]] * 64, Sampling(16, "origin", 4, temperature=3.0)))
+    result = torch.cat(sample(model, [[1]] * 64, Sampling("origin", 4, temperature=3.0), 16))
     assert int(result.min()) >= 0 and int(result.max()) < TINY.vocab_size
 
 
@@ -335,7 +336,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(kind: type) -> None:
 
 @pytest.mark.parametrize("algorithm", ["origin", "greedy"])
 def test_mdm_states_only_reveal(algorithm: str) -> None:
-    states = list(sample_states(tiny(TransEncoder), PROMPTS, Sampling((20, 9, 12), algorithm, 40)))
+    states = list(sample_states(tiny(TransEncoder), PROMPTS, Sampling(algorithm, 40), (20, 9, 12)))
     assert [state.step for state in states] == list(range(41))
     canvas = states[0]
     assert [row.tolist().count(TINY.mask_id) for row in canvas.tokens()] == [15, 8, 9]
@@ -351,17 +352,14 @@ def test_mdm_states_only_reveal(algorithm: str) -> None:
 
 
 def test_arm_states_grow_by_a_token() -> None:
-    seen: list[list[int]] = []
-    result = sample(
-        tiny(GPT), PROMPTS, Sampling(12), on_state=lambda state: seen.append([len(row) for row in state.tokens()])
-    )
+    seen = [[len(row) for row in state.tokens()] for state in sample_states(tiny(GPT), PROMPTS, Sampling(), 12)]
     assert seen[0] == [5, 1, 3] and seen[1] == [6, 2, 4] and seen[-1] == [12, 12, 12]
-    assert [len(row) for row in result] == [12, 12, 12]
+    assert [len(row) for row in sample(tiny(GPT), PROMPTS, Sampling(), 12)] == [12, 12, 12]
 
 
 def test_a_full_prompt_needs_no_sampling() -> None:
     for kind in (TransEncoder, GPT):
-        assert sample(tiny(kind), [[1, 2, 3]], Sampling(3))[0].tolist() == [1, 2, 3]
+        assert sample(tiny(kind), [[1, 2, 3]], Sampling(), 3)[0].tolist() == [1, 2, 3]
 
 
 # Errors
@@ -378,33 +376,37 @@ def test_a_full_prompt_needs_no_sampling() -> None:
 )
 def test_wrong_settings(settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Sampling(16, **settings)
+        Sampling(**settings)
 
 
 @pytest.mark.parametrize(
-    ("kind", "prompts", "settings", "words"),
+    ("kind", "prompts", "settings", "length", "words"),
     [
-        (TransEncoder, [[1], [1] * 9], Sampling(8), "prompt 1 has 9 tokens, more than the context length 8"),
-        (TransEncoder, [[1]], Sampling(33), "context length 33: this model reads from 1 to 32"),
+        (TransEncoder, [[1], [1] * 9], Sampling(), 8, "prompt 1 has 9 tokens, more than the context length 8"),
+        (TransEncoder, [[1]], Sampling(), 33, "context length 33: this model reads from 1 to 32"),
         (
             TransEncoder,
             [[TINY.mask_id]],
-            Sampling(8),
+            Sampling(),
+            8,
             "prompt 0 holds ids from 64 to 64: this model's tokens are 0 to 49",
         ),
-        (TransEncoder, [], Sampling(8), "no prompt was given"),
-        (TransEncoder, [[1]], Sampling((8, 9)), "2 context lengths for 1 prompts"),
-        (GPT, [[]], Sampling(8), "prompt 0 is empty"),
-        (GPT, [[1]], Sampling(8, cfg_scale=1.0), "needs an MDM"),
+        (TransEncoder, [], Sampling(), 8, "no prompt was given"),
+        (TransEncoder, [[1]], Sampling(), (8, 9), "2 context lengths for 1 prompts"),
+        (TransEncoder, [[1]], Sampling(early_stop=True), 8, "early_stop needs a stop_id"),
+        (GPT, [[]], Sampling(), 8, "prompt 0 is empty"),
+        (GPT, [[1]], Sampling(cfg_scale=1.0), 8, "needs an MDM"),
     ],
 )
-def test_wrong_arguments(kind: type, prompts: list, settings: Sampling, words: str) -> None:
+def test_wrong_arguments(
+    kind: type, prompts: list, settings: Sampling, length: int | tuple[int, ...], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
-        sample_states(tiny(kind), prompts, settings)  # before any state is asked for
+        sample_states(tiny(kind), prompts, settings, length)  # before any state is asked for
 
 
 def test_historic_spelling() -> None:
-    assert algorithm_name("greddy") == "greedy" and Sampling(8, "greddy").algorithm == "greedy"
+    assert algorithm_name("greddy") == "greedy" and Sampling("greddy").algorithm == "greedy"
 
 
 # What the field has learnt since
@@ -429,14 +431,14 @@ def test_careful_algorithms_are_the_brute_force_choice(algorithm: str, care: flo
             for i in best:
                 known[i] = int(table[i].argmax())
             steps += 1
-        settings = Sampling(LENGTH, algorithm, 50, 0.0, threshold=care, entropy_bound=care)
+        settings = Sampling(algorithm, 50, 0.0, threshold=care, entropy_bound=care)
         *_, state = denoise(toy_mdm(joint), masked_canvas([prompt], [LENGTH], TOY_MASK), settings, WORDS)
         assert state.input_ids[0].tolist() == known and state.step == steps
 
 
 def test_careful_algorithms_end_at_their_last_step() -> None:
     joint = toy_joint()
-    settings = Sampling(LENGTH, "threshold", 2, 0.0, threshold=1.0)
+    settings = Sampling("threshold", 2, 0.0, threshold=1.0)
     *_, state = denoise(toy_mdm(joint), masked_canvas([[]], [LENGTH], TOY_MASK), settings, WORDS)
     assert state.step == 2 and (state.input_ids < TOY_MASK).all()
 
@@ -445,7 +447,7 @@ def test_one_token_at_a_time_has_the_joint_law() -> None:
     """A threshold of 1 writes the most certain position alone: whatever the order, the law is the model's own."""
     joint = toy_joint()
     canvas = masked_canvas([[]] * 10_000, [LENGTH] * 10_000, TOY_MASK)
-    *_, state = denoise(toy_mdm(joint), canvas, Sampling(LENGTH, "threshold", 50, block_length=1), WORDS)
+    *_, state = denoise(toy_mdm(joint), canvas, Sampling("threshold", 50, block_length=1), WORDS)
     assert chi_squared(state.input_ids, joint) < LIMIT
 
 
@@ -455,7 +457,7 @@ def test_remasking_keeps_the_law(remask: float) -> None:
     canvas = masked_canvas([[]] * 10_000, [LENGTH] * 10_000, TOY_MASK)
     changed = 0
     before = None
-    for state in denoise(toy_mdm(joint), canvas, Sampling(LENGTH, "origin", 300, remask=remask), WORDS):
+    for state in denoise(toy_mdm(joint), canvas, Sampling("origin", 300, remask=remask), WORDS):
         if before is not None:
             changed += int(((before != TOY_MASK) & (state.input_ids == TOY_MASK)).sum())
         before = state.input_ids
@@ -466,7 +468,7 @@ def test_remasking_keeps_the_law(remask: float) -> None:
 def test_blocks_are_written_from_left_to_right() -> None:
     model = tiny(TransEncoder)
     written = []
-    for state in sample_states(model, [[3, 1]], Sampling(20, "origin", 24, block_length=5)):
+    for state in sample_states(model, [[3, 1]], Sampling("origin", 24, block_length=5), 20):
         free = (state.input_ids[0, 2:] != TINY.mask_id).tolist()
         written.append(free)
         blocks = [free[start : start + 5] for start in range(0, 18, 5)]
@@ -475,6 +477,7 @@ def test_blocks_are_written_from_left_to_right() -> None:
     assert all(written[-1]) and len(written) <= 25
 
 
+STOP_ID = 7  # ends an MDM's row in the settings with early_stop only
 SETTINGS = {
     "threshold": {"algorithm": "threshold", "threshold": 0.3, "top_k": 5},
     "entropy": {"algorithm": "entropy", "entropy_bound": 2.0, "top_p": 0.9},
@@ -482,17 +485,17 @@ SETTINGS = {
     "remask": {"algorithm": "origin", "remask": 0.3},
     "prefix": {"algorithm": "greedy", "block_length": 4, "cache": "prefix"},
     "dual": {"algorithm": "origin", "block_length": 5, "cache": "dual", "refresh": 3},
-    "stop": {"algorithm": "origin", "stop_id": 7, "early_stop": True, "min_new_tokens": 3},
+    "stop": {"algorithm": "origin", "early_stop": True, "min_new_tokens": 3},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_new_settings_do_not_depend_on_the_batch(name: str) -> None:
     model = tiny(TransEncoder)
-    settings = Sampling((20, 17, 32), steps=8, cfg_scale=0.5, **SETTINGS[name])
-    together = sample(model, PROMPTS, settings)
+    settings, lengths = Sampling(steps=8, cfg_scale=0.5, **SETTINGS[name]), (20, 17, 32)
+    together = sample(model, PROMPTS, settings, lengths, STOP_ID)
     for row, prompt in enumerate(PROMPTS):
-        alone = sample(model, [prompt], replace(settings, context_length=settings.context_length[row]), rows=[row])
+        alone = sample(model, [prompt], settings, lengths[row], STOP_ID, [row])
         assert alone[0].tolist() == together[row].tolist()
         assert together[row][: len(prompt)].tolist() == prompt and int(together[row].max()) < TINY.vocab_size
 
@@ -501,12 +504,12 @@ def test_new_settings_do_not_depend_on_the_batch(name: str) -> None:
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_a_cache_read_anew_at_every_step_is_exact(cache: str, cfg_scale: float) -> None:
     model = tiny(TransEncoder)
-    settings = Sampling((24, 20, 32), "greedy", 12, 1.0, cfg_scale, block_length=6)
-    exact = sample(model, PROMPTS, settings)
-    cached = sample(model, PROMPTS, replace(settings, cache=cache, refresh=1))
+    settings, lengths = Sampling("greedy", 12, 1.0, cfg_scale, block_length=6), (24, 20, 32)
+    exact = sample(model, PROMPTS, settings, lengths)
+    cached = sample(model, PROMPTS, replace(settings, cache=cache, refresh=1), lengths)
     assert [row.tolist() for row in cached] == [row.tolist() for row in exact]
     # Without it, it is an approximation: these random weights show that it was used.
-    approximate = sample(model, PROMPTS, replace(settings, cache=cache))
+    approximate = sample(model, PROMPTS, replace(settings, cache=cache), lengths)
     assert [row.tolist() for row in approximate] != [row.tolist() for row in exact]
 
 
@@ -529,14 +532,14 @@ def test_a_partial_reading_is_the_full_one_while_nothing_changes() -> None:
 
 def commonest(kind: type) -> int:
     """The token that a model writes most often."""
-    rows = sample(tiny(kind), [[3]] * 40, Sampling(20))
+    rows = sample(tiny(kind), [[3]] * 40, Sampling(), 20)
     return int(torch.bincount(torch.cat([row[1:] for row in rows])).argmax())
 
 
 @pytest.mark.parametrize("kind", [TransEncoder, GPT])
 def test_no_end_token_comes_too_early(kind: type) -> None:
     stop = commonest(kind)
-    rows = sample(tiny(kind), [[3]] * 40, Sampling(20, stop_id=stop, min_new_tokens=6))
+    rows = sample(tiny(kind), [[3]] * 40, Sampling(min_new_tokens=6), 20, stop)
     assert all(stop not in row[1:7].tolist() for row in rows)
     assert any(stop in row[7:].tolist() for row in rows)
 
@@ -546,10 +549,10 @@ def test_a_row_ends_with_its_end_token() -> None:
     stop = commonest(TransEncoder)
     early = 0
     for row in range(20):
-        settings = Sampling(20, "origin", 60, stop_id=stop, early_stop=True, block_length=4)
-        states = list(sample_states(tiny(TransEncoder), [[3]], settings, [row]))
+        settings = Sampling("origin", 60, early_stop=True, block_length=4)
+        states = list(sample_states(tiny(TransEncoder), [[3]], settings, 20, stop, [row]))
         tokens = states[-1].input_ids[0].tolist()
-        plain = sample(tiny(TransEncoder), [[3]], replace(settings, early_stop=False), [row])[0].tolist()
+        plain = sample(tiny(TransEncoder), [[3]], replace(settings, early_stop=False), 20, stop, [row])[0].tolist()
         first = tokens.index(stop) if stop in tokens else len(tokens)
         assert tokens[:first] == plain[:first] and tokens[first // 4 * 4 + 5 :] == [stop] * len(
             tokens[first // 4 * 4 + 5 :]
@@ -560,18 +563,17 @@ def test_a_row_ends_with_its_end_token() -> None:
 
 def test_wrong_new_settings_are_refused_together() -> None:
     with pytest.raises(ValueError) as caught:
-        Sampling(8, "greedy", threshold=1.5, top_p=-1, top_k=-2, cache="dual", remask=0.5, early_stop=True)
+        Sampling("greedy", threshold=1.5, top_p=-1, top_k=-2, cache="dual", remask=0.5)
     for words in (
         "threshold is 1.5: it must be a number from 0 to 1",
         "top_p is -1",
         "top_k is -2",
         "cache dual needs a block_length",
         "remask goes with the algorithm origin",
-        "early_stop needs a stop_id",
     ):
         assert words in str(caught.value)
     with pytest.raises(ValueError, match="cache is 'all': choose from none, prefix, dual"):
-        Sampling(8, cache="all")
+        Sampling(cache="all")
 
 
 def test_the_likeliest_token_is_the_first_of_its_equals() -> None:
@@ -585,7 +587,7 @@ def test_a_row_that_stops_early_needs_no_more_blocks() -> None:
     """Whole blocks behind an end token are filled at once; with remasking a block ends with its steps all the same."""
     stop, settings = commonest(TransEncoder), {"block_length": 4, "remask": 0.3, "early_stop": True}
     for row in range(10):
-        *_, state = sample_states(tiny(TransEncoder), [[3]], Sampling(20, steps=5, stop_id=stop, **settings), [row])
+        *_, state = sample_states(tiny(TransEncoder), [[3]], Sampling(steps=5, **settings), 20, stop, [row])
         assert state.step <= 5 and int(state.input_ids.max()) < TINY.vocab_size
 
 
@@ -595,11 +597,11 @@ def test_a_broken_model_writes_nothing(algorithm: str, temperature: float) -> No
     model = tiny(GPT if algorithm == "arm" else TransEncoder)
     with torch.no_grad():
         model.lm_head.weight[7, 3] = torch.nan
-    settings = Sampling(20, "origin" if algorithm == "arm" else algorithm, 4, temperature)
+    settings = Sampling("origin" if algorithm == "arm" else algorithm, 4, temperature)
     with pytest.raises(ValueError, match="no finite numbers: its weights are damaged or it diverged"):
-        sample(model, PROMPTS, settings)
+        sample(model, PROMPTS, settings, 20)
     # Whoever looks at the tokens of a step is told at once.
-    states = sample_states(model, PROMPTS, settings)
+    states = sample_states(model, PROMPTS, settings, 20)
     assert len(next(states).tokens()) == 3
     with pytest.raises(ValueError, match="no finite numbers"):
         next(states).tokens()
@@ -612,9 +614,9 @@ WAITING = {
     "plain": {},
     "greedy": {"algorithm": "greedy", "temperature": 0.0},
     "greedy, filters": {"algorithm": "greedy", "top_k": 7, "top_p": 0.5},
-    "origin, filters": {"top_k": 7, "top_p": 0.5, "stop_id": 7, "min_new_tokens": 4},
-    "greedy, min_new_tokens": {"algorithm": "greedy", "stop_id": 7, "min_new_tokens": 4},
-    "greedy, early stop": {"algorithm": "greedy", "stop_id": 7, "early_stop": True},
+    "origin, filters": {"top_k": 7, "top_p": 0.5, "min_new_tokens": 4},
+    "greedy, min_new_tokens": {"algorithm": "greedy", "min_new_tokens": 4},
+    "greedy, early stop": {"algorithm": "greedy", "early_stop": True},
     "remask in blocks": {"remask": 0.3, "block_length": 5, "cache": "prefix", "refresh": 2},
     "greedy, dual": {"algorithm": "greedy", "block_length": 4, "cache": "dual", "refresh": 3},
 }  # fmt: skip
@@ -629,12 +631,12 @@ def asks_the_model(settings: Sampling) -> bool:
 @pytest.mark.parametrize("cfg_scale", [0.0, 0.5])
 @pytest.mark.parametrize("name", WAITING)
 def test_no_step_waits_for_the_device(name: str, cfg_scale: float, lengths: tuple[int, ...]) -> None:
-    settings = Sampling(lengths, steps=8, cfg_scale=cfg_scale, **WAITING[name])
-    expected = list(sample_states(tiny(TransEncoder), PROMPTS, settings))
+    settings = Sampling(steps=8, cfg_scale=cfg_scale, **WAITING[name])
+    expected = list(sample_states(tiny(TransEncoder), PROMPTS, settings, lengths, STOP_ID))
     far = FarDevice()
     found, waits = [], []
     with far:
-        for state in sample_states(tiny(TransEncoder).to(far.device), PROMPTS, settings):
+        for state in sample_states(tiny(TransEncoder).to(far.device), PROMPTS, settings, lengths, STOP_ID):
             waits.append(len(far.waits))
             found.append(state)
         waits.append(len(far.waits))
@@ -661,12 +663,12 @@ def test_the_played_device_sees_who_waits(wait) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in WAITING if not asks_the_model(Sampling(8, **WAITING[name]))])
+@pytest.mark.parametrize("name", [name for name in WAITING if not asks_the_model(Sampling(**WAITING[name]))])
 def test_no_step_waits_for_a_gpu(name: str) -> None:
-    settings = Sampling((20, 17, 32), steps=8, **WAITING[name])
+    settings, lengths = Sampling(steps=8, **WAITING[name]), (20, 17, 32)
     model = tiny(TransEncoder).cuda()
-    count = len(list(sample_states(model, PROMPTS, settings)))
-    states = sample_states(model, PROMPTS, settings)
+    count = len(list(sample_states(model, PROMPTS, settings, lengths, STOP_ID)))
+    states = sample_states(model, PROMPTS, settings, lengths, STOP_ID)
     next(states)
     torch.cuda.set_sync_debug_mode("error")
     try:

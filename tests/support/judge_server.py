@@ -72,7 +72,7 @@ class FakeJudge:
 
 
 @contextmanager
-def serving() -> Iterator[FakeJudge]:
+def serve_fake_judge() -> Iterator[FakeJudge]:
     """A server of this kind, for as long as the context lasts."""
     fake = FakeJudge()
 

@@ -12,7 +12,7 @@ from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
 from lit_gpt.tokenizer import Tokenizer
-from tests.support.small_tokenizers import train_small
+from tests.support.small_tokenizers import train_small_tokenizer
 
 
 def scaled_model(kind: type[Transformer], config: Config, seed: int = 5) -> Transformer:
@@ -26,9 +26,9 @@ def scaled_model(kind: type[Transformer], config: Config, seed: int = 5) -> Tran
     return model.eval()
 
 
-def export_both(folder: Path, block_size: int = 128, embedding_scale: float = 1.0) -> dict[str, Path]:
-    """An ARM and an MDM with random weights and their tokenizer inside, and the tokenizer's folder, by kind."""
-    paths = {"tokenizer": train_small(folder / "tokenizer")}
+def export_arm_and_mdm(folder: Path, block_size: int = 128, embedding_scale: float = 1.0) -> dict[str, Path]:
+    """An ARM and an MDM with random weights, their tokenizer inside, and the tokenizer's folder, by kind."""
+    paths = {"tokenizer": train_small_tokenizer(folder / "tokenizer")}
     for kind, model_class in (("arm", GPT), ("mdm", TransEncoder)):
         model = model_class(Config("tiny", 2, 2, 32, 64, 2, block_size=block_size, vocab_size=500))
         model.init_weights(3)

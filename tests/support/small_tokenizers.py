@@ -17,14 +17,14 @@ def training_lines(count: int = 4000) -> Iterator[str]:
     yield from ["  two  spaces   three", "0 12 2048", "déjà vu, naïve, Straße"] * 20
 
 
-def train_small(folder: Path, vocab_size: int = 500) -> Path:
+def train_small_tokenizer(folder: Path, vocab_size: int = 500) -> Path:
     """Train `tokenizer.model` into a folder; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(train(training_lines(), vocab_size))
     return folder
 
 
-def convert(source: Path, destination: Path) -> Path:
+def convert_to_tokenizer_json(source: Path, destination: Path) -> Path:
     """Write `tokenizer.json` from a SentencePiece BPE model: what `transformers` users have of the same tokenizer.
 
     A merge's rank is the id of the piece it makes (BPE learnt them in this order); special tokens as LLaMA's.

@@ -30,7 +30,7 @@ SHAPE = {
 }  # fmt: skip
 
 
-def make_data(folder: Path) -> Path:
+def make_packed_data(folder: Path) -> Path:
     """Packed tokens that can be learnt: each token mostly decides the next one; the last chunk is partly filled."""
     for prefix, documents in (("train_slim", 60), ("validation", 12)):
         builder = PackedDatasetBuilder(folder, prefix, chunk_size=33 * 8, sep_token=1, vocab_size=64)
@@ -44,50 +44,50 @@ def make_data(folder: Path) -> Path:
     return folder
 
 
-def command(script: str, folder: Path, **flags: object) -> list[str]:
+def pretraining_command(script: str, folder: Path, **flags: object) -> list[str]:
     """A script's command line in `folder`, where data lies in `data`."""
-    return words(f"pretrain/{script}", **{**SHAPE, "data_dir": folder / "data", **flags})
+    return script_command(f"pretrain/{script}", **{**SHAPE, "data_dir": folder / "data", **flags})
 
 
-def words(script: str, **flags: object) -> list[str]:
+def script_command(script: str, **flags: object) -> list[str]:
     """A script's path and its flags."""
     return [str(ROOT / script), *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def environment() -> dict[str, str]:
+def one_thread_environment() -> dict[str, str]:
     """One thread per process, so that tests share the machine and sums keep their order."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def hear_interrupts() -> None:
+def restore_interrupts() -> None:
     """For a child process: below a shell's background job Ctrl-C is ignored, and would be in what a test starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start(script: str, folder: Path, **flags: object) -> subprocess.Popen[str]:
+def start_pretraining(script: str, folder: Path, **flags: object) -> subprocess.Popen[str]:
     """Start a pretraining script by python, in `folder`."""
-    return start_words(command(script, folder, **flags), folder)
+    return start_script(pretraining_command(script, folder, **flags), folder)
 
 
-def start_words(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+def start_script(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     """Start a script by python, in `folder`; its output is read line by line."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=folder,
-        env=environment(),
+        env=one_thread_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_interrupts,
+        preexec_fn=restore_interrupts,
     )
 
 
-def train(script: str, folder: Path, code: int = 0, **flags: object) -> tuple[str, str]:
-    """`run_words` for a pretraining script."""
-    return run_words(command(script, folder, **flags), folder, code)
+def run_pretraining(script: str, folder: Path, code: int = 0, **flags: object) -> tuple[str, str]:
+    """`run_script_main` for a pretraining script."""
+    return run_script_main(pretraining_command(script, folder, **flags), folder, code)
 
 
-def run_words(arguments: list[str], folder: Path, code: int = 0) -> tuple[str, str]:
+def run_script_main(arguments: list[str], folder: Path, code: int = 0) -> tuple[str, str]:
     """Run a script's main to its end in this process, as `cli.run` does, in `folder`; returns what it printed."""
     path, *arguments = arguments
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -106,9 +106,9 @@ def run_words(arguments: list[str], folder: Path, code: int = 0) -> tuple[str, s
     return out.getvalue(), err.getvalue()
 
 
-def train_alone(script: str, folder: Path, code: int = 0, **flags: object) -> tuple[str, str]:
+def run_pretraining_process(script: str, folder: Path, code: int = 0, **flags: object) -> tuple[str, str]:
     """Run a script to its end as a user starts it; returns what it printed."""
-    process = start(script, folder, **flags)
+    process = start_pretraining(script, folder, **flags)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, out + err
     return out, err
@@ -116,7 +116,9 @@ def train_alone(script: str, folder: Path, code: int = 0, **flags: object) -> tu
 
 def kill_after_lines(command: list[str], path: Path, count: int) -> None:
     """Start a command and kill it, without warning, as soon as a file has so many lines."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread_environment()
+    )
     end = time.monotonic() + 60
     while not (path.exists() and path.read_bytes().count(b"\n") >= count):
         assert process.poll() is None and time.monotonic() < end
@@ -125,16 +127,16 @@ def kill_after_lines(command: list[str], path: Path, count: int) -> None:
     process.wait()
 
 
-def metrics(folder: Path) -> list[dict[str, str]]:
+def read_metrics(folder: Path) -> list[dict[str, str]]:
     """All rows of the only run's CSV below `folder`."""
     (path,) = folder.glob("out/*/version_0/metrics.csv")
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def losses(folder: Path, name: str = "metric/train_loss") -> dict[int, float]:
+def read_losses(folder: Path, name: str = "metric/train_loss") -> dict[int, float]:
     """Step to a metric, where it was logged."""
-    return {int(row["step"]): float(row[name]) for row in metrics(folder) if row[name]}
+    return {int(row["step"]): float(row[name]) for row in read_metrics(folder) if row[name]}
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:

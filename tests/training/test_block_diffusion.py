@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lit_gpt import diffusion
 from lit_gpt.config import Config
-from lit_gpt.data.batching import Batch
+from lit_gpt.data.batching import MicroBatch
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.model.visibility import Visibility
@@ -29,7 +29,7 @@ from lit_gpt.training.objectives import MaskedDiffusion
 from lit_gpt.training.pretraining import MDM_GROUP_SIZES, Recipe, pretrain
 from lit_gpt.training.settings import PretrainConfig
 from tests.support.small_models import scaled_model
-from tests.support.training_runs import ROOT, SHAPE, environment, losses, make_data, metrics
+from tests.support.training_runs import ROOT, SHAPE, make_packed_data, one_thread_environment, read_losses, read_metrics
 
 # The experiment
 
@@ -53,7 +53,7 @@ class BlockDiffusion(MaskedDiffusion):
 
     block_length: int = 4
 
-    def _masked(self, batch: Batch, t: Tensor, uniforms: Tensor) -> LossTerms:
+    def _masked(self, batch: MicroBatch, t: Tensor, uniforms: Tensor) -> LossTerms:
         clean = batch.tokens[:, :-1].contiguous()
         rows, length = clean.shape
         blocks = length // self.block_length
@@ -86,11 +86,11 @@ def objective(block_length: int) -> BlockDiffusion:
     return BlockDiffusion(12, CONFIG.mask_id, seed=11, global_batch_size=8, block_length=block_length)
 
 
-def batch(partial: bool = False) -> Batch:
+def batch(partial: bool = False) -> MicroBatch:
     lengths = torch.full((8,), 13)
     if partial:
         lengths[2], lengths[5] = 5, 9
-    return Batch(
+    return MicroBatch(
         tokens=torch.randint(0, 20, (8, 13), generator=torch.Generator().manual_seed(0)),
         lengths=lengths,
         prompt_lengths=torch.zeros(8, dtype=torch.int64),
@@ -168,17 +168,17 @@ def test_it_is_trained_by_the_loop_on_one_device_or_two(tmp_path: Path):
     curves = []
     for devices, strategy in ((1, "auto"), (2, "ddp"), (2, "fsdp")):
         folder = tmp_path / f"{devices}-{strategy}"
-        make_data(folder / "data")
+        make_packed_data(folder / "data")
         # A file, because the second process is started by the first one's command line.
         script = folder / "train.py"
         script.write_text(
             f"from tests.training.test_block_diffusion import run\nrun({str(folder)!r}, {devices}, {strategy!r})\n"
         )
         subprocess.run(
-            [sys.executable, script], env={**environment(), "PYTHONPATH": str(ROOT)}, check=True, timeout=300
+            [sys.executable, script], env={**one_thread_environment(), "PYTHONPATH": str(ROOT)}, check=True, timeout=300
         )
-        curves.append([*losses(folder).values(), *losses(folder, "metric/val_loss").values()])
-        rows = [row for row in metrics(folder) if row["metric/train_loss"]]
+        curves.append([*read_losses(folder).values(), *read_losses(folder, "metric/val_loss").values()])
+        rows = [row for row in read_metrics(folder) if row["metric/train_loss"]]
         # A row has 32 tokens, though the model reads 64 columns of it.
         assert int(rows[-1]["total_tokens"]) == 40 * 8 * 32
         assert len(list((folder / "models").glob("*.safetensors"))) == 1

@@ -124,7 +124,7 @@ def test_training_noise_has_the_brute_force_expectation():
     model.lm_head.weight.mul_(8)  # so that the cross-entropies differ by what is masked
     clean = torch.tensor([3, 17, 4, 9, 9])
     objective = MaskedDiffusion(block_size=5, mask_id=CONFIG.mask_id, seed=2, global_batch_size=256)
-    batch = batching.Batch(
+    batch = batching.MicroBatch(
         tokens=torch.cat([clean, torch.zeros(1, dtype=torch.int64)]).repeat(256, 1),
         lengths=torch.full((256,), 6),
         prompt_lengths=torch.zeros(256, dtype=torch.int64),

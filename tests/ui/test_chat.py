@@ -21,8 +21,8 @@ from lit_gpt import cli
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.ui.trajectory import DenoisingTrajectory, without_control_characters
 from scripts.chat import main
-from tests.support.small_models import export_both
-from tests.support.training_runs import hear_interrupts
+from tests.support.small_models import export_arm_and_mdm
+from tests.support.training_runs import restore_interrupts
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "chat.py")]
@@ -31,7 +31,7 @@ SCRIPT = [sys.executable, str(ROOT / "scripts" / "chat.py")]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
     """An ARM and an MDM with random weights, their tokenizer beside them."""
-    return {kind: str(path) for kind, path in export_both(tmp_path_factory.mktemp("models")).items()}
+    return {kind: str(path) for kind, path in export_arm_and_mdm(tmp_path_factory.mktemp("models")).items()}
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ class Terminal:
             stderr=other,
             env=environment,
             start_new_session=True,
-            preexec_fn=hear_interrupts,
+            preexec_fn=restore_interrupts,
         )
         os.close(other)
         self.shown = ""
@@ -210,8 +210,8 @@ def test_an_interrupt_without_a_terminal(models, monkeypatch, chatting, tmp_path
     """What was there is printed, and drawn."""
     from lit_gpt.ui.completion import Completer
 
-    def stopping(self, request, whole=Completer.states):
-        for state in whole(self, request):
+    def stopping(self, request, sampling, whole=Completer.states):
+        for state in whole(self, request, sampling):
             yield state
             if state.step == 40:
                 raise KeyboardInterrupt

@@ -17,10 +17,17 @@ from typing import Any
 from lit_gpt.checkpoints.export import SUFFIX, read_record
 from lit_gpt.checkpoints.loaded import LoadedModel, load_model
 from lit_gpt.cli import Interrupted, warn
-from lit_gpt.data.sft_formats import CHAT
+from lit_gpt.data.sft_formats import CHAT_TEMPLATE
 from lit_gpt.devices import join_processes
 from lit_gpt.evaluation.generated_answers import AnswerFile, JsonQuestion
-from lit_gpt.evaluation.mt_bench.bench import Bench, Question, answer_line, read_lines, read_questions, some
+from lit_gpt.evaluation.mt_bench.benchmark_files import (
+    BenchmarkFiles,
+    MtBenchQuestion,
+    answer_line,
+    first_few,
+    read_json_lines,
+    read_mt_bench_questions,
+)
 from lit_gpt.evaluation.result_file import EXISTING
 from lit_gpt.evaluation.settings import MtBenchAnswerFlags
 from lit_gpt.sampling.settings import Sampling
@@ -37,11 +44,11 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
         Interrupted: by Ctrl-C; the line says how many answers there are.
     """
     check_answer_flags(flags)
-    bench = Bench(flags.bench_name)
-    questions = read_questions(bench.questions, flags.question_begin, flags.question_end)
+    bench = BenchmarkFiles(flags.bench_name)
+    questions = read_mt_bench_questions(bench.questions, flags.question_begin, flags.question_end)
     path = Path(flags.answer_file) if flags.answer_file else bench.answers(flags.model_id)
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once.
-    sampling = Sampling(flags.max_new_token, steps=flags.steps, cfg_scale=flags.cfg_scale)
+    sampling = Sampling(steps=flags.steps, cfg_scale=flags.cfg_scale)
     rank, _ = join_processes()
     model = _open_model(flags)
     length = _context_length(model, flags.max_new_token, questions, rank)
@@ -112,7 +119,7 @@ def _open_model(flags: MtBenchAnswerFlags) -> LoadedModel:
     )
 
 
-def _context_length(model: LoadedModel, wanted: int, questions: Sequence[Question], rank: int) -> int:
+def _context_length(model: LoadedModel, wanted: int, questions: Sequence[MtBenchQuestion], rank: int) -> int:
     """A context length that the model can read. Names questions without room for an answer."""
     limit = model.model.config.block_size
     if wanted > limit and not rank:
@@ -120,13 +127,13 @@ def _context_length(model: LoadedModel, wanted: int, questions: Sequence[Questio
     length = min(wanted, limit)
     long = [one.question_id for one in questions if len(_prompt_ids(model, one)) >= length]
     if long and not rank:
-        warn(f"{len(long)} questions leave no room in {length} tokens, their answers stay empty: {some(long)}")
+        warn(f"{len(long)} questions leave no room in {length} tokens, their answers stay empty: {first_few(long)}")
     return length
 
 
-def _prompt_ids(model: LoadedModel, question: Question) -> list[int]:
+def _prompt_ids(model: LoadedModel, question: MtBenchQuestion) -> list[int]:
     """A question's first turn in the template of fine-tuning."""
-    return model.prompt_ids(CHAT.format(question=question.turns[0]))
+    return model.prompt_ids(CHAT_TEMPLATE.format(question=question.turns[0]))
 
 
 def _settings(flags: MtBenchAnswerFlags, model: LoadedModel, length: int) -> dict[str, Any]:
@@ -137,16 +144,16 @@ def _settings(flags: MtBenchAnswerFlags, model: LoadedModel, length: int) -> dic
     return {"model_id": flags.model_id, **model.identity(), **settings}
 
 
-def _texts(model: LoadedModel, questions: Sequence[Question], sampling: Sampling, length: int) -> list[str]:
+def _texts(model: LoadedModel, questions: Sequence[MtBenchQuestion], sampling: Sampling, length: int) -> list[str]:
     """One answer to each first turn, up to the end token; empty where there is no room for one."""
     prompts = [_prompt_ids(model, question) for question in questions]
     finished = model.complete(prompts, [question.question_id for question in questions], sampling, length)
     return [model.text_behind(prompt, ids).strip() for prompt, ids in zip(prompts, finished, strict=True)]
 
 
-def _count(path: Path, questions: Sequence[Question]) -> int:
+def _count(path: Path, questions: Sequence[MtBenchQuestion]) -> int:
     """How many of the questions have an answer in the file."""
     if not path.is_file():
         return 0
-    answered = set(read_lines(path, "answer", lambda line: line["question_id"], may_be_torn=True))
+    answered = set(read_json_lines(path, "answer", lambda line: line["question_id"], may_be_torn=True))
     return sum(question.question_id in answered for question in questions)

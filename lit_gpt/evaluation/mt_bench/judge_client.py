@@ -3,7 +3,7 @@
 Decisions: the clients' own retries are used (exponential back-off with jitter, Retry-After, on connection errors, 408,
 409, 429 and 5xx); what is left is either one request's failure or a refusal that all others would share, which stops the
 work. Parameters that newer models refuse are changed by the refusal, once for a judge. The key is in no message.
-Threads are daemons, so that Ctrl-C does not wait for answers. Imports nothing of the package.
+Threads are daemons, so that Ctrl-C does not wait for answers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _OUT_OF_MONEY = "insufficient_quota"
 _WORTH_RETRYING = (408, 409, 429)
 
 _log = logging.getLogger("lit_gpt")
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 class JudgeError(Exception):
@@ -41,7 +41,7 @@ class JudgeRefused(JudgeError):
 
 
 @dataclass(frozen=True)
-class Reply:
+class JudgeReply:
     """A judge's answer."""
 
     text: str
@@ -73,7 +73,7 @@ class Judge:
         client = self._library.Anthropic if self._is_claude else self._library.OpenAI
         self._client = client(api_key=self._key, max_retries=retries, timeout=_TIMEOUT_S)
 
-    def __call__(self, system: str, user: str) -> Reply:
+    def __call__(self, system: str, user: str) -> JudgeReply:
         """Ask.
 
         Args:
@@ -90,7 +90,7 @@ class Judge:
             try:
                 text, is_cut = ask(system, user, parameters)
                 # Half of a character, which no file could hold, becomes a question mark.
-                return Reply(text.encode(errors="replace").decode(), is_cut)
+                return JudgeReply(text.encode(errors="replace").decode(), is_cut)
             except self._library.APIError as error:
                 if not self._adapt(error, parameters):
                     raise self._explain(error) from None
@@ -190,8 +190,8 @@ def _read_key(provider: str, model: str) -> str:
 
 
 def in_threads(
-    work: Callable[[Item], Result], items: Sequence[Item], threads: int
-) -> Iterator[tuple[Item, Result | JudgeError]]:
+    work: Callable[[ItemT], ResultT], items: Sequence[ItemT], threads: int
+) -> Iterator[tuple[ItemT, ResultT | JudgeError]]:
     """Work on items in several threads at once.
 
     Args:
@@ -207,8 +207,8 @@ def in_threads(
         JudgeRefused: `work` raised it.
         KeyboardInterrupt: the user stopped it.
     """
-    finished: queue.SimpleQueue[tuple[Item, Any]] = queue.SimpleQueue()
-    todo: queue.SimpleQueue[Item] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[tuple[ItemT, Any]] = queue.SimpleQueue()
+    todo: queue.SimpleQueue[ItemT] = queue.SimpleQueue()
     stopped = threading.Event()
     for item in items:
         todo.put(item)

@@ -2,7 +2,7 @@
 
 Decisions: a pair is judged in both orders, and its two models are one match whichever is named first; a second turn is
 judged where the models answered second turns at all; a judgment counts as long as it is of the prompt that would be sent
-now, so that changed answers are judged anew. Nothing is sent from here. May import mt_bench.
+now, so that changed answers are judged anew. Nothing is sent from here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.evaluation.mt_bench.bench import Line, Question, Turns, read_lines, some
+from lit_gpt.evaluation.mt_bench.benchmark_files import JsonLine, MtBenchQuestion, Turns, first_few, read_json_lines
 
 WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories that are judged beside a reference answer (FastChat's)."""
@@ -62,10 +62,10 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Material:
+class JudgingInputs:
     """All that judging reads, and what of it is judged."""
 
-    questions: Sequence[Question]
+    questions: Sequence[MtBenchQuestion]
     answers: Mapping[str, Mapping[int, Turns]]
     """By model and question_id."""
     prompts: Mapping[str, JudgePrompt]
@@ -78,7 +78,7 @@ class Material:
         return any(len(turns) > 1 and turns[1].strip() for turns in self.answers[model].values())
 
 
-def groups(mode: str, models: Sequence[str], baseline: str) -> list[tuple[str, ...]]:
+def model_groups(mode: str, models: Sequence[str], baseline: str) -> list[tuple[str, ...]]:
     """The models of each match.
 
     Raises:
@@ -92,11 +92,13 @@ def groups(mode: str, models: Sequence[str], baseline: str) -> list[tuple[str, .
     else:
         found = [*combinations(models, 2)]
     if not found:
-        raise ValueError(f"--mode {mode} needs two models, found {some(models)}: answer the questions with another one")
+        raise ValueError(
+            f"--mode {mode} needs two models, found {first_few(models)}: answer the questions with another one"
+        )
     return found
 
 
-def make_matches(material: Material, grouped: Iterable[tuple[str, ...]]) -> list[Match]:
+def make_matches(inputs: JudgingInputs, grouped: Iterable[tuple[str, ...]]) -> list[Match]:
     """Every match of some groups of models, by group, question and turn.
 
     Raises:
@@ -104,36 +106,36 @@ def make_matches(material: Material, grouped: Iterable[tuple[str, ...]]) -> list
     """
     found = []
     for models in grouped:
-        second = material.turns == "both" or (
-            material.turns == "auto" and all(material.has_second_turns(model) for model in models)
+        second = inputs.turns == "both" or (
+            inputs.turns == "auto" and all(inputs.has_second_turns(model) for model in models)
         )
-        for question in material.questions:
-            found.append(_match(material, question, models, 1))
+        for question in inputs.questions:
+            found.append(_match(inputs, question, models, 1))
             if second and len(question.turns) > 1:
-                found.append(_match(material, question, models, 2))
+                found.append(_match(inputs, question, models, 2))
     return found
 
 
-def _match(material: Material, question: Question, models: tuple[str, ...], turn: int) -> Match:
+def _match(inputs: JudgingInputs, question: MtBenchQuestion, models: tuple[str, ...], turn: int) -> Match:
     """One match, its prompts filled in."""
     with_reference = question.category in WITH_REFERENCE
     kind = ("single" if len(models) == 1 else "pair") + ("-math" if with_reference else "")
     name = f"{kind}-v2" if kind == "pair" else f"{kind}-v1"
     name += "-multi-turn" if turn == 2 else ""
-    if name not in material.prompts:
-        raise ValueError(f"the judge's prompts lack {name}, they are {', '.join(material.prompts)}: see --judge-file")
-    prompt = material.prompts[name]
+    if name not in inputs.prompts:
+        raise ValueError(f"the judge's prompts lack {name}, they are {', '.join(inputs.prompts)}: see --judge-file")
+    prompt = inputs.prompts[name]
     fields = {"question": question.turns[0]} | _numbered("question", question.turns)
     if with_reference:
-        if question.question_id not in material.references:
+        if question.question_id not in inputs.references:
             raise ValueError(f"no reference answer to question {question.question_id} ({question.category})")
-        fields |= _numbered("ref_answer", material.references[question.question_id])
+        fields |= _numbered("ref_answer", inputs.references[question.question_id])
     orders = [models] if len(models) == 1 else [models, models[::-1]]
     texts = []
     for order in orders:
         own = dict(fields)
         for model, name in zip(order, ("answer",) if len(models) == 1 else ("answer_a", "answer_b"), strict=True):
-            turns = material.answers[model][question.question_id]
+            turns = inputs.answers[model][question.question_id]
             own |= {name: turns[0]} | _numbered(name, (*turns, "")[:2])
         try:
             texts.append(prompt.template.format(**own))
@@ -157,7 +159,7 @@ def read_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
         FileNotFoundError, ValueError: as `read_lines`.
     """
     names = ("name", "system_prompt", "prompt_template")
-    lines = read_lines(path, "judge prompt", lambda line: JudgePrompt(*(_text(line[name]) for name in names)))
+    lines = read_json_lines(path, "judge prompt", lambda line: JudgePrompt(*(_text(line[name]) for name in names)))
     return {prompt.name: prompt for prompt in lines}
 
 
@@ -176,7 +178,7 @@ def system_prompts_hash(prompts: Mapping[str, JudgePrompt]) -> str:
 # --- what the judge said ------------------------------------------------------------------------------------------
 
 
-def rating(judgment: str) -> float:
+def read_rating(judgment: str) -> float:
     """The first `[[number]]`, else the first `[number]`, else `NO_RATING`."""
     for pattern in _RATINGS:
         if found := pattern.search(judgment):
@@ -184,12 +186,12 @@ def rating(judgment: str) -> float:
     return NO_RATING
 
 
-def verdict(judgment: str) -> str:
+def read_verdict(judgment: str) -> str:
     """`A`, `B`, `tie`, or `error` where none is said; of several, A goes before B before a tie."""
     return next((said for mark, said in _VERDICTS.items() if mark in judgment), "error")
 
 
-def judgment_line(match: Match, judge: str, replies: Sequence[str]) -> Line:
+def judgment_line(match: Match, judge: str, replies: Sequence[str]) -> JsonLine:
     """A line of a judgment file.
 
     Args:
@@ -205,12 +207,12 @@ def judgment_line(match: Match, judge: str, replies: Sequence[str]) -> Line:
             "judge": by,
             "user_prompt": match.user_prompts[0],
             "judgment": replies[0],
-            "score": rating(replies[0]),
+            "score": read_rating(replies[0]),
             "turn": match.turn,
             "tstamp": time.time(),
         }
     first, second = ({"A": a, "B": b} for a, b in (("model_1", "model_2"), ("model_2", "model_1")))
-    said = [verdict(reply) for reply in replies]
+    said = [read_verdict(reply) for reply in replies]
     return {
         "question_id": match.question_id,
         "model_1": match.models[0],
@@ -227,47 +229,47 @@ def judgment_line(match: Match, judge: str, replies: Sequence[str]) -> Line:
     }
 
 
-def line_key(line: Line) -> tuple[Any, ...]:
+def line_key(line: JsonLine) -> tuple[Any, ...]:
     """`Match.key` of a line of either kind of judgment file."""
     models = [line["model"]] if "model" in line else sorted((line["model_1"], line["model_2"]))
     return (line["question_id"], *models, line["turn"])
 
 
-def is_unrated(line: Line) -> bool:
+def is_unrated(line: JsonLine) -> bool:
     """Whether a judge gave no rating, or no verdict in one of the orders."""
     return line["score"] == NO_RATING if "score" in line else "error" in (line["g1_winner"], line["g2_winner"])
 
 
-def unjudged(matches: Sequence[Match], lines: Iterable[Line]) -> list[Match]:
+def unjudged_matches(matches: Sequence[Match], lines: Iterable[JsonLine]) -> list[Match]:
     """The matches that no line judges with the prompts that would be sent now."""
     sent = {line_key(line): {line.get(name) for name in _prompt_names(line)} for line in lines}
     return [match for match in matches if sent.get(match.key) != set(match.user_prompts)]
 
 
-def _prompt_names(line: Line) -> tuple[str, ...]:
+def _prompt_names(line: JsonLine) -> tuple[str, ...]:
     return ("user_prompt",) if "model" in line else ("g1_user_prompt", "g2_user_prompt")
 
 
-def cost(matches: Sequence[Match], max_tokens: int) -> tuple[int, int, int]:
+def estimate_cost(matches: Sequence[Match], max_tokens: int) -> tuple[int, int, int]:
     """Requests, input tokens (an estimate by characters), and output tokens at most."""
     requests = sum(len(match.user_prompts) for match in matches)
     characters = sum(len(match.prompt.system) + len(text) for match in matches for text in match.user_prompts)
     return requests, characters // CHARACTERS_PER_TOKEN, requests * max_tokens
 
 
-def read_judgments(path: Path, mode: str) -> list[Line]:
+def read_judgments(path: Path, mode: str) -> list[JsonLine]:
     """Read a judgment file, one line for each match (the last one).
 
     Raises:
         FileNotFoundError, ValueError: as `read_lines`.
     """
-    by_key: dict[tuple[Any, ...], Line] = {}
-    for line in read_lines(path, f"judgment ({mode})", lambda line: _checked(line, mode), may_be_torn=True):
+    by_key: dict[tuple[Any, ...], JsonLine] = {}
+    for line in read_json_lines(path, f"judgment ({mode})", lambda line: _checked(line, mode), may_be_torn=True):
         by_key[line_key(line)] = line
     return list(by_key.values())
 
 
-def _checked(line: Line, mode: str) -> Line:
+def _checked(line: JsonLine, mode: str) -> JsonLine:
     """A line of the mode's kind, or an error that says what it lacks."""
     line_key(line)
     if mode == "single":

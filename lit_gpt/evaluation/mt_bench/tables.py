@@ -1,7 +1,7 @@
 """MT-bench's results as numbers: mean ratings of models, by turn and category, and wins against each other.
 
 Decisions, FastChat's: a judgment without a rating or verdict is left out; a pair whose two orders disagree is a tie; a
-tie counts as half a win in the adjusted rate. Imports nothing of the package.
+tie counts as half a win in the adjusted rate.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-Line = dict[str, Any]
+from lit_gpt.evaluation.mt_bench.benchmark_files import JsonLine
 
 
 @dataclass(frozen=True)
-class Scores:
+class ModelRatings:
     """A model's ratings."""
 
     model: str
@@ -36,7 +35,7 @@ class Scores:
 
 
 @dataclass
-class Record:
+class PairwiseRecord:
     """A model's pairwise results."""
 
     model: str
@@ -55,48 +54,48 @@ class Record:
         return self.win / self.total, self.loss / self.total, (self.win + 0.5 * self.tie) / self.total
 
 
-def model_scores(lines: Iterable[Line], no_rating: float = -1) -> list[Scores]:
+def model_ratings(lines: Iterable[JsonLine], no_rating: float = -1) -> list[ModelRatings]:
     """Ratings by model, the best first.
 
     Args:
         lines: of single judgments.
         no_rating: the score of those without a rating.
     """
-    found: dict[str, Scores] = {}
+    found: dict[str, ModelRatings] = {}
     unrated: dict[str, int] = {}
     for line in lines:
         model, score = line["model"], line["score"]
-        scores = found.setdefault(model, Scores(model, {}, 0))
+        scores = found.setdefault(model, ModelRatings(model, {}, 0))
         if score == no_rating:
             unrated[model] = unrated.get(model, 0) + 1
         else:
             scores.turns.setdefault(line["turn"], []).append(score)
-    all_of_them = [Scores(model, scores.turns, unrated.get(model, 0)) for model, scores in found.items()]
+    all_of_them = [ModelRatings(model, scores.turns, unrated.get(model, 0)) for model, scores in found.items()]
     return sorted(all_of_them, key=lambda scores: (-(scores.mean() or 0), scores.model))
 
 
-def by_category(lines: Iterable[Line], categories: Mapping[int, str]) -> dict[str, list[Line]]:
+def by_category(lines: Iterable[JsonLine], categories: Mapping[int, str]) -> dict[str, list[JsonLine]]:
     """Lines by their question's category, in the questions' order; unknown questions are left out."""
-    found: dict[str, list[Line]] = {name: [] for name in categories.values()}
+    found: dict[str, list[JsonLine]] = {name: [] for name in categories.values()}
     for line in lines:
         if line["question_id"] in categories:
             found[categories[line["question_id"]]].append(line)
     return found
 
 
-def records(lines: Iterable[Line], baseline: str | None) -> list[Record]:
+def pairwise_records(lines: Iterable[JsonLine], baseline: str | None) -> list[PairwiseRecord]:
     """Wins, losses and ties by model, the highest share of wins first.
 
     Args:
         lines: of pairwise judgments.
         baseline: count only matches against this model, and leave it out itself; None counts all.
     """
-    found: dict[str, Record] = {}
+    found: dict[str, PairwiseRecord] = {}
     for line in lines:
         models, winners = (line["model_1"], line["model_2"]), (line["g1_winner"], line["g2_winner"])
         if "error" in winners or (baseline is not None and baseline not in models):
             continue
-        first, second = (found.setdefault(model, Record(model)) for model in models)
+        first, second = (found.setdefault(model, PairwiseRecord(model)) for model in models)
         if winners == ("model_1", "model_1"):
             first.win, second.loss = first.win + 1, second.loss + 1
         elif winners == ("model_2", "model_2"):
@@ -107,7 +106,7 @@ def records(lines: Iterable[Line], baseline: str | None) -> list[Record]:
     return sorted(shown, key=lambda record: (-record.rates[0], record.model))
 
 
-def aligned(header: Sequence[str], rows: Iterable[Sequence[str | int | float | None]]) -> str:
+def aligned_table(header: Sequence[str], rows: Iterable[Sequence[str | int | float | None]]) -> str:
     """A table as text: words to the left, numbers to the right, with four decimals where they are not whole."""
 
     def cell(value: str | int | float | None) -> str:

@@ -20,11 +20,11 @@ import pytest
 
 from eval import gen_judgment
 from lit_gpt import cli
-from lit_gpt.evaluation.mt_bench.bench import Bench, answer_line, read_questions
+from lit_gpt.evaluation.mt_bench.benchmark_files import BenchmarkFiles, answer_line, read_mt_bench_questions
 from lit_gpt.evaluation.mt_bench.judge_client import Judge, JudgeError, JudgeRefused, in_threads
 from lit_gpt.evaluation.mt_bench.judging import read_judgments
-from tests.support.judge_server import KEY, Answer, FakeJudge, openai_error, serving
-from tests.support.training_runs import hear_interrupts
+from tests.support.judge_server import KEY, Answer, FakeJudge, openai_error, serve_fake_judge
+from tests.support.training_runs import restore_interrupts
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = [sys.executable, str(ROOT / "eval" / "gen_judgment.py")]
@@ -35,7 +35,7 @@ PAIR = Path("data/mt_bench/model_judgment/judge-1_pair.jsonl")
 @pytest.fixture
 def judge(monkeypatch) -> Iterator[FakeJudge]:
     """A judge, and the environment that leads to it."""
-    with serving() as fake:
+    with serve_fake_judge() as fake:
         for provider, path in (("OPENAI", "/v1"), ("ANTHROPIC", "")):
             monkeypatch.setenv(f"{provider}_API_KEY", KEY)
             monkeypatch.setenv(f"{provider}_BASE_URL", fake.url + path)
@@ -48,7 +48,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     shutil.copytree(ROOT / "data" / "mt_bench", tmp_path / "data" / "mt_bench")
     shutil.copy(ROOT / "data" / "judge_prompts.jsonl", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    bench = Bench("mt_bench")
+    bench = BenchmarkFiles("mt_bench")
     shutil.copy(bench.references("gpt-4"), bench.references("judge-1"))
     for model in ("arm", "mdm"):
         put_answers(model, f"{model}'s answer to {{}}")
@@ -57,8 +57,11 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def put_answers(model: str, text: str, count: int = 80, second: str = "") -> None:
     """Write an answer file; `{}` in the text is the question's number."""
-    bench = Bench("mt_bench")
-    lines = [answer_line(one, model, [text.format(one.question_id)]) for one in read_questions(bench.questions)[:count]]
+    bench = BenchmarkFiles("mt_bench")
+    lines = [
+        answer_line(one, model, [text.format(one.question_id)])
+        for one in read_mt_bench_questions(bench.questions)[:count]
+    ]
     for line in lines:
         line["choices"][0]["turns"][1] = second
     bench.answers(model).parent.mkdir(exist_ok=True)
@@ -459,7 +462,7 @@ def test_a_stopped_run_goes_on(judging, judge, folder, number):
     judge.judge = lambda prompt: f"[[{len(prompt) % 10}]]"
     words = [*SCRIPT, "--judge-model", "judge-1", "--first-n", "20", "--parallel", "3", "--model-list", "arm"]
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore_interrupts
     )
     limit = time.monotonic() + 30
     while not SINGLE.exists() or SINGLE.read_bytes().count(b"\n") < 4:
@@ -534,7 +537,7 @@ def test_mistakes_are_one_line(judging, judge, folder, name):
 
 
 def test_malformed_answers_are_named(judging, judge):
-    path = Bench("mt_bench").answers("arm")
+    path = BenchmarkFiles("mt_bench").answers("arm")
     path.write_text(path.read_text() + '{"question_id": 81}\n')
     assert judging()[2].startswith(f"error: {path}:81 is no answer ('choices' is missing)")
 
@@ -548,7 +551,7 @@ def test_no_key(judging, judge, monkeypatch):
 
 def test_a_judge_of_anthropic(judging, judge):
     judge.judge = lambda prompt: "Rating: [[6]]"
-    references = str(Bench("mt_bench").references("gpt-4"))
+    references = str(BenchmarkFiles("mt_bench").references("gpt-4"))
     code, _, err = judging("--judge-model", "claude-judge", "--reference-file", references, first=31)
     assert (code, err) == (0, "")
     found = lines_of(SINGLE.with_name("claude-judge_single.jsonl"))

@@ -8,31 +8,31 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt.evaluation.mt_bench.bench import Question
+from lit_gpt.evaluation.mt_bench.benchmark_files import MtBenchQuestion
 from lit_gpt.evaluation.mt_bench.judging import (
-    Material,
-    cost,
-    groups,
+    JudgingInputs,
+    estimate_cost,
     is_unrated,
     judgment_line,
     line_key,
     make_matches,
-    rating,
+    model_groups,
     read_judge_prompts,
     read_judgments,
+    read_rating,
+    read_verdict,
     system_prompts_hash,
-    unjudged,
-    verdict,
+    unjudged_matches,
 )
 
 PROMPTS = read_judge_prompts(Path(__file__).resolve().parents[3] / "data" / "judge_prompts.jsonl")
-QUESTIONS = [Question(1, "writing", ("Q1?", "Q1 further?")), Question(2, "math", ("Q2?", "Q2 further?"))]
+QUESTIONS = [MtBenchQuestion(1, "writing", ("Q1?", "Q1 further?")), MtBenchQuestion(2, "math", ("Q2?", "Q2 further?"))]
 ANSWERS = {
     "arm": {1: ("arm {1}", ""), 2: ("arm 2", "")},
     "gpt": {1: ("gpt 1", "gpt 1 further"), 2: ("gpt 2", "")},
     "two": {1: ("two 1", "two 1 further"), 2: ("two 2", "two 2 further")},
 }
-MATERIAL = Material(QUESTIONS, ANSWERS, PROMPTS, {2: ("R2", "R2 further")})
+INPUTS = JudgingInputs(QUESTIONS, ANSWERS, PROMPTS, {2: ("R2", "R2 further")})
 
 
 # What FastChat's parser makes of these, worked out by hand.
@@ -56,7 +56,7 @@ MATERIAL = Material(QUESTIONS, ANSWERS, PROMPTS, {2: ("R2", "R2 further")})
     ],
 )
 def test_ratings(text, score):
-    assert rating(text) == score and type(rating(text)) is type(score)
+    assert read_rating(text) == score and type(read_rating(text)) is type(score)
 
 
 @pytest.mark.parametrize(
@@ -73,23 +73,23 @@ def test_ratings(text, score):
     ],
 )
 def test_verdicts(text, said):
-    assert verdict(text) == said
+    assert read_verdict(text) == said
 
 
 def test_the_models_of_matches():
     models = ["a", "b", "base"]
-    assert groups("single", models, "base") == [("a",), ("b",), ("base",)]
-    assert groups("pairwise-baseline", models, "base") == [("a", "base"), ("b", "base")]
-    assert groups("pairwise-all", models, "base") == [("a", "b"), ("a", "base"), ("b", "base")]
+    assert model_groups("single", models, "base") == [("a",), ("b",), ("base",)]
+    assert model_groups("pairwise-baseline", models, "base") == [("a", "base"), ("b", "base")]
+    assert model_groups("pairwise-all", models, "base") == [("a", "b"), ("a", "base"), ("b", "base")]
     for mode in ("pairwise-baseline", "pairwise-all"):
         with pytest.raises(ValueError, match=f"--mode {mode} needs two models, found base"):
-            groups(mode, ["base"], "base")
+            model_groups(mode, ["base"], "base")
 
 
 def prompts_of(models: tuple[str, ...], turns: str = "auto") -> list[tuple[int, int, str]]:
     return [
         (match.question_id, match.turn, match.prompt.name)
-        for match in make_matches(replace(MATERIAL, turns=turns), [models])
+        for match in make_matches(replace(INPUTS, turns=turns), [models])
     ]
 
 
@@ -113,19 +113,19 @@ def test_which_prompt_for_which_match():
 
 
 def test_a_question_of_one_turn_has_no_second():
-    alone = replace(MATERIAL, questions=[Question(1, "writing", ("Q1?",))], turns="both")
+    alone = replace(INPUTS, questions=[MtBenchQuestion(1, "writing", ("Q1?",))], turns="both")
     assert [match.turn for match in make_matches(alone, [("two",)])] == [1]
 
 
 def test_what_is_in_the_prompts():
-    single, math = make_matches(MATERIAL, [("arm",)])
+    single, math = make_matches(INPUTS, [("arm",)])
     (text,) = single.user_prompts
     assert text.endswith(
         "[Question]\nQ1?\n\n[The Start of Assistant's Answer]\narm {1}\n[The End of Assistant's Answer]"
     )
     assert single.prompt.system == "You are a helpful assistant."
     assert "[The Start of Reference Answer]\nR2\n[The End of Reference Answer]" in math.user_prompts[0]
-    second = make_matches(MATERIAL, [("two",)])[3].user_prompts[0]
+    second = make_matches(INPUTS, [("two",)])[3].user_prompts[0]
     order = ["Q2?", "R2", "Q2 further?", "R2 further", "Q2?", "two 2", "Q2 further?", "two 2 further"]
     place = 0
     for words in order:
@@ -133,20 +133,20 @@ def test_what_is_in_the_prompts():
 
 
 def test_a_pair_is_asked_in_both_orders():
-    pair = make_matches(MATERIAL, [("arm", "gpt")])[0]
+    pair = make_matches(INPUTS, [("arm", "gpt")])[0]
     start = "[User Question]\nQ1?\n\n[The Start of Assistant A's Answer]\n{}\n[The End of Assistant A's Answer]\n\n"
     end = "[The Start of Assistant B's Answer]\n{}\n[The End of Assistant B's Answer]"
     assert pair.user_prompts == (
         start.format("arm {1}") + end.format("gpt 1"),
         start.format("gpt 1") + end.format("arm {1}"),
     )
-    long = make_matches(MATERIAL, [("gpt", "two")])[1].user_prompts
+    long = make_matches(INPUTS, [("gpt", "two")])[1].user_prompts
     assert long[0].index("gpt 1 further") < long[0].index("two 1 further")
     assert long[1].index("two 1 further") < long[1].index("gpt 1 further")
 
 
 def test_lines_have_fastchats_form():
-    single = make_matches(MATERIAL, [("arm",)])[1]
+    single = make_matches(INPUTS, [("arm",)])[1]
     line = judgment_line(single, "gpt-4", ["Bad. [[2]]"])
     assert list(line) == ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
     assert line["judge"] == ["gpt-4", "single-math-v1"] and (line["score"], line["turn"], line["question_id"]) == (
@@ -155,7 +155,7 @@ def test_lines_have_fastchats_form():
         2,
     )
     assert line["user_prompt"] == single.user_prompts[0] and line["judgment"] == "Bad. [[2]]"
-    pair = make_matches(MATERIAL, [("arm", "gpt")])[0]
+    pair = make_matches(INPUTS, [("arm", "gpt")])[0]
     line = judgment_line(pair, "gpt-4", ["[[A]]", "well, [[B]]"])
     assert " ".join(line) == (
         "question_id model_1 model_2 g1_winner g2_winner judge g1_user_prompt g1_judgment g2_user_prompt g2_judgment turn "
@@ -177,50 +177,50 @@ def test_lines_have_fastchats_form():
     ],
 )
 def test_winners(replies, winners):
-    line = judgment_line(make_matches(MATERIAL, [("arm", "gpt")])[0], "j", replies)
+    line = judgment_line(make_matches(INPUTS, [("arm", "gpt")])[0], "j", replies)
     assert (line["g1_winner"], line["g2_winner"]) == winners
     assert is_unrated(line) == ("error" in winners)
 
 
 def test_what_is_judged_is_not_judged_again():
-    matches = make_matches(MATERIAL, [("arm",), ("two",)])
+    matches = make_matches(INPUTS, [("arm",), ("two",)])
     lines = [judgment_line(match, "j", ["[[5]]"]) for match in matches]
-    assert unjudged(matches, []) == matches and unjudged(matches, lines) == []
-    assert unjudged(matches, lines[:2]) == matches[2:]
+    assert unjudged_matches(matches, []) == matches and unjudged_matches(matches, lines) == []
+    assert unjudged_matches(matches, lines[:2]) == matches[2:]
     assert len({line_key(line) for line in lines}) == 6 and [match.key for match in matches] == list(
         map(line_key, lines)
     )
     changed = {**ANSWERS, "two": {**ANSWERS["two"], 2: ("new", "two 2 further")}}
-    now = make_matches(replace(MATERIAL, answers=changed), [("arm",), ("two",)])
-    again = unjudged(now, lines)
+    now = make_matches(replace(INPUTS, answers=changed), [("arm",), ("two",)])
+    again = unjudged_matches(now, lines)
     assert [(match.question_id, match.models, match.turn) for match in again] == [(2, ("two",), 1), (2, ("two",), 2)]
-    assert unjudged(now, [*lines, *(judgment_line(match, "j", ["[[6]]"]) for match in again)]) == []
+    assert unjudged_matches(now, [*lines, *(judgment_line(match, "j", ["[[6]]"]) for match in again)]) == []
 
 
 def test_a_pair_is_one_match_whoever_is_named_first():
-    one, other = (make_matches(MATERIAL, [models]) for models in (("arm", "gpt"), ("gpt", "arm")))
+    one, other = (make_matches(INPUTS, [models]) for models in (("arm", "gpt"), ("gpt", "arm")))
     lines = [judgment_line(match, "j", ["[[A]]", "[[A]]"]) for match in one]
-    assert unjudged(other, lines) == [] and [match.key for match in one] == [match.key for match in other]
+    assert unjudged_matches(other, lines) == [] and [match.key for match in one] == [match.key for match in other]
     swapped = [{**line, "g2_user_prompt": line["g1_user_prompt"]} for line in lines]
-    assert unjudged(other, swapped) == other, "both orders must have been asked"
+    assert unjudged_matches(other, swapped) == other, "both orders must have been asked"
 
 
 def test_the_cost_by_hand():
-    (match,) = make_matches(replace(MATERIAL, questions=QUESTIONS[:1]), [("arm", "gpt")])
+    (match,) = make_matches(replace(INPUTS, questions=QUESTIONS[:1]), [("arm", "gpt")])
     characters = 2 * len(match.prompt.system) + len(match.user_prompts[0]) + len(match.user_prompts[1])
-    assert cost([match], 100) == (2, characters // 4, 200) and cost([], 100) == (0, 0, 0)
+    assert estimate_cost([match], 100) == (2, characters // 4, 200) and estimate_cost([], 100) == (0, 0, 0)
 
 
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match="the judge's prompts lack single-v1, they are pair-v2: see --judge-file"):
-        make_matches(replace(MATERIAL, prompts={"pair-v2": PROMPTS["pair-v2"]}), [("arm",)])
+        make_matches(replace(INPUTS, prompts={"pair-v2": PROMPTS["pair-v2"]}), [("arm",)])
     with pytest.raises(ValueError, match=r"no reference answer to question 2 \(math\)"):
-        make_matches(replace(MATERIAL, references={}), [("arm",)])
+        make_matches(replace(INPUTS, references={}), [("arm",)])
     odd = {**PROMPTS, "single-v1": replace(PROMPTS["single-v1"], template="{question} {reply}")}
     with pytest.raises(
         ValueError, match="prompt single-v1 cannot be filled for question 1 .*reply.*it may use question, "
     ):
-        make_matches(replace(MATERIAL, prompts=odd), [("arm",)])
+        make_matches(replace(INPUTS, prompts=odd), [("arm",)])
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"name": "a", "system_prompt": "b"}\n')
     with pytest.raises(ValueError, match=r"prompts.jsonl:1 is no judge prompt \('prompt_template' is missing\)"):
@@ -244,7 +244,7 @@ def test_judgment_files_are_read_and_checked(tmp_path):
     path.write_text(json.dumps({**lines[0], "score": "3"}) + "\n")
     with pytest.raises(ValueError, match=r"j_single.jsonl:1 is no judgment \(single\) \(score '3', expected a number"):
         read_judgments(path, "single")
-    path.write_text(json.dumps(judgment_line(make_matches(MATERIAL, [("arm", "gpt")])[0], "j", ["", ""])) + "\n")
+    path.write_text(json.dumps(judgment_line(make_matches(INPUTS, [("arm", "gpt")])[0], "j", ["", ""])) + "\n")
     assert len(read_judgments(path, "pairwise-all")) == 1
     with pytest.raises(ValueError, match="'score' is missing"):
         read_judgments(path, "single")

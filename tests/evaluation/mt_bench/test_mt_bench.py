@@ -19,23 +19,38 @@ from PIL import Image
 from eval import gen_model_answer, show_result
 from lit_gpt import cli
 from lit_gpt.checkpoints.loaded import load_model
-from lit_gpt.data.sft_formats import CHAT
-from lit_gpt.evaluation.mt_bench.bench import Bench, Question, answer_line, read_answers, read_lines, read_questions
-from lit_gpt.evaluation.mt_bench.tables import Record, aligned, by_category, model_scores, records
-from lit_gpt.sampling.samplers import sample
+from lit_gpt.data.sft_formats import CHAT_TEMPLATE
+from lit_gpt.evaluation.mt_bench.benchmark_files import (
+    BenchmarkFiles,
+    MtBenchQuestion,
+    answer_line,
+    read_answers,
+    read_json_lines,
+    read_mt_bench_questions,
+)
+from lit_gpt.evaluation.mt_bench.tables import (
+    PairwiseRecord,
+    aligned_table,
+    by_category,
+    model_ratings,
+    pairwise_records,
+)
+from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.ui.plots import plot_radar
-from tests.support.small_models import export_both
-from tests.support.training_runs import hear_interrupts
+from tests.support.small_models import export_arm_and_mdm
+from tests.support.training_runs import restore_interrupts
 
 ROOT = Path(__file__).resolve().parents[3]
-BENCH = Bench("mt_bench", ROOT / "data")
+BENCH = BenchmarkFiles("mt_bench", ROOT / "data")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
     """An ARM and an MDM with random weights that read 512 tokens."""
-    return {kind: str(path) for kind, path in export_both(tmp_path_factory.mktemp("models"), block_size=512).items()}
+    return {
+        kind: str(path) for kind, path in export_arm_and_mdm(tmp_path_factory.mktemp("models"), block_size=512).items()
+    }
 
 
 @pytest.fixture
@@ -75,12 +90,13 @@ def write(path: Path, lines: list[Any]) -> Path:
 
 
 def test_the_questions_and_references_that_come_with_the_code():
-    questions = read_questions(BENCH.questions)
+    questions = read_mt_bench_questions(BENCH.questions)
     assert [question.question_id for question in questions] == list(range(81, 161))
     assert {len(question.turns) for question in questions} == {2}
     assert len({question.category for question in questions}) == 8
     assert (
-        questions[:2] == read_questions(BENCH.questions, 0, 2) and read_questions(BENCH.questions, 79) == questions[79:]
+        questions[:2] == read_mt_bench_questions(BENCH.questions, 0, 2)
+        and read_mt_bench_questions(BENCH.questions, 79) == questions[79:]
     )
     needed = {one.question_id for one in questions if one.category in ("math", "reasoning", "coding")}
     for judge in ("gpt-4", "gpt-4o-2024-05-13"):
@@ -92,7 +108,7 @@ def test_a_range_outside_the_questions(begin, end):
     with pytest.raises(
         ValueError, match=f"--question-begin {begin} .*has 80 questions, expected 0 <= begin < end <= 80"
     ):
-        read_questions(BENCH.questions, begin, end)
+        read_mt_bench_questions(BENCH.questions, begin, end)
 
 
 GOOD = {"question_id": 1, "category": "c", "turns": ["a"]}
@@ -114,29 +130,29 @@ def test_a_malformed_line_is_named(tmp_path, line, reason):
     path = tmp_path / "question.jsonl"
     path.write_bytes((json.dumps(GOOD) + "\n\n" + line).encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=f"question.jsonl:3 {reason}|question.jsonl:3 .*{reason}"):
-        read_questions(path)
+        read_mt_bench_questions(path)
 
 
 def test_a_question_that_comes_twice(tmp_path):
     with pytest.raises(ValueError, match="has the question_id 1 twice"):
-        read_questions(write(tmp_path / "question.jsonl", [GOOD, GOOD]))
+        read_mt_bench_questions(write(tmp_path / "question.jsonl", [GOOD, GOOD]))
 
 
 def test_a_torn_end_is_passed_over_only_where_it_may_be(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}')
-    assert read_lines(path, "thing", lambda line: line["a"]) == [1, 2], "a last line need not end"
+    assert read_json_lines(path, "thing", lambda line: line["a"]) == [1, 2], "a last line need not end"
     path.write_text('{"a": 1}\n{"a": ')
-    assert read_lines(path, "thing", lambda line: line["a"], may_be_torn=True) == [1]
+    assert read_json_lines(path, "thing", lambda line: line["a"], may_be_torn=True) == [1]
     with pytest.raises(ValueError, match="a.jsonl:2 is no thing"):
-        read_lines(path, "thing", lambda line: line["a"])
+        read_json_lines(path, "thing", lambda line: line["a"])
     path.write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(ValueError, match="a.jsonl:2 is no thing"):
-        read_lines(path, "thing", lambda line: line["a"], may_be_torn=True)
+        read_json_lines(path, "thing", lambda line: line["a"], may_be_torn=True)
 
 
 def test_the_last_answer_counts_and_its_first_choice(tmp_path):
-    question = Question(7, "math", ("what?", "why?"))
+    question = MtBenchQuestion(7, "math", ("what?", "why?"))
     lines = [answer_line(question, "m", texts) for texts in (["old"], ["new", "other"])]
     assert read_answers(write(tmp_path / "m.jsonl", lines)) == {7: ("new", "")}
     assert list(lines[1]) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
@@ -145,7 +161,7 @@ def test_the_last_answer_counts_and_its_first_choice(tmp_path):
 
 
 def test_names_are_those_of_files(tmp_path):
-    bench = Bench("b", tmp_path)
+    bench = BenchmarkFiles("b", tmp_path)
     with pytest.raises(FileNotFoundError, match="no answers in .*gen_model_answer"):
         bench.models()
     for name in ("b", "a-1.5"):
@@ -193,10 +209,10 @@ def test_an_answer_is_the_text_behind_the_prompt(models, folder, script, kind):
     """By the sampler itself: the seed is the choice, the random stream the question's, whatever the batch."""
     loaded = load_model(models[kind])
     end, guidance = loaded.tokenizer.eos_id, 0.6 if kind == "mdm" else 0.0
-    how = Sampling(300, steps=6, cfg_scale=guidance, stop_id=end, seed=1)
-    questions = read_questions(BENCH.questions, 0, 8)
-    prompts = [loaded.prompt_ids(CHAT.format(question=question.turns[0])) for question in questions]
-    rows = sample(loaded.model, prompts, how, rows=[question.question_id for question in questions])
+    how = Sampling(steps=6, cfg_scale=guidance, seed=1)
+    questions = read_mt_bench_questions(BENCH.questions, 0, 8)
+    prompts = [loaded.prompt_ids(CHAT_TEMPLATE.format(question=question.turns[0])) for question in questions]
+    rows = sample(loaded.model, prompts, how, 300, end, [question.question_id for question in questions])
     answered = [row.tolist()[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
     assert any(end in ids[:-1] for ids in answered) or kind == "arm", "some text is behind an end token"
     expected = [loaded.tokenizer.decode(ids[: [*ids, end].index(end)]).strip() for ids in answered]
@@ -225,7 +241,7 @@ def test_a_stopped_run_goes_on(models, folder, script, number):
     flags = ("--batch-size", "1", "--question-end", "12", "--steps", "40")
     words = [sys.executable, str(ROOT / "eval" / "gen_model_answer.py"), *answers(models, "mdm", *flags)]
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore_interrupts
     )
     limit = time.monotonic() + 60
     while not (Path("a.jsonl").exists() and Path("a.jsonl").read_bytes().count(b"\n") > 1):
@@ -267,8 +283,8 @@ def test_two_processes_share_the_questions(models, folder, script):
 
 def test_no_room_for_an_answer(models, folder, script):
     loaded = load_model(models["arm"])
-    questions = read_questions(BENCH.questions, 0, 4)
-    lengths = [len(loaded.prompt_ids(CHAT.format(question=one.turns[0]))) for one in questions]
+    questions = read_mt_bench_questions(BENCH.questions, 0, 4)
+    lengths = [len(loaded.prompt_ids(CHAT_TEMPLATE.format(question=one.turns[0]))) for one in questions]
     limit = max(lengths)
     assert sorted(lengths)[-2] + 10 < limit, "the longest one alone has no room"
     code, _, err = script(gen_model_answer, *answers(models, "arm", "--max-new-token", str(limit)))
@@ -347,12 +363,12 @@ RATINGS = [
 
 def test_means_by_hand():
     arm, mdm, none = (
-        next(one for one in model_scores(RATINGS) if one.model == name) for name in ("arm", "mdm", "none")
+        next(one for one in model_ratings(RATINGS) if one.model == name) for name in ("arm", "mdm", "none")
     )
     assert (arm.mean(1), arm.mean(2), arm.mean(), arm.rated, arm.unrated) == (5.75, 2, 4.5, 3, 1)
     assert (mdm.mean(1), mdm.mean(2), mdm.mean()) == (5.5, None, 5.5)
     assert (none.mean(), none.rated, none.unrated) == (None, 0, 1)
-    assert [one.model for one in model_scores(RATINGS)] == ["mdm", "arm", "none"]
+    assert [one.model for one in model_ratings(RATINGS)] == ["mdm", "arm", "none"]
     split = by_category(RATINGS, {111: "math", 81: "writing", 5: "stem"})
     assert {name: len(own) for name, own in split.items()} == {"math": 1, "writing": 4, "stem": 0}
 
@@ -368,13 +384,17 @@ PAIRS = [
 
 
 def test_wins_by_hand():
-    assert records(PAIRS, None) == [Record("gpt", 1, 0, 0), Record("arm", 1, 1, 2), Record("mdm", 1, 2, 2)]
-    assert records(PAIRS, "arm") == [Record("mdm", 1, 1, 2)]
-    assert Record("x", 3, 1, 4).rates == (0.375, 0.125, 0.625)
+    assert pairwise_records(PAIRS, None) == [
+        PairwiseRecord("gpt", 1, 0, 0),
+        PairwiseRecord("arm", 1, 1, 2),
+        PairwiseRecord("mdm", 1, 2, 2),
+    ]
+    assert pairwise_records(PAIRS, "arm") == [PairwiseRecord("mdm", 1, 1, 2)]
+    assert PairwiseRecord("x", 3, 1, 4).rates == (0.375, 0.125, 0.625)
 
 
 def test_a_table_is_aligned():
-    assert aligned(("a", "bb"), [("long", 1.5), ("x", None), ("y", 12)]).split("\n") == [
+    assert aligned_table(("a", "bb"), [("long", 1.5), ("x", None), ("y", 12)]).split("\n") == [
         "a         bb",
         "long  1.5000",
         "x          -",

@@ -1,7 +1,7 @@
 """MT-bench's files, in FastChat's formats: questions, answers, references, and where they lie.
 
 Decisions: a model's name is its answer file's; of an answer file the first choice is judged and a question's last line
-counts, as after a killed run; what a line lacks is said with file and line. Imports nothing of the package.
+counts, as after a killed run; what a line lacks is said with file and line.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 MODES = ("single", "pairwise-baseline", "pairwise-all")
 """Rate each answer by itself, compare each model's with a baseline's, or compare all models with each other."""
 
-Line = dict[str, Any]
+JsonLine = dict[str, Any]
+"""A line of a JSON lines file."""
 Turns = tuple[str, ...]
-Value = TypeVar("Value")
+LineT = TypeVar("LineT")
 
 
 @dataclass(frozen=True)
-class Question:
+class MtBenchQuestion:
     """What a user asks, and then asks further."""
 
     question_id: int
@@ -32,7 +33,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchmarkFiles:
     """Where the files of a benchmark lie."""
 
     name: str
@@ -82,7 +83,9 @@ def _file_name(judge: str) -> str:
     return judge.replace("/", "_")
 
 
-def read_lines(path: Path, what: str, build: Callable[[Line], Value], may_be_torn: bool = False) -> list[Value]:
+def read_json_lines(
+    path: Path, what: str, build: Callable[[JsonLine], LineT], may_be_torn: bool = False
+) -> list[LineT]:
     """Read a file of JSON lines.
 
     Args:
@@ -112,7 +115,7 @@ def read_lines(path: Path, what: str, build: Callable[[Line], Value], may_be_tor
     return values
 
 
-def read_questions(path: Path, begin: int | None = None, end: int | None = None) -> list[Question]:
+def read_mt_bench_questions(path: Path, begin: int | None = None, end: int | None = None) -> list[MtBenchQuestion]:
     """Read questions.
 
     Args:
@@ -123,7 +126,7 @@ def read_questions(path: Path, begin: int | None = None, end: int | None = None)
     Raises:
         FileNotFoundError, ValueError: as `read_lines`; a number comes twice, or the range is not within the file.
     """
-    questions = read_lines(path, "question", _question)
+    questions = read_json_lines(path, "question", _question)
     ids = [question.question_id for question in questions]
     if twice := {number for number in ids if ids.count(number) > 1}:
         raise ValueError(f"{path} has the question_id {min(twice)} twice: give each question its own")
@@ -136,9 +139,9 @@ def read_questions(path: Path, begin: int | None = None, end: int | None = None)
     return questions[first:last]
 
 
-def _question(line: Line) -> Question:
+def _question(line: JsonLine) -> MtBenchQuestion:
     """A line of a question file."""
-    return Question(_number(line["question_id"]), str(line["category"]), _turns(line["turns"]))
+    return MtBenchQuestion(_number(line["question_id"]), str(line["category"]), _turns(line["turns"]))
 
 
 def read_answers(path: Path) -> dict[int, Turns]:
@@ -148,7 +151,9 @@ def read_answers(path: Path) -> dict[int, Turns]:
         FileNotFoundError, ValueError: as `read_lines`.
     """
     return dict(
-        read_lines(path, "answer", lambda line: (_number(line["question_id"]), _turns(line["choices"][0]["turns"])))
+        read_json_lines(
+            path, "answer", lambda line: (_number(line["question_id"]), _turns(line["choices"][0]["turns"]))
+        )
     )
 
 
@@ -167,7 +172,7 @@ def _turns(value: Any) -> Turns:
     return tuple(value)
 
 
-def answer_line(question: Question, model_id: str, texts: Sequence[str]) -> Line:
+def answer_line(question: MtBenchQuestion, model_id: str, texts: Sequence[str]) -> JsonLine:
     """A line of an answer file: only first turns were answered, the others stay empty.
 
     Args:
@@ -185,6 +190,6 @@ def answer_line(question: Question, model_id: str, texts: Sequence[str]) -> Line
     }
 
 
-def some(values: Sequence[object], count: int = 5) -> str:
+def first_few(values: Sequence[object], count: int = 5) -> str:
     """The first few values, for a message."""
     return ", ".join(map(str, values[:count])) + (", ..." if len(values) > count else "")

@@ -25,12 +25,13 @@ from lit_gpt.checkpoints.weights import read_model
 from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.algorithms import ALGORITHMS
-from lit_gpt.sampling.samplers import sample
+from lit_gpt.sampling.sample import sample_states
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.ui.page import find_checkpoints
 from scripts import web
-from tests.support.small_models import export_both
-from tests.support.training_runs import hear_interrupts
+from tests.support.small_models import export_arm_and_mdm
+from tests.support.training_runs import restore_interrupts
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -51,7 +52,7 @@ LONG = {"algorithm": "greedy", "steps": 4096, "context_length": 1024}
 def models(tmp_path_factory) -> dict[str, Path]:
     """An ARM and an MDM with random weights in folders of their own, and a file that is no model."""
     folder = tmp_path_factory.mktemp("models")
-    paths = export_both(folder, block_size=1024)
+    paths = export_arm_and_mdm(folder, block_size=1024)
     del paths["tokenizer"]
     save_file({"x": torch.zeros(2)}, folder / "foreign.safetensors")
     return paths
@@ -69,7 +70,7 @@ class Running:
             text=True,
             cwd=cwd,
             bufsize=1,
-            preexec_fn=hear_interrupts,
+            preexec_fn=restore_interrupts,
         )
         assert self.process.stdout is not None
         first = self.process.stdout.readline()
@@ -140,7 +141,7 @@ def test_the_page_is_one_file(server):
     text = answer.read().decode()
     assert answer.status == 200 and answer.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
-    assert text == (ROOT / "scripts" / "web_page.html").read_text(encoding="utf-8")
+    assert text == (ROOT / "lit_gpt" / "ui" / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//\w+\.\w|@import|<script src|<link (?!rel=\"icon\" href=\"data:)", text)
 
 
@@ -151,7 +152,7 @@ def test_the_form_has_every_setting(server, models):
     names = {control["name"]: control for control in options["controls"]}
     # A new field of `Sampling` that nobody thought of here must turn up by itself.
     simple = {field.name for field in dataclasses.fields(Sampling) if re.search(r"int|float|bool|str", field.type)}
-    assert set(names) == simple - {"stop_id"}
+    assert set(names) == simple | {"context_length"}
     assert names["algorithm"]["choices"] == list(ALGORITHMS)
     assert (names["steps"]["type"], names["steps"]["default"], names["steps"]["only"]) == ("int", 128, "mdm")
     assert names["use_cache"]["only"] == "arm" and names["temperature"]["only"] is None
@@ -167,12 +168,10 @@ def test_it_says_what_the_sampler_does(server, models, kind):
     model, record = read_model(models[kind])
     tokenizer = Tokenizer(record.tokenizer["source"])
     ids = tokenizer.encode_ids(prompt)
-    seen = []
-    (tokens,) = sample(
-        model, [ids], Sampling(stop_id=tokenizer.eos_id, **settings), on_state=lambda state: seen.append(state)
-    )
+    length = settings.pop("context_length")
+    seen = list(sample_states(model, [ids], Sampling(**settings), length, tokenizer.eos_id))
     assert rows_of(states) == [state.tokens()[0].tolist() for state in seen]
-    assert last["text"] == tokenizer.decode(tokens)
+    assert last["text"] == tokenizer.decode(seen[-1].tokens()[0])
     shown = "".join(text for _, text, _, _ in sorted(states[0]["changes"]) if text is not None)
     assert shown == prompt, "the tokens' texts are the prompt's, without the tokenizer's space"
 
@@ -304,7 +303,7 @@ def test_files_without_a_record_are_known_by_their_shapes(tmp_path):
         model = TransEncoder(Config.from_name(6, vocab_size=512))
     path = tmp_path / "published.safetensors"
     save_file({name: torch.zeros(value.shape, dtype=torch.float16) for name, value in model.state_dict().items()}, path)
-    assert web.find_checkpoints([str(tmp_path)]) == {str(path): ("mdm", Config.from_name(6, vocab_size=512))}
+    assert find_checkpoints([str(tmp_path)]) == {str(path): ("mdm", Config.from_name(6, vocab_size=512))}
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
