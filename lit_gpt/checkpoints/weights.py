@@ -2,8 +2,7 @@
 
 Decisions: what describes itself loads without a shape being typed, and files without a record are recognised by their
 shapes; a file of another kind or model is refused in one line that says which it is; nothing is unpickled. How weights
-are exported is in `export`, whose functions are offered here too. May import checkpoint, export, files, the model
-classes and config.
+are exported is in `export`.
 """
 
 from __future__ import annotations
@@ -18,28 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, claim_export, export_weights, read_record
+from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, read_record
 from lit_gpt.checkpoints.run_files import clean_names, marker_path, open_checkpoint, open_torch_file
 from lit_gpt.checkpoints.saving import check_state
 from lit_gpt.config import SIZES, Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer, rope_tables
-
-__all__ = [
-    "WeightsRecord",
-    "adapt_arm_to_mdm",
-    "claim_export",
-    "export_weights",
-    "infer_config",
-    "infer_kind",
-    "load_into",
-    "read_model",
-    "load_state",
-    "load_weights",
-    "read_record",
-    "state_hash",
-]
 
 MODEL_CLASSES: dict[str, type[Transformer]] = {"arm": GPT, "mdm": TransEncoder}
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lit_gpt.tokenizer import Tokenizer
 from tests.support.small_models import export_arm_and_mdm
-from tests.support.training_runs import environment
+from tests.support.training_runs import one_thread_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,11 @@ def test_the_lines_run(tmp_path):
     vocabulary = Tokenizer(made["tokenizer"]).vocab_size
     shutil.rmtree(tmp_path / "made")
     done = subprocess.run(
-        [sys.executable, "-c", block], cwd=tmp_path / "elsewhere", capture_output=True, text=True, env=environment()
+        [sys.executable, "-c", block],
+        cwd=tmp_path / "elsewhere",
+        capture_output=True,
+        text=True,
+        env=one_thread_environment(),
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     found = re.match(r"(-\d+\.\d\d) nats, standard error (\d+\.\d\d)\n", done.stdout)
