@@ -104,12 +104,12 @@ class SelfAttention(nn.Module):
             q, k, v = q.reshape(batch, length, heads, size), k.squeeze(3), v.squeeze(3)
         else:
             by_group = self.attn.weight.view(groups, per_group + 2, size, width)
-            q = F.linear(at_columns(x, columns), by_group[:, :-2].reshape(-1, width)).view(batch, -1, heads, size)
+            q = F.linear(_at_columns(x, columns), by_group[:, :-2].reshape(-1, width)).view(batch, -1, heads, size)
             k, v = F.linear(x, by_group[:, -2:].reshape(-1, width)).view(batch, length, groups, 2, size).unbind(3)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def at_columns(x: Tensor, columns: Tensor) -> Tensor:
+def _at_columns(x: Tensor, columns: Tensor) -> Tensor:
     """(B, T, C) at columns (B, W): (B, W, C)."""
     return x[torch.arange(len(x), device=x.device)[:, None], columns]
 
@@ -153,7 +153,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext, cached: LayerUpdate | None = None) -> Tensor:
         """(B, T, C) to (B, T, C), or to (B, W, C) at the context's columns."""
         attended = self.attn(self.norm_1(x), context, cached)
-        x = (x if context.columns is None else at_columns(x, context.columns)) + attended
+        x = (x if context.columns is None else _at_columns(x, context.columns)) + attended
         return x + self.mlp(self.norm_2(x))
 
 

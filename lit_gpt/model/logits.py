@@ -42,8 +42,10 @@ class LogitsBatch:
     for the device."""
 
 
-_FEW = 0.7
-"""Share of a row's positions up to which the last block is worth reading for them alone."""
+_PARTIAL_SHARE = 0.7
+"""Share of a row's positions up to which the last block is computed for them alone. Time of a forward pass for 50, 70 and
+90 % of the positions over that for all, on one core: 0.93, 0.95 and 1.01 at size 6, 0.97, 0.99 and 1.03 at size 170."""
+
 LogitsFn = Callable[[LogitsBatch], Iterator[Tensor]]
 """A batch to the logits (n, V) at its `indices`, in order, in chunks."""
 
@@ -60,7 +62,7 @@ def model_logits(model: Transformer) -> LogitsFn:
             wanted = wanted.index_fill(0, batch.indices, True).view(rows, length)
             columns, places = selected_columns(wanted, batch.max_per_row)
             # The last block computes the wanted positions alone; where they are most of the row, that saves nothing.
-            if columns.size(1) <= length * _FEW:
+            if columns.size(1) <= length * _PARTIAL_SHARE:
                 hidden = model.hidden_states(batch.input_ids, batch.positions, visibility, columns=columns)
                 return logits_in_chunks(model, hidden[batch.indices // length, places.flatten()[batch.indices]])
         hidden = model.hidden_states(batch.input_ids, batch.positions, visibility)

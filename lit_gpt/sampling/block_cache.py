@@ -18,7 +18,7 @@ from lit_gpt.model.layers import Transformer
 from lit_gpt.model.logits import LogitsBatch, LogitsFn, logits_in_chunks, selected_columns
 
 
-class RowCache:
+class BlockCache:
     """Keys and values of whole rows, of which some columns are computed again; see `layers.KeyValueCache`.
 
     Attributes:
@@ -49,12 +49,12 @@ def block_cached(model: Transformer) -> LogitsFn:
 
     The two passes of classifier-free guidance keep their own keys and values.
     """
-    kept: dict[bool, RowCache] = {}
+    kept: dict[bool, BlockCache] = {}
 
     def logits(batch: LogitsBatch) -> Iterator[Tensor]:
         visibility = model.visibility.padded(batch.key_mask)
         if batch.recompute is None:
-            cache = kept[batch.unconditional] = RowCache()
+            cache = kept[batch.unconditional] = BlockCache()
             hidden = model.hidden_states(batch.input_ids, _positions(batch), visibility, cache)
             return logits_in_chunks(model, hidden.flatten(0, 1)[batch.indices])
         cache = kept[batch.unconditional]

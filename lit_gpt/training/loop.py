@@ -26,7 +26,7 @@ from lit_gpt.training import loggers, micro_batch, objectives, schedule, speed_m
 from lit_gpt.training.experiment import Experiment
 from lit_gpt.training.run_folder import RunFolder
 from lit_gpt.training.settings import PRECISIONS, TrainConfig
-from lit_gpt.training.validation import Effort, Validation, validate
+from lit_gpt.training.validation import Validation, ValidationSize, validate
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -136,16 +136,11 @@ class _Trainer:
             if compiled and (seconds := time.perf_counter() - started) > 2:
                 self.fabric.print(f"torch.compile: {seconds:.0f} s")
 
-        candidates = [self.layout.micro_batch_size]
-        if self.config.micro_batch_size is None:
-            known = self.folder.micro_batch_size(self.fabric.world_size)
-            terms = self._largest_terms(1)
-            columns, row_bytes = terms.input_ids.size(1), micro_batch.activation_bytes(module, terms)
-            candidates = (
-                [known]
-                if known
-                else micro_batch.micro_batch_candidates(self.layout.device_rows, columns, row_bytes, self.fabric.device)
-            )
+        known = self.config.micro_batch_size or self.folder.micro_batch_size(self.fabric.world_size)
+        rows, device = self.layout.device_rows, self.fabric.device
+        candidates = (
+            [min(known, rows)] if known else micro_batch.sizes_to_try(module, self._largest_terms(1), rows, device)
+        )
         try:
             size = micro_batch.largest_that_fits(candidates, attempt)
         except Exception as error:
@@ -244,7 +239,7 @@ class _Trainer:
         self.speed.add_micro_batch(samples, tokens, flops)
         self.tokens += tokens * self.fabric.world_size
 
-    # --- what is seen and kept ------------------------------------------------------------------------------------
+    # --- console, log, checkpoints ------------------------------------------------------------------------------------
 
     def _announce(self) -> None:
         """Say once what is about to happen."""
@@ -304,8 +299,8 @@ class _Trainer:
         if not count:
             return 0
         started = time.perf_counter()
-        effort = Effort(count, config.val_draws, self.layout.micro_batch_size)
-        result = validate(self.fabric, self.model, self.experiment, effort, signals)
+        size = ValidationSize(count, config.val_draws, self.layout.micro_batch_size)
+        result = validate(self.fabric, self.model, self.experiment, size, signals)
         self.speed.add_validation(time.perf_counter() - started)
         if result is None:
             return signals.received or signal.SIGTERM

@@ -40,7 +40,30 @@ def largest_that_fits(candidates: Iterable[int], attempt: Callable[[int], object
     return best
 
 
-def activation_bytes(model: Transformer, terms: LossTerms) -> float:
+def sizes_to_try(model: Transformer, terms: LossTerms, device_rows: int, device: torch.device) -> list[int]:
+    """Divisors of a device's rows, ascending, that are worth trying.
+
+    On a GPU all of them (memory is found by trying); on a CPU the largest whose activations fit a share of the machine's
+    memory by estimate, since running out of it would not raise but end the process, up to the size where speed levels
+    off. It depends on the machine, not on its load, so that the same command makes the same choice.
+
+    Args:
+        model: for the sizes.
+        terms: what the objective makes of a full row.
+        device_rows: the device's rows of a step.
+        device: where they are computed.
+    """
+    divisors = [size for size in range(1, device_rows + 1) if device_rows % size == 0]
+    if device.type == "cuda":
+        return divisors
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    fits = int(memory * _CPU_MEMORY_SHARE / processes / _activation_bytes(model, terms))
+    limit = max(1, min(fits, _CPU_MICRO_BATCH_TOKENS // terms.input_ids.size(1)))
+    return [max(size for size in divisors if size <= limit)]
+
+
+def _activation_bytes(model: Transformer, terms: LossTerms) -> float:
     """Memory that a training step keeps per row, in float32: an estimate from above."""
     config, length = model.config, terms.input_ids.size(1)
     per_block = 16 * config.n_embd + 6 * config.intermediate_size
@@ -50,20 +73,3 @@ def activation_bytes(model: Transformer, terms: LossTerms) -> float:
     # Where attention needs a mask, torch keeps one of numbers in every block.
     mask = (terms.visibility or model.visibility).mask_elements(length)
     return 4.0 * (per_token * length + mask * blocks)
-
-
-def micro_batch_candidates(device_rows: int, tokens: int, bytes_per_row: float, device: torch.device) -> list[int]:
-    """Divisors of a device's rows, ascending, that are worth trying.
-
-    On a GPU all of them (memory is found by trying); on a CPU the largest whose activations fit a share of the machine's
-    memory by estimate, since running out of it would not raise but end the process, up to the size where speed levels
-    off. It depends on the machine, not on its load, so that the same command makes the same choice.
-    """
-    divisors = [size for size in range(1, device_rows + 1) if device_rows % size == 0]
-    if device.type == "cuda":
-        return divisors
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    fits = int(memory * _CPU_MEMORY_SHARE / processes / bytes_per_row)
-    limit = max(1, min(fits, _CPU_MICRO_BATCH_TOKENS // tokens))
-    return [max(size for size in divisors if size <= limit)]

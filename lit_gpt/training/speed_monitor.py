@@ -32,7 +32,7 @@ def training_flops(config: Config, terms: LossTerms, visibility: Visibility, sco
 
 @dataclass
 class SpeedMonitor:
-    """Rates between two looks, with validation's time left out."""
+    """Counts what training does between two lines of the log, and its rates; validation's time is left out."""
 
     world_size: int
     """Devices."""

@@ -73,7 +73,7 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class Effort:
+class ValidationSize:
     """How much is validated."""
 
     samples: int
@@ -86,7 +86,7 @@ class Effort:
 
 @torch.no_grad()
 def validate(
-    fabric: Fabric, model: Any, experiment: Experiment, effort: Effort, signals: devices.StopSignals
+    fabric: Fabric, model: Any, experiment: Experiment, size: ValidationSize, signals: devices.StopSignals
 ) -> Validation | None:
     """Mean loss over the first validation sequences; says now and then how far it is.
 
@@ -94,7 +94,7 @@ def validate(
         fabric: launched.
         model: the set-up model.
         experiment: for the objective, the validation data and the tokens' bytes.
-        effort: how much is validated.
+        size: how much is validated.
         signals: looked at between batches.
 
     Returns:
@@ -102,8 +102,8 @@ def validate(
     """
     objective, data = experiment.objective, experiment.val_data
     assert data is not None and isinstance(objective, ValidatedObjective)
-    count, micro_batch_size = effort.samples, effort.micro_batch_size
-    draws = objective.fixed_draws or effort.draws
+    count, micro_batch_size = size.samples, size.micro_batch_size
+    draws = objective.fixed_draws or size.draws
     lengths = None if experiment.token_bytes is None else torch.as_tensor(experiment.token_bytes, device=fabric.device)
     nats = tokens = text_bytes = 0.0
     started = shown = time.perf_counter()

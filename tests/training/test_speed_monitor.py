@@ -1,4 +1,4 @@
-"""Speed: FLOPs of a batch counted product by product, and rates between two looks."""
+"""Speed: FLOPs of a batch counted product by product, and rates between two lines of the log."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_flops_are_three_times_those_of_the_forward_pass(visibility: Visibility,
     assert found == 3 * products(ROWS * pairs) + norms
 
 
-def test_rates_are_of_what_was_done_since_the_last_look():
+def test_rates_are_of_what_was_done_since_the_last_call():
     monitor = SpeedMonitor(world_size=4, peak_flops=1e9)
     monitor.rates()
     for samples, tokens in ((3, 30), (2, 20)):
