@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lit_gpt.training.pretraining import PretrainingRecipe, pretrain
 
     recipe = PretrainingRecipe(
-        script="train_ar",
+        group_sizes="train_ar",
         model_class=GPT,
         objective=lambda config: NextToken(block_size=config.block_size),
     )

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lit_gpt.training.pretraining import PretrainingRecipe, pretrain
 
     recipe = PretrainingRecipe(
-        script="train_mdm",
+        group_sizes="train_mdm",
         model_class=TransEncoder,
         objective=lambda config: MaskedDiffusion(
             block_size=config.block_size, mask_id=config.mask_id, seed=flags.seed, global_batch_size=flags.batch_size

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lit_gpt.training.pretraining import PretrainingRecipe, pretrain
 
     recipe = PretrainingRecipe(
-        script="train_mdm_rl",
+        group_sizes="train_mdm_rl",
         model_class=TransEncoder,
         objective=lambda config: MaskedDiffusion(
             block_size=config.block_size,

@@ -20,7 +20,7 @@ from lit_gpt.cli import parse, run
 
 ROOT = Path(__file__).resolve().parents[1]
 _CONTEXT_LINES = 3
-_ANSWERS = 4
+_CHOICES = 4
 # Nearest in length among so many lines drawn at random.
 _CANDIDATES = 40
 
@@ -65,15 +65,15 @@ def make_questions(text: str, count: int, seed: int) -> list[dict[str, object]]:
     long_ones = [lines for lines in speeches if len(lines) > _CONTEXT_LINES + 1 and all(lines)]
     if len(long_ones) < count:
         raise ValueError(f"--questions {count}: the text has {len(long_ones)} speeches of enough lines")
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     questions: list[dict[str, object]] = []
-    for lines in draw.sample(long_ones, count):
-        start = draw.randrange(len(lines) - _CONTEXT_LINES)
+    for lines in generator.sample(long_ones, count):
+        start = generator.randrange(len(lines) - _CONTEXT_LINES)
         speaker, answer = lines[0], lines[start + _CONTEXT_LINES]
-        others = [other for other in draw.sample(long_ones, _CANDIDATES) if other is not lines]
-        wrong = sorted((draw.choice(other[1:]) for other in others), key=lambda line: abs(len(line) - len(answer)))
-        choices = [answer, *[line for line in dict.fromkeys(wrong) if line != answer][: _ANSWERS - 1]]
-        draw.shuffle(choices)
+        others = [other for other in generator.sample(long_ones, _CANDIDATES) if other is not lines]
+        wrong = sorted((generator.choice(other[1:]) for other in others), key=lambda line: abs(len(line) - len(answer)))
+        choices = [answer, *[line for line in dict.fromkeys(wrong) if line != answer][: _CHOICES - 1]]
+        generator.shuffle(choices)
         context = "\n".join(lines[start : start + _CONTEXT_LINES])
         context = context if start == 0 else f"{speaker}\n{context}"
         questions.append({"context": context, "choices": choices, "answer": choices.index(answer)})

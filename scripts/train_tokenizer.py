@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lit_gpt.data.text_sources import DocumentRules, TextFile
 
 # SentencePiece keeps all sentences in memory, about ten times their size.
-_MOST_BYTES = 1 << 30
+_MAX_BYTES = 1 << 30
 # Bytes of a sentence; SentencePiece leaves longer ones out, so longer lines are cut.
 _SENTENCE_BYTES = 1 << 16
 # Written into the model file, so the same on every machine.
@@ -61,14 +61,16 @@ def main() -> None:
     sources = find_sources(flags.source_path)
     folder = Path(flags.destination_path)
     make_folder(folder)
-    model = train(sentences(sources, DocumentRules(flags.document, flags.text_field)), flags.vocab_size)
+    model = train_sentencepiece(
+        read_sentences(sources, DocumentRules(flags.document, flags.text_field)), flags.vocab_size
+    )
     path = folder / "tokenizer.model"
     write_file(path, lambda file: file.write(model))
     tokenizer = Tokenizer(path)
     print(f"{path}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.fingerprint[:16]}")
 
 
-def sentences(sources: list[TextFile], rules: DocumentRules) -> Iterator[str]:
+def read_sentences(sources: list[TextFile], rules: DocumentRules) -> Iterator[str]:
     """The lines of all documents, long ones in parts, up to a fixed number of bytes."""
     from lit_gpt.data.text_sources import ReadPosition, read_raw_records
 
@@ -80,12 +82,12 @@ def sentences(sources: list[TextFile], rules: DocumentRules) -> Iterator[str]:
                     part = line[start : start + _SENTENCE_BYTES // 4].encode(errors="replace").decode()
                     taken += len(part.encode())
                     yield part
-                if taken > _MOST_BYTES:
+                if taken > _MAX_BYTES:
                     warn(f"learning from the first {taken >> 20} MiB of the text only: more needs too much memory")
                     return
 
 
-def train(lines: Iterator[str], vocab_size: int) -> bytes:
+def train_sentencepiece(lines: Iterator[str], vocab_size: int) -> bytes:
     """A SentencePiece model of some sentences, as the bytes of its file.
 
     Raises:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lit_gpt.training.objectives import NextResponseToken
 
     recipe = FinetuningRecipe(
-        script="finetune_ar",
+        group_sizes="finetune_ar",
         kind="arm",
         data_format=SHAREGPT,
         max_length=2048,

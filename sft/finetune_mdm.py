@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lit_gpt.training.objectives import MaskedResponse
 
     recipe = FinetuningRecipe(
-        script="finetune_mdm",
+        group_sizes="finetune_mdm",
         kind="mdm",
         data_format=SHAREGPT,
         max_length=2048,

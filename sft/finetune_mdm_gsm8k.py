@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lit_gpt.training.objectives import MaskedResponse
 
     recipe = FinetuningRecipe(
-        script="finetune_mdm_gsm8k",
+        group_sizes="finetune_mdm_gsm8k",
         kind="mdm",
         data_format=GSM8K,
         max_length=_ROW_LENGTH,

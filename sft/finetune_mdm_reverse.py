@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     masked = {"seed": flags.seed, "global_batch_size": flags.batch_size}
     recipe = FinetuningRecipe(
-        script="finetune_mdm_reverse",
+        group_sizes="finetune_mdm_reverse",
         kind=None,
         data_format=REVERSE,
         max_length=2048,

@@ -64,7 +64,7 @@ class KeyValueCache(Protocol):
         """Take the new tokens' keys and values (B, G, T, D) in; returns those of all columns, (B, G, S, D)."""
         ...
 
-    def columns(self, new_tokens: int) -> int:
+    def total_columns(self, new_tokens: int) -> int:
         """S: how many columns there are with so many new tokens."""
         ...
 
@@ -257,7 +257,7 @@ class Transformer(nn.Module):
             raise ValueError(f"input of {length} tokens: this model reads at most {self.config.block_size}")
         assert positions is not None or cache is None
         visibility = visibility or self.visibility
-        keys = length if cache is None else cache.columns(length)
+        keys = length if cache is None else cache.total_columns(length)
         rope = (self.rope_cos[:length], self.rope_sin[:length]) if positions is None else self._rope_at(positions)
         context = AttentionContext(rope, *visibility.attention_arguments(length, keys, device))
         x = self.transformer.wte(input_ids)

@@ -52,19 +52,19 @@ class Visibility(NamedTuple):
             Whether the kernel's own causal mask says everything (T = S); and else the mask, which broadcasts to
             (B, H, T, S), or None where every query attends to every key.
         """
-        # A single query in the last column has no key behind it.
-        causal = self.causal and not (isinstance(queries, int) and queries == 1)
-        if causal and isinstance(queries, int) and queries == keys and self.key_mask is None and self.rule is None:
-            return True, None
-        mask = None if self.key_mask is None else self.key_mask[:, None, None, :]
+        causal = self.causal
+        if isinstance(queries, int):
+            # A single query in the last column has no key behind it.
+            causal = causal and queries > 1
+            if causal and queries == keys and self.key_mask is None and self.rule is None:
+                return True, None
+        conditions = [] if self.key_mask is None else [self.key_mask[:, None, None, :]]
         if causal or self.rule is not None:
             columns = torch.arange(keys - queries, keys, device=device)[None] if isinstance(queries, int) else queries
             query, key = columns[:, None, :, None], torch.arange(keys, device=device)
-            rules = [key <= query] if causal else []
-            rules += [self.rule(query, key)] if self.rule is not None else []
-            for allowed in rules:
-                mask = allowed if mask is None else allowed & mask
-        return False, mask
+            conditions += [key <= query] if causal else []
+            conditions += [self.rule(query, key)] if self.rule is not None else []
+        return False, functools.reduce(torch.logical_and, conditions) if conditions else None
 
     def pairs(self, length: int) -> int:
         """Visible (query, key) pairs in a row of `length` tokens; padding counts, since it is computed like any token."""

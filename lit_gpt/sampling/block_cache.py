@@ -29,7 +29,7 @@ class BlockCache:
         self.recomputed: Tensor | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def columns(self, new_tokens: int) -> int:
+    def total_columns(self, new_tokens: int) -> int:
         """T, whatever part of it is computed again."""
         return self._layers[0][0].size(2) if self._layers else new_tokens
 

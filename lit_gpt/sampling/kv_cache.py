@@ -27,7 +27,7 @@ class KVCache:
             for _ in range(config.n_layer)
         ]
 
-    def columns(self, new_tokens: int) -> int:
+    def total_columns(self, new_tokens: int) -> int:
         """Columns in use with so many new tokens."""
         return self.length + new_tokens
 

@@ -33,8 +33,8 @@ _LARGEST_WARMUP = 0.5
 class FinetuningRecipe:
     """What makes one fine-tuning script different from the next."""
 
-    script: str
-    """Its name, which the table of group sizes knows."""
+    group_sizes: str
+    """The published script whose group sizes it takes (`group_sizes.group_size`)."""
     kind: str | None
     """Of the model: `arm` or `mdm`; None for either."""
     data_format: SftFormat
@@ -77,7 +77,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     warmup = flags.warmup_steps
     if warmup is None:
         warmup = min(recipe.warmup_steps(steps), int(steps * _LARGEST_WARMUP))
-    rows = group_size(recipe.script, config.size_in_millions)
+    rows = group_size(recipe.group_sizes, config.size_in_millions)
     settings = flags.settings() | {"kind": model.kind, "model": config.to_dict(), "data": data.fingerprint}
     settings |= {"pretrained": weights.state_hash(model.state_dict()), "group_size": rows}
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}

@@ -27,7 +27,7 @@ def group_size(script: str, size_in_millions: float) -> int:
     """Rows of a group.
 
     Args:
-        script: the training script's name, a key of the table.
+        script: the published training script, a key of the table.
         size_in_millions: the model's non-embedding parameters.
     """
     return next(rows for largest, rows in _GROUP_SIZES[script] if size_in_millions <= largest)

@@ -28,8 +28,8 @@ from lit_gpt.training.settings import SHAPE_FLAGS, PretrainConfig
 class PretrainingRecipe:
     """What makes one pretraining script different from the next."""
 
-    script: str
-    """Its name, which the table of group sizes knows."""
+    group_sizes: str
+    """The published script whose group sizes it takes (`group_sizes.group_size`)."""
     model_class: type[Transformer]
     """GPT or TransEncoder."""
     objective: Callable[[Config], Objective]
@@ -70,7 +70,7 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
     else:
         model.init_weights(flags.seed)
     warmup = schedule.default_warmup(steps) if flags.warmup_steps is None else flags.warmup_steps
-    rows = group_size(recipe.script, config.size_in_millions)
+    rows = group_size(recipe.group_sizes, config.size_in_millions)
     settings = flags.settings() | {
         "kind": kind,
         "model": config.to_dict(),

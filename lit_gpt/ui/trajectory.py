@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 PLAIN_MASK = " __"
 """A masked token in plain text."""
 _STYLED_MASK = " ▒▒"
-_REPLAY_S = 4
 _NEW_STYLE, _GIVEN_STYLE, _MASK_STYLE = "bold green", "bold", "dim"
+_REPLAY_S = 4
+"""Seconds of a whole replay: short enough to wait for, long enough to see where tokens appear first."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class DenoisingTrajectory:
         """The trajectory of one row.
 
         Args:
-            states: from `sampling.sample_states` of an MDM, the first one before the first step.
+            states: from `sample.sample_states` of an MDM, the first one before the first step.
             row: which row of the batch.
             mask_id: id of [MASK].
             tokenizer: of the model.
@@ -69,10 +70,9 @@ class DenoisingTrajectory:
         for text, at in zip(self.texts, self.revealed, strict=True):
             if at > step:
                 shown.append(_STYLED_MASK, _MASK_STYLE)
-            else:
-                shown.append(
-                    without_control_characters(text), _GIVEN_STYLE if at == 0 else _NEW_STYLE if at == step else ""
-                )
+                continue
+            style = _GIVEN_STYLE if at == 0 else _NEW_STYLE if at == step else ""
+            shown.append(without_control_characters(text), style)
         return shown
 
     def select_steps(self, count: int) -> list[int]:

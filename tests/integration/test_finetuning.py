@@ -22,7 +22,7 @@ from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.randomness import hash_int
 from lit_gpt.tokenizer import Tokenizer
-from scripts.train_tokenizer import train as train_tokenizer
+from scripts.train_tokenizer import train_sentencepiece
 from tests.support.training_runs import (
     ROOT,
     final_state,
@@ -71,7 +71,7 @@ def start_weights(tmp_path_factory, examples):
     """An ARM and an MDM with random weights, which stand for pretrained ones, and a tokenizer that suits the examples."""
     folder, paths = tmp_path_factory.mktemp("pretrained"), {}
     texts = [line for path in set(examples.values()) for line in path.read_text(encoding="utf-8").split("\n")]
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(iter(texts), 1200))
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(iter(texts), 1200))
     for kind, model_class in (("arm", GPT), ("mdm", TransEncoder)):
         model = model_class(Config("small", 2, 2, 32, 64, 2, block_size=256, vocab_size=1200))
         model.init_weights(3)

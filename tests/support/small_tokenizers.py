@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.train_tokenizer import train
+from scripts.train_tokenizer import train_sentencepiece
 
 CORPUS = Path(__file__).resolve().parents[2] / "data" / "tinyshakespeare" / "input.txt"
 
@@ -20,7 +20,7 @@ def training_lines(count: int = 4000) -> Iterator[str]:
 def train_small_tokenizer(folder: Path, vocab_size: int = 500) -> Path:
     """Train `tokenizer.model` into a folder; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(train(training_lines(), vocab_size))
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(training_lines(), vocab_size))
     return folder
 
 

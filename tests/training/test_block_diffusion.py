@@ -26,7 +26,7 @@ from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.model.visibility import Visibility
 from lit_gpt.training.objectives import MaskedDiffusion
-from lit_gpt.training.pretraining import MDM_GROUP_SIZES, Recipe, pretrain
+from lit_gpt.training.pretraining import PretrainingRecipe, pretrain
 from lit_gpt.training.settings import PretrainConfig
 from tests.support.small_models import scaled_model
 from tests.support.training_runs import ROOT, SHAPE, make_packed_data, one_thread_environment, read_losses, read_metrics
@@ -154,12 +154,10 @@ def run(folder: str, devices: int, strategy: str) -> None:
     flags: dict[str, Any] = {**SHAPE, "data_dir": f"{folder}/data", "out_dir": f"{folder}/workdir"}
     flags |= {"log_dir": f"{folder}/out", "models_dir": f"{folder}/models", "max_steps": 40, "log_interval": 1}
     config = PretrainConfig(**flags, accelerator="cpu", devices=str(devices), strategy=strategy)
-    recipe = Recipe(
+    recipe = PretrainingRecipe(
+        "train_mdm",
         TransEncoder,
-        lambda shape, _: BlockDiffusion(
-            shape.block_size, shape.mask_id, config.seed, config.batch_size, block_length=8
-        ),
-        MDM_GROUP_SIZES,
+        lambda shape: BlockDiffusion(shape.block_size, shape.mask_id, config.seed, config.batch_size, block_length=8),
     )
     pretrain(recipe, config)
 
