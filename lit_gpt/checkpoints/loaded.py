@@ -221,7 +221,8 @@ class LoadedModel:
         Raises:
             ValueError: the model is an ARM; the text does not fit it; a setting is wrong.
         """
-        row = infill_row(text, self.tokenizer, self.model.config.mask_id, gap)
+        config = self.model.config
+        row = infill_row(text, self.tokenizer, config.mask_id, config.block_size, gap)
         return self.tokenizer.decode(self._finished(row, len(row), sampling))
 
     def _finished(self, row: list[int], length: int, sampling: dict[str, Any]) -> list[int]:
