@@ -3,7 +3,7 @@
 A run folder holds `iter-{iter_num:06d}-ckpt.pth` (the published name and keys), beside each a `.json` of the same stem,
 the *marker*, which is written last and says that the checkpoint is complete: step, size, SHA-256, and the run's record;
 `run.json`, what the run is; `run.lock`, who writes. Decisions: a marker never describes a file that is not there yet;
-torch files are read with weights_only, so nothing in them can run. May import files and config only.
+torch files are read with weights_only, so nothing in them can run.
 """
 
 from __future__ import annotations

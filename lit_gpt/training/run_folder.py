@@ -79,7 +79,7 @@ class RunFolder:
         """The first process's part of `open`: (record, checkpoint to start from, result if finished)."""
         path, config, experiment = self.path, self.config, self.experiment
         files.make_folder(path)
-        stack.enter_context(saving.run_lock(path))
+        stack.enter_context(files.folder_lock(path))
         run_files.remove_temporary(path)
         start = self._choose_start()
         record = run_files.read_run_record(path) if start else {}
@@ -216,6 +216,7 @@ class RunFolder:
             state,
             {**described, "result": result},
             self.config.overwrite,
+            self.experiment.tokenizer,
         )
         if target.stem != self.experiment.export_name:
             cli.warn(f"{self.experiment.export_name} was taken by another run meanwhile: exported as {target}")
