@@ -48,7 +48,9 @@ def test_a_refused_rewind_deletes_nothing(finished, mistake, rewind):
     if resume == "never" and "learning_rate" in mistake:
         mistake = {"logger": "carrier_pigeon"}
     before = contents(finished)
-    _, err = run_pretraining("train_ar.py", finished, code=2, **FLAGS | {"resume": resume, "overwrite": "true"} | mistake)
+    _, err = run_pretraining(
+        "train_ar.py", finished, code=2, **FLAGS | {"resume": resume, "overwrite": "true"} | mistake
+    )
     assert err.startswith("error: ")
     assert contents(finished) == before
 
