@@ -37,9 +37,14 @@ if TYPE_CHECKING:
 
 
 def save_checkpoint(
-    fabric: Fabric, run_dir: Path, state: dict[str, Any], record: dict[str, Any], keep: int | None = None
+    fabric: Fabric,
+    run_dir: Path,
+    state: dict[str, Any],
+    record: dict[str, Any],
+    keep: int | None = None,
+    alone: bool = False,
 ) -> Path:
-    """Write a checkpoint, then delete older ones; every process calls it.
+    """Write a checkpoint, then delete older ones; every process calls it, or with `alone` the first one.
 
     Args:
         fabric: one device, DDP, or FSDP2 (ModelParallelStrategy).
@@ -49,16 +54,20 @@ def save_checkpoint(
         record: what the run is, as JSON values (kind, config, tokenizer, run_id, settings ...); it goes into the file
             and into the marker.
         keep: how many checkpoints up to this one stay; None or 0 keeps all.
+        alone: the other processes do not take part (they may be gone).
 
     Returns:
         The .pth file.
 
     Raises:
+        ValueError: alone, while the others have parts of the model.
         SaveError: the disk is full, not writable ...; on every process. Earlier checkpoints are untouched and no
             temporary file is left.
     """
     missing = [key for key in PUBLISHED_KEYS if key not in state]
     assert not missing, f"state lacks {missing}"
+    if alone and fabric.world_size > 1 and _is_sharded(_module(state["model"])):
+        raise ValueError("the model is sharded over processes that may be gone")
     content = {**_gather(fabric, state), "record": record}
 
     def work() -> Path:
@@ -68,7 +77,7 @@ def save_checkpoint(
             remove_older(path, keep)
         return path
 
-    path = devices.on_rank_zero(fabric, work)
+    path = work() if alone else devices.on_rank_zero(fabric, work)
     assert isinstance(path, Path)
     return path
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt import devices
+from lit_gpt import cli, devices
 from lit_gpt.data import batching
 from lit_gpt.data.batching import MicroBatch, StepLayout
 from lit_gpt.model import kernels
@@ -87,6 +87,8 @@ class _Trainer:
         self.model, self.optimizer = self._setup()
         self.step = folder.restore(fabric, self.model, self.optimizer)
         self.tokens = folder.total_tokens
+        # The step that is on the disk, and whether the weights are a whole step's (false while they are updated).
+        self._saved_step, self._whole = self.step, True
         self.speed = speed_monitor.SpeedMonitor(
             fabric.world_size, speed_monitor.peak_flops(fabric.device, folder.precision)
         )
@@ -114,7 +116,7 @@ class _Trainer:
         )
         optimizer = fabric.setup_optimizers(adamw)
         compiled = self._warm_up(model, module, optimizer, compiled)
-        fabric.print(kernels.choose(config.attention_kernel, fabric.device, dtype, compiled))
+        devices.say(fabric, kernels.choose(config.attention_kernel, fabric.device, dtype, compiled))
         return model, optimizer
 
     def _wants_compile(self) -> bool:
@@ -134,7 +136,7 @@ class _Trainer:
             self.fabric.backward(objectives.weighted_nll(self.fabric, model, self._largest_terms(micro_batch_size))[0])
             optimizer.zero_grad(set_to_none=True)
             if compiled and (seconds := time.perf_counter() - started) > 2:
-                self.fabric.print(f"torch.compile: {seconds:.0f} s")
+                devices.say(self.fabric, f"torch.compile: {seconds:.0f} s")
 
         known = self.config.micro_batch_size or self.folder.micro_batch_size(self.fabric.world_size)
         rows, device = self.layout.device_rows, self.fabric.device
@@ -146,7 +148,7 @@ class _Trainer:
         except Exception as error:
             if not compiled or self.config.compile == "on" or not _is_compiler_error(error):
                 raise
-            self.fabric.print(f"torch.compile does not work here ({type(error).__name__}): going on without it")
+            devices.say(self.fabric, f"torch.compile does not work here ({type(error).__name__}): going on without it")
             module.compile_blocks(False)
             return self._warm_up(model, module, optimizer, False)
         self.layout = batching.with_micro_batch(self.layout, size)
@@ -175,28 +177,34 @@ class _Trainer:
         self._announce()
         signals = devices.StopSignals()
         try:
-            rule = self.experiment.objective.group
-            steps = range(self.step, self.experiment.max_steps)
-            for step, batches in batching.prefetched_steps(self.experiment.train_data, rule, self.layout, steps):
-                started = time.perf_counter()
-                loss, grad_norm, stop = self._train_step(step, batches, signals)
-                self.step = step + 1
-                last = self.step == self.experiment.max_steps
-                if self.step % self.config.log_interval == 0 or last or self.step == 1:
-                    self._log(loss, grad_norm, time.perf_counter() - started)
-                due = not last and self.config.val_interval and self.step % self.config.val_interval == 0
-                if due and not stop:
-                    stop = self._validate(signals)
-                if last or stop or self.step % self.config.save_interval == 0:
-                    self._save()
-                if stop:
-                    self.folder.interrupted(self.fabric, stop, self.step)
+            self._steps(signals)
             if stop := self._validate(signals):
                 self.folder.interrupted(self.fabric, stop, self.step)
             return self._finish()
+        except Exception:
+            self._save_what_is_whole()
+            raise
         finally:
             signals.restore()
             torch.compiler.set_stance("default")
+
+    def _steps(self, signals: devices.StopSignals) -> None:
+        """From the first step, or the checkpoint's, to the last one, which is saved."""
+        steps = range(self.step, self.experiment.max_steps)
+        rule = self.experiment.objective.group
+        for step, batches in batching.prefetched_steps(self.experiment.train_data, rule, self.layout, steps):
+            started = time.perf_counter()
+            loss, grad_norm, stop = self._train_step(step, batches, signals)
+            last = self.step == self.experiment.max_steps
+            if self.step % self.config.log_interval == 0 or last or self.step == 1:
+                self._log(loss, grad_norm, time.perf_counter() - started)
+            due = not last and self.config.val_interval and self.step % self.config.val_interval == 0
+            if due and not stop:
+                stop = self._validate(signals)
+            if last or stop or self.step % self.config.save_interval == 0:
+                self._save()
+            if stop:
+                self.folder.interrupted(self.fabric, stop, self.step)
 
     def _train_step(
         self, step: int, batches: list[MicroBatch], signals: devices.StopSignals
@@ -208,6 +216,7 @@ class _Trainer:
         """
         fabric, config = self.fabric, self.config
         loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
+        tokens = 0
         for index, batch in enumerate(batches):
             with fabric.no_backward_sync(self.model, enabled=index + 1 < len(batches)):
                 terms = self.experiment.objective.training(batch.to(fabric.device))
@@ -215,11 +224,12 @@ class _Trainer:
                 # Data-parallel gradients are averaged over devices, while the loss is a sum over them.
                 fabric.backward(total * fabric.world_size if fabric.world_size > 1 else total)
                 loss += total.detach()
-            self._count(batch, terms, nll.numel())
+            tokens += self._count(batch, terms, nll.numel())
         value, stop = devices.all_reduce_sum(fabric, [float(loss), float(signals.came)])
         limit = config.grad_clip or math.inf
         norm = fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
         grad_norm = float(norm)  # type: ignore[arg-type]
+        self._whole = False
         if not math.isfinite(value) or not math.isfinite(grad_norm):
             raise ValueError(self.folder.not_finite(step + 1, value, grad_norm))
         for group in self.optimizer.param_groups:
@@ -228,16 +238,21 @@ class _Trainer:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.tokens, self._whole = step + 1, self.tokens + tokens, True
         return value, grad_norm, (signals.received or signal.SIGTERM) if stop else 0
 
-    def _count(self, batch: MicroBatch, terms: LossTerms, scored: int) -> None:
-        """Count a micro batch's tokens and FLOPs; an objective may put more columns into a row than it has tokens."""
+    def _count(self, batch: MicroBatch, terms: LossTerms, scored: int) -> int:
+        """Count a micro batch's FLOPs and tokens; an objective may put more columns into a row than it has tokens.
+
+        Returns:
+            The tokens, over all devices.
+        """
         samples, tokens = len(batch.rows), batch.tokens[:, 1:].numel()
         module = self.experiment.model
         visibility = terms.visibility or module.visibility
         flops = speed_monitor.training_flops(module.config, terms, visibility, scored)
         self.speed.add_micro_batch(samples, tokens, flops)
-        self.tokens += tokens * self.fabric.world_size
+        return tokens * self.fabric.world_size
 
     # --- console, log, checkpoints ------------------------------------------------------------------------------------
 
@@ -257,7 +272,7 @@ class _Trainer:
         if self.step:
             lines.append(f"resumed at step {self.step} of {steps}")
         for line in lines:
-            self.fabric.print(line)
+            devices.say(self.fabric, line)
 
     def _log(self, loss: float, grad_norm: float, step_s: float) -> None:
         """A line on the console and a row in the loggers."""
@@ -279,9 +294,10 @@ class _Trainer:
         rate = rates["throughput/samples_per_sec"]
         hours = (self.experiment.max_steps - step) * layout.global_batch_size / max(rate, 1e-9) / 3600
         micro_ms = step_s * 1000 / layout.micro_batches
-        self.fabric.print(
+        devices.say(
+            self.fabric,
             f"iter {self._iter_num()} step {step}: loss {loss:.4f}, iter time: {micro_ms:.2f}ms "
-            f"{rates['throughput/tokens_per_sec']:.0f} tokens/s remaining time: {hours:.2f} hours. or {hours / 24:.2f} days."
+            f"{rates['throughput/tokens_per_sec']:.0f} tokens/s remaining time: {hours:.2f} hours. or {hours / 24:.2f} days.",
         )
 
     def _iter_num(self) -> int:
@@ -306,10 +322,10 @@ class _Trainer:
             return signals.received or signal.SIGTERM
         self.validated = result
         self.folder.log(result.metrics(), self.step)
-        self.fabric.print(f"step {self.step}: {result.line()}")
+        devices.say(self.fabric, f"step {self.step}: {result.line()}")
         return 0
 
-    def _save(self) -> None:
+    def _save(self, alone: bool = False) -> None:
         state = {
             "model": self.model,
             "optimizer": self.optimizer,
@@ -318,7 +334,21 @@ class _Trainer:
             "step_count": self.step,
             "total_tokens": self.tokens,
         }
-        self.folder.save(self.fabric, state, self.layout.micro_batch_size)
+        self.folder.save(self.fabric, state, self.layout.micro_batch_size, alone)
+        self._saved_step = self.step
+
+    def _save_what_is_whole(self) -> None:
+        """Before an error ends the run: save the last whole step, unless it is on the disk or its numbers are no good.
+
+        The other processes may be gone or wait elsewhere, so the first one does it alone, where it has the whole model.
+        """
+        if not self._whole or self.step == self._saved_step or not self.fabric.is_global_zero:
+            return
+        try:
+            self._save(alone=True)
+        # The error that ends the run is the one to tell.
+        except Exception as error:
+            cli.warn(f"step {self.step} could not be saved: {error}")
 
     def _finish(self) -> dict[str, Any]:
         """Export the final weights, and write down the result."""

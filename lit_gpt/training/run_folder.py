@@ -47,7 +47,7 @@ class RunFolder:
         self.finished: dict[str, Any] | None = None
         # Checkpoints of later micro steps than this one are not this run's any more; the first save deletes them.
         self._valid_until: int | None = None
-        self._loggers: list[Any] = []
+        self._loggers: loggers.RunLoggers | None = None
 
     @classmethod
     @contextlib.contextmanager
@@ -63,9 +63,8 @@ class RunFolder:
             prepared = devices.on_rank_zero(fabric, lambda: folder._prepare(stack))
             folder.record, folder.start, folder.finished = prepared
             if folder.finished is not None:
-                fabric.print(
-                    f"run {experiment.name} is finished ({path}): nothing to do; --resume never --overwrite true starts it anew"
-                )
+                line = "nothing to do; --resume never --overwrite true starts it anew"
+                devices.say(fabric, f"run {experiment.name} is finished ({path}): {line}")
             elif fabric.is_global_zero:
                 folder._open_logs()
             yield folder
@@ -78,6 +77,7 @@ class RunFolder:
     def _prepare(self, stack: contextlib.ExitStack) -> tuple[dict[str, Any], Any, dict[str, Any] | None]:
         """The first process's part of `open`: (record, checkpoint to start from, result if finished)."""
         path, config, experiment = self.path, self.config, self.experiment
+        loggers.check_names(config.logger)
         files.make_folder(path)
         stack.enter_context(files.folder_lock(path))
         run_files.remove_temporary(path)
@@ -148,11 +148,15 @@ class RunFolder:
             )
 
     def _open_logs(self) -> None:
+        """Open the loggers; only the first process has them."""
         step = self.start.step if self.start else None
-        self._loggers = [loggers.MetricsCsv(self.log_path, METRICS, step)]
-        self._loggers += loggers.extra_loggers(
-            self.config.logger, self.log_path.parent, self.experiment.name, self.experiment.settings
-        )
+        folder, experiment = self.log_path.parent, self.experiment
+        self._loggers = loggers.RunLoggers(folder)
+        self._loggers.add("csv", lambda: loggers.MetricsCsv(self.log_path, METRICS, step))
+        if "tensorboard" in self.config.logger:
+            self._loggers.add("tensorboard", lambda: loggers.tensorboard_logger(folder))
+        if "wandb" in self.config.logger:
+            self._loggers.add("wandb", lambda: loggers.WandbLogger(folder, experiment.name, experiment.settings))
 
     def restore(self, fabric: Fabric, model: Any, optimizer: Any) -> int:
         """Load the checkpoint to start from into model and optimizer; returns its step, or 0 without one."""
@@ -169,23 +173,28 @@ class RunFolder:
         return run.get("micro_batch_size") if run.get("world_size") == world_size else None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Write metrics to every logger (the first process has them, the others none)."""
-        for index, logger in enumerate(self._loggers):
-            if index == 0:
-                logger.log(metrics, step)
-            else:
-                logger.log_metrics(metrics, step)
+        """Write metrics to every logger."""
+        if self._loggers is not None:
+            self._loggers.log(metrics, step)
 
-    def save(self, fabric: Fabric, state: dict[str, Any], micro_batch_size: int) -> None:
-        """Write a checkpoint; every process calls it. The final one does not count among those that are kept."""
+    def save(self, fabric: Fabric, state: dict[str, Any], micro_batch_size: int, alone: bool = False) -> None:
+        """Write a checkpoint; every process calls it, or the first one alone. The final one does not count as kept.
+
+        Raises:
+            SaveError: it could not be written.
+            ValueError: alone, and the model is sharded over processes.
+        """
         run = {"micro_batch_size": micro_batch_size, "world_size": fabric.world_size}
         record = {**self.record, "settings": self.experiment.settings, "run": run}
         keep = self.config.keep_checkpoints
         if keep and state["step_count"] == self.experiment.max_steps:
             keep += 1
-        path = saving.save_checkpoint(fabric, self.path, state, record, keep or None)
-        devices.on_rank_zero(fabric, lambda: self._discard_later(path))
-        fabric.print(f"saved {path}")
+        path = saving.save_checkpoint(fabric, self.path, state, record, keep or None, alone)
+        if alone:
+            self._discard_later(path)
+        else:
+            devices.on_rank_zero(fabric, lambda: self._discard_later(path))
+        devices.say(fabric, f"saved {path}")
 
     def _discard_later(self, saved: Path) -> None:
         """After the first save of a run that was taken back: delete what it was taken back from."""
@@ -202,9 +211,9 @@ class RunFolder:
     def finish(self, fabric: Fabric, result: dict[str, Any]) -> dict[str, Any]:
         """Export the final checkpoint's weights and mark the run finished; returns the result with the export's path."""
         record = devices.on_rank_zero(fabric, lambda: self._finish(result))
-        fabric.print(f"exported {record['result']['export']}")
-        for logger in self._loggers[1:]:
-            logger.finalize("success")
+        devices.say(fabric, f"exported {record['result']['export']}")
+        if self._loggers is not None:
+            self._loggers.close()
         return dict(record["result"])
 
     def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
