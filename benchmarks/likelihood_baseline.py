@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_gpt.checkpoints.weights import read_model
+from lit_gpt.checkpoints.loaded import load_model
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.layers import Transformer
 
@@ -24,7 +24,7 @@ Pair = tuple[list[int], list[int]]
 def build_model(name: str) -> Transformer:
     """A checkpoint's model; `size 6` is an untrained one with the published vocabulary."""
     if name != "size 6":
-        return read_model(name, kind="mdm")[0]
+        return load_model(name, kind="mdm", device="cpu").model
     model = TransEncoder.from_name(6).eval()
     model.init_weights(1)
     return model

@@ -59,11 +59,9 @@ class Point:
 def main() -> None:
     """Sample, judge, print."""
     flags = parse(Flags, None, __doc__)
-    from lit_gpt.checkpoints.weights import read_model
-    from lit_gpt.devices import keep_freed_memory
+    from lit_gpt.checkpoints.loaded import load_model
     from lit_gpt.tokenizer import Tokenizer
 
-    keep_freed_memory()
     models = {}
     for name, folder, kind in (
         ("arm", flags.folder, "arm"),
@@ -75,7 +73,7 @@ def main() -> None:
             raise FileNotFoundError(
                 f"no model in {Path(folder, kind, 'model')}: run scripts/quickstart.py --out {folder}"
             )
-        models[name] = read_model(files[0], kind=kind)[0]
+        models[name] = load_model(files[0], kind=kind, device="cpu").model
     ids = Tokenizer(Path(flags.folder) / "tokenizer").encode_ids(
         (Path(flags.folder) / "text" / "validation.txt").read_text()
     )

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -56,7 +56,7 @@ class Tokenizer:
 
     Attributes:
         source: where it was asked for: the folder, file or hub name.
-        files: the file that holds the model and those that belong to it.
+        contents: the bytes of its files by name: the one that holds the model, and a `tokenizer.json`'s settings.
         fingerprint: SHA-256 (hex) of the model file.
         vocab_size: number of ids.
         bos_id: id of the token that begins a text; the end token's where there is none.
@@ -74,19 +74,45 @@ class Tokenizer:
             FileNotFoundError: nothing there; says where it looked.
             ValueError: the file is no tokenizer, or has no end-of-text token.
         """
-        self.source = os.fspath(source)
-        self.files: tuple[Path, ...] = _find(self.source)
-        model = self.files[0]
-        content = model.read_bytes()
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-        if model.suffix == ".json":
-            settings = self.files[1].read_bytes() if len(self.files) > 1 else b"{}"
-            self._backend: _Backend = _TokenizersBackend(model, content, settings)
+        model, *settings = _find(os.fspath(source))
+        contents = {_TOKENIZERS if model.suffix == ".json" else _SENTENCEPIECE: model.read_bytes()}
+        contents |= {path.name: path.read_bytes() for path in settings}
+        self._load(os.fspath(source), str(model), contents)
+
+    @classmethod
+    def from_contents(cls, contents: Mapping[str, bytes], source: str) -> Tokenizer:
+        """The tokenizer whose files' bytes are at hand.
+
+        Args:
+            contents: as the attribute: `tokenizer.model`, or `tokenizer.json` and perhaps `tokenizer_config.json`.
+            source: where they come from.
+
+        Raises:
+            ValueError: they are no tokenizer.
+        """
+        tokenizer = cls.__new__(cls)
+        tokenizer._load(source, source, dict(contents))
+        return tokenizer
+
+    def _load(self, source: str, place: str, contents: dict[str, bytes]) -> None:
+        """Set everything; `place` names the model in errors."""
+        name = next((name for name in (_SENTENCEPIECE, _TOKENIZERS) if name in contents), None)
+        if name is None:
+            raise ValueError(f"{place}: has no {_SENTENCEPIECE} or {_TOKENIZERS}")
+        self.source, self.contents = source, contents
+        self.fingerprint = hashlib.sha256(contents[name]).hexdigest()
+        if name == _TOKENIZERS:
+            settings = contents.get(_TOKENIZERS_CONFIG, b"{}")
+            self._backend: _Backend = _TokenizersBackend(place, contents[name], settings)
         else:
-            self._backend = _SentencePieceBackend(model, content)
+            self._backend = _SentencePieceBackend(place, contents[name])
         self.vocab_size = self._backend.vocab_size
         self.bos_id = self._backend.bos_id
         self.eos_id = self._backend.eos_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Other processes get the contents: they need not find the files."""
+        return Tokenizer.from_contents, (self.contents, self.source)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.source!r}, vocab_size={self.vocab_size})"
@@ -157,7 +183,7 @@ def valid_text(text: str) -> str:
 class _SentencePieceBackend:
     """`tokenizer.model`."""
 
-    def __init__(self, path: Path, content: bytes) -> None:
+    def __init__(self, path: str, content: bytes) -> None:
         import sentencepiece
 
         try:
@@ -190,7 +216,7 @@ class _SentencePieceBackend:
 class _TokenizersBackend:
     """`tokenizer.json`, with the names of its special tokens from `tokenizer_config.json` where there is one."""
 
-    def __init__(self, path: Path, content: bytes, settings: bytes) -> None:
+    def __init__(self, path: str, content: bytes, settings: bytes) -> None:
         import tokenizers
 
         try:
@@ -242,17 +268,22 @@ class _TokenizersBackend:
         return self._pieces.get(name["content"] if isinstance(name, dict) else name, -1)
 
 
-def _end_token(path: Path, number: int) -> int:
+def _end_token(path: str, number: int) -> int:
     if number < 0:
         raise ValueError(f"{path}: has no end-of-text token (</s>), which separates documents; use one that has it")
     return number
+
+
+def model_file(folder: Path) -> Path | None:
+    """The file of a folder that a tokenizer is read from: `tokenizer.model`, else `tokenizer.json`, else None."""
+    return next((folder / name for name in (_SENTENCEPIECE, _TOKENIZERS) if (folder / name).is_file()), None)
 
 
 def _find(source: str) -> tuple[Path, ...]:
     """The model file of a folder, file or hub name, and the settings that belong to a `tokenizer.json`."""
     path = Path(source)
     if path.is_dir():
-        model = next((path / name for name in (_SENTENCEPIECE, _TOKENIZERS) if (path / name).is_file()), None)
+        model = model_file(path)
         if model is None:
             raise FileNotFoundError(
                 f"{source}: this folder has no {_SENTENCEPIECE} or {_TOKENIZERS}; give one that has"

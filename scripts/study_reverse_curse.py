@@ -168,8 +168,8 @@ def make_start(flags: Flags, pipeline: Pipeline, facts: Stage) -> Stage:
     for model_class in (GPT, TransEncoder):
         model = model_class(config)
         model.init_weights(flags.seed)
-        record = WeightsRecord(model.kind, config, {"source": str(stage.folder)})
-        export_weights(stage.folder, model.kind, model.state_dict(), record)
+        record = WeightsRecord(model.kind, config)
+        export_weights(stage.folder, model.kind, model.state_dict(), record, tokenizer=tokenizer)
     pipeline.console.print(f"  texts of up to {length} tokens")
     stage.finish({"length": length})
     return stage

@@ -100,7 +100,7 @@ def test_token_bytes(both):
 def test_fingerprint_is_the_files_hash(folders, both):
     for folder, tokenizer, name in zip(folders, both, ("tokenizer.model", "tokenizer.json"), strict=True):
         assert tokenizer.fingerprint == hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        assert tokenizer.source == str(folder) and tokenizer.files[0] == folder / name
+        assert tokenizer.source == str(folder) and tokenizer.contents[name] == (folder / name).read_bytes()
         assert Tokenizer(folder / name).encode_ids("abc") == tokenizer.encode_ids("abc")
 
 

@@ -3,16 +3,16 @@
 Decisions: the metadata is one JSON value under one key (safetensors writes several keys in random order, and equal
 models should be equal files); the same record (kind, config, tokenizer, and what the run says of itself) stands in
 `run.json`, in a checkpoint's marker and in an export; a run never replaces another run's file unless told to.
-May import checkpoint_files, files and config.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,17 @@ from torch import Tensor
 from lit_gpt.checkpoints.run_files import clean_names
 from lit_gpt.config import Config
 from lit_gpt.files import SaveError, cannot_write, make_folder, sync_folder
+from lit_gpt.tokenizer import Tokenizer
 
 METADATA_KEY = "smdm"
 SUFFIX = ".safetensors"
 KINDS = ("arm", "mdm")
+# A file's header is read whenever a folder is listed, and safetensors refuses one of more than 100 MB; LLaMA's
+# tokenizer.model has 0.5 MB, its tokenizer.json 1.8 MB.
+_LARGEST_TOKENIZER = 20_000_000
+
+
+_OWN_KEYS = ("kind", "config", "tokenizer", "tokenizer_files")
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,13 @@ class WeightsRecord:
     """Where the tokenizer came from, and its hash; empty if unknown."""
     run: dict[str, Any] = field(default_factory=dict)
     """Everything else: run_id, name, settings, result ..."""
+    tokenizer_files: dict[str, str] = field(default_factory=dict)
+    """The tokenizer itself, in an export: its files' bytes by name, in base64."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; `from_dict` reads them back."""
-        return {**self.run, "kind": self.kind, "config": self.config.to_dict(), "tokenizer": self.tokenizer}
+        values = {**self.run, "kind": self.kind, "config": self.config.to_dict(), "tokenizer": self.tokenizer}
+        return {**values, "tokenizer_files": self.tokenizer_files} if self.tokenizer_files else values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WeightsRecord:
@@ -57,13 +67,42 @@ class WeightsRecord:
         kind, config = values.get("kind"), values.get("config")
         if kind not in KINDS or not isinstance(config, dict):
             raise ValueError(f"the record names no known kind and config (kind {kind!r})")
-        run = {key: value for key, value in values.items() if key not in ("kind", "config", "tokenizer")}
-        return cls(kind, Config.from_dict(config), values.get("tokenizer") or {}, run)
+        run = {key: value for key, value in values.items() if key not in _OWN_KEYS}
+        tokenizer, files = (values.get(key) or {} for key in ("tokenizer", "tokenizer_files"))
+        return cls(kind, Config.from_dict(config), tokenizer, run, files)
 
     @property
     def run_id(self) -> str | None:
         """The run that made the weights."""
         return self.run.get("run_id")
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> WeightsRecord:
+        """The record that holds a tokenizer whole, or only names it where it is too large for a file's header."""
+        named = {"source": tokenizer.source, "fingerprint": tokenizer.fingerprint}
+        fits = sum(map(len, tokenizer.contents.values())) <= _LARGEST_TOKENIZER
+        contents = tokenizer.contents if fits else {}
+        files = {name: base64.b64encode(content).decode() for name, content in contents.items()}
+        return replace(self, tokenizer=named, tokenizer_files=files)
+
+    def held_tokenizer(self, path: Path | str) -> Tokenizer | None:
+        """The tokenizer that a file's record holds; None if it only names one.
+
+        Args:
+            path: the file, which is the tokenizer's source.
+
+        Raises:
+            ValueError: it is damaged, or not the one that the record names.
+        """
+        if not self.tokenizer_files:
+            return None
+        try:
+            contents = {name: base64.b64decode(text, validate=True) for name, text in self.tokenizer_files.items()}
+            tokenizer = Tokenizer.from_contents(contents, str(path))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"the tokenizer inside {path} cannot be read: {error}") from error
+        if tokenizer.fingerprint != self.tokenizer.get("fingerprint", tokenizer.fingerprint):
+            raise ValueError(f"the tokenizer inside {path} is not the one that its record names: the file is damaged")
+        return tokenizer
 
 
 def read_record(path: Path | str) -> WeightsRecord | None:
@@ -119,8 +158,9 @@ def export_weights(
     state: dict[str, Tensor],
     record: WeightsRecord | dict[str, Any],
     overwrite: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Write weights as flat float32 safetensors with their record, durably.
+    """Write weights as flat float32 safetensors with their record and their tokenizer, durably.
 
     Args:
         models_dir: where to.
@@ -128,6 +168,7 @@ def export_weights(
         state: parameters by the published names, any dtype and device.
         record: what they are; its run_id decides whose file of that name may be replaced.
         overwrite: whether another run's may, too.
+        tokenizer: goes into the file, so that this alone can be taken elsewhere; None leaves the record as it is.
 
     Returns:
         The file: `{name}.safetensors`, or `{name}-2.safetensors` (3 ...) if another run's file has appeared there.
@@ -136,6 +177,7 @@ def export_weights(
         SaveError: it could not be written; nothing is left of it.
     """
     record = record if isinstance(record, WeightsRecord) else WeightsRecord.from_dict(record)
+    record = record if tokenizer is None else record.with_tokenizer(tokenizer)
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in clean_names(state).items()}
     metadata = {METADATA_KEY: json.dumps(record.to_dict(), sort_keys=True)}
     run_id = record.run_id or ""

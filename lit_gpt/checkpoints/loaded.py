@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from lit_gpt.checkpoints.weights import load_tokenizer, read_model, state_hash
+from lit_gpt.checkpoints.tokenizer_lookup import find_tokenizer
+from lit_gpt.checkpoints.weights import read_model, state_hash
 from lit_gpt.devices import choose_device, has_native_bf16, is_out_of_memory
 from lit_gpt.likelihood.estimators import make_estimator
 from lit_gpt.likelihood.loglikelihood import (
@@ -71,7 +72,7 @@ def load_model(
         path: an exported `.safetensors`, a run folder or checkpoint, or a published file.
         model_name: the size, such as 170, for a file that does not say.
         kind: `arm` or `mdm`, if only one of them will do.
-        tokenizer: a folder, file or hub name; None takes the checkpoint's own.
+        tokenizer: a folder, file or hub name; None takes the checkpoint's own, which an export holds inside.
         device: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU if there is one.
         dtype: `float32`, or `bfloat16` (autocast); `auto` is float32 on CPUs and bfloat16 on GPUs that have it.
 
@@ -82,7 +83,7 @@ def load_model(
     chosen = choose_device(device)
     dtype = compute_dtype(dtype, chosen)
     model, record = read_model(path, model_name, kind, chosen)
-    return LoadedModel(model, lambda: load_tokenizer(path, model, record, tokenizer), dtype)
+    return LoadedModel(model, lambda: find_tokenizer(path, model.config, record, tokenizer), dtype)
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,8 @@ class LoadedModel:
         Raises:
             ValueError: the model is an ARM; the text does not fit it; a setting is wrong.
         """
-        row = infill_row(text, self.tokenizer, self.model.config.mask_id, gap)
+        config = self.model.config
+        row = infill_row(text, self.tokenizer, config.mask_id, config.block_size, gap)
         return self.tokenizer.decode(self._finished(row, len(row), sampling))
 
     def _finished(self, row: list[int], length: int, sampling: dict[str, Any]) -> list[int]:

@@ -1,7 +1,4 @@
-"""The names of run folders and exported models, as users' scripts and the released checkpoints spell them.
-
-May import config only.
-"""
+"""The names of run folders and exported models, as users' scripts and the released checkpoints spell them."""
 
 from __future__ import annotations
 

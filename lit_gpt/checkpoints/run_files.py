@@ -3,7 +3,7 @@
 A run folder holds `iter-{iter_num:06d}-ckpt.pth` (the published name and keys), beside each a `.json` of the same stem,
 the *marker*, which is written last and says that the checkpoint is complete: step, size, SHA-256, and the run's record;
 `run.json`, what the run is; `run.lock`, who writes. Decisions: a marker never describes a file that is not there yet;
-torch files are read with weights_only, so nothing in them can run. May import files and config only.
+torch files are read with weights_only, so nothing in them can run.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class _BrokenError(ValueError):
 # --- finding ------------------------------------------------------------------------------------------------------
 
 
-def newest_complete(run_dir: Path, warn: Callable[[str], object]) -> CheckpointInfo | None:
+def newest_complete(
+    run_dir: Path, warn: Callable[[str], object], until_iter_num: int | None = None
+) -> CheckpointInfo | None:
     """The newest checkpoint whose bytes are those that were written.
 
     A published file has no marker; it counts if torch can open it and it has all published keys, which is said.
@@ -72,8 +74,11 @@ def newest_complete(run_dir: Path, warn: Callable[[str], object]) -> CheckpointI
     Args:
         run_dir: may be missing.
         warn: called with a line for every newer one that is skipped, and why.
+        until_iter_num: later ones are passed over.
     """
     for path in reversed(list_checkpoints(run_dir)):
+        if until_iter_num is not None and _number(path) > until_iter_num:
+            continue
         try:
             found = _examine(path)
         except _BrokenError as error:
@@ -220,10 +225,10 @@ def _remove(path: Path) -> None:
             _log.warning("cannot delete the old checkpoint %s: %s", file, error.strerror)
 
 
-def remove_checkpoints(run_dir: Path, after_iter_num: int = -1) -> None:
-    """Delete a run's checkpoints, or those after a micro step (to go on from an earlier one); markers included."""
+def remove_checkpoints(run_dir: Path, after_iter_num: int = -1, but: Path | None = None) -> None:
+    """Delete a run's checkpoints, or those after a micro step, except for one; markers included."""
     for path in list_checkpoints(run_dir):
-        if _number(path) > after_iter_num:
+        if _number(path) > after_iter_num and path != but:
             _remove(path)
 
 

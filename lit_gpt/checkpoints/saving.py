@@ -3,8 +3,7 @@
 Decisions: one file for every strategy, streamed to the disk and hashed on the way (Fabric's own saving builds a copy in
 memory and writes it by way of the system's temporary folder); a checkpoint of one strategy loads under another; a save
 that fails on the first process fails on all, with the last good checkpoint named. How files are named, marked and
-found is in `checkpoint_files`, whose functions are offered here too. May import runtime, checkpoint_files, files,
-naming and config.
+found is in `run_files`.
 """
 
 from __future__ import annotations
@@ -18,52 +17,22 @@ import torch
 from torch import nn
 
 from lit_gpt import devices
-from lit_gpt.checkpoints.names import export_name, run_name
 from lit_gpt.checkpoints.optimizer_state import read_optimizer_state
 from lit_gpt.checkpoints.run_files import (
     PUBLISHED_KEYS,
     CheckpointInfo,
     clean_names,
-    differences,
-    list_checkpoints,
     marker_path,
     new_marker,
     newest_complete,
     open_checkpoint,
     open_torch_file,
-    read_run_record,
-    remove_checkpoints,
     remove_older,
-    remove_temporary,
-    write_run_record,
 )
-from lit_gpt.files import FileStamp, SaveError, folder_lock, make_folder, read_json_object, write_file, write_json
+from lit_gpt.files import FileStamp, SaveError, read_json_object, write_file, write_json
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-__all__ = [
-    "CheckpointInfo",
-    "SaveError",
-    "check_state",
-    "differences",
-    "export_name",
-    "list_checkpoints",
-    "load_checkpoint",
-    "make_folder",
-    "newest_complete",
-    "open_checkpoint",
-    "read_run_record",
-    "remove_checkpoints",
-    "remove_temporary",
-    "run_lock",
-    "run_name",
-    "save_checkpoint",
-    "write_run_record",
-]
-
-run_lock = folder_lock
-
 
 # --- saving -------------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,7 @@
 
 Decisions: what describes itself loads without a shape being typed, and files without a record are recognised by their
 shapes; a file of another kind or model is refused in one line that says which it is; nothing is unpickled. How weights
-are exported is in `export`, whose functions are offered here too. May import checkpoint, export, files, the model
-classes and config.
+are exported is in `export`.
 """
 
 from __future__ import annotations
@@ -18,30 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, claim_export, export_weights, read_record
+from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, read_record
 from lit_gpt.checkpoints.run_files import clean_names, marker_path, open_checkpoint, open_torch_file
 from lit_gpt.checkpoints.saving import check_state
 from lit_gpt.config import SIZES, Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer, rope_tables
-from lit_gpt.tokenizer import DEFAULT_SOURCE, Tokenizer
-
-__all__ = [
-    "WeightsRecord",
-    "adapt_arm_to_mdm",
-    "claim_export",
-    "export_weights",
-    "infer_config",
-    "infer_kind",
-    "load_into",
-    "read_model",
-    "load_state",
-    "load_tokenizer",
-    "load_weights",
-    "read_record",
-    "state_hash",
-]
 
 MODEL_CLASSES: dict[str, type[Transformer]] = {"arm": GPT, "mdm": TransEncoder}
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -143,42 +125,6 @@ def read_model(
     # The only tensors that are not in the file.
     model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(config))
     return model.eval(), record
-
-
-def load_tokenizer(
-    path: Path | str,
-    model: Transformer,
-    record: WeightsRecord | None,
-    given: str | None = None,
-    flag: str = "--tokenizer FOLDER",
-) -> Tokenizer:
-    """The tokenizer of a loaded model: as given, else by the checkpoint's own record, else TinyLlama's on the hub.
-
-    Args:
-        path: the checkpoint.
-        model: from `read_model`.
-        record: from `read_model`.
-        given: a folder or hub name.
-        flag: how the user gives one.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it has more tokens than the model.
-    """
-    recorded = record.tokenizer.get("source") if record else None
-    try:
-        tokenizer = Tokenizer(given or recorded or DEFAULT_SOURCE)
-    except FileNotFoundError as error:
-        if given:
-            raise
-        whose = "which the checkpoint was trained with" if recorded else "the default, since the checkpoint names none"
-        raise FileNotFoundError(f"{error} ({whose}; {flag} names another)") from error
-    if tokenizer.vocab_size > model.config.padded_vocab_size:
-        raise ValueError(
-            f"{tokenizer.source} has {tokenizer.vocab_size} tokens, {path} knows "
-            f"{model.config.padded_vocab_size}: give the tokenizer that it was trained with ({flag})"
-        )
-    return tokenizer
 
 
 def load_into(model: Transformer, path: Path | str, warn: Callable[[str], object] = _log.warning) -> str:

@@ -145,10 +145,8 @@ class PackingPlan:
             for path in folder.iterdir():
                 path.unlink()
         make_folder(folder)
-        model, *settings = self.tokenizer.files
-        named = [(model, "tokenizer.json" if model.suffix == ".json" else "tokenizer.model")]
-        for path, name in named + [(path, path.name) for path in settings]:
-            write_file(folder / name, partial(_write_bytes, path.read_bytes()))
+        for name, content in self.tokenizer.contents.items():
+            write_file(folder / name, partial(_write_bytes, content))
 
     def _own_files(self, prefix: str) -> list[Path]:
         """The packed files of a series; a file that only looks like one of them is refused."""

@@ -9,7 +9,6 @@ pseudo-random order of its own, in which short and long examples stay mixed.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -189,7 +188,7 @@ def _prepare(plan: ExamplePreparation, folder: Path, info: dict[str, Any]) -> No
         batched=True,
         batch_size=_RECORDS_AT_ONCE,
         remove_columns=read.column_names,
-        fn_kwargs={"name": plan.data_format.name, "tokenizer": plan.tokenizer.source, "max_length": plan.max_length},
+        fn_kwargs={"name": plan.data_format.name, "tokenizer": plan.tokenizer, "max_length": plan.max_length},
         features=Features(
             {
                 "tokens": List(Value("int32")),
@@ -219,13 +218,7 @@ def _records(name: str, path: str) -> Any:
         yield {"position": position, "record": record}
 
 
-@functools.cache
-def _tokenizer(source: str) -> Tokenizer:
-    """One for each worker."""
-    return Tokenizer(source)
-
-
-def _tokenized(batch: dict[str, list[Any]], name: str, tokenizer: str, max_length: int) -> dict[str, list[Any]]:
+def _tokenized(batch: dict[str, list[Any]], name: str, tokenizer: Tokenizer, max_length: int) -> dict[str, list[Any]]:
     """Records to rows: the examples, or one empty row with the reason why there is none."""
     rows: dict[str, list[Any]] = {"tokens": [], "prompt_length": [], "reason": [], "position": []}
 
@@ -235,7 +228,7 @@ def _tokenized(batch: dict[str, list[Any]], name: str, tokenizer: str, max_lengt
 
     for position, record in zip(batch["position"], batch["record"], strict=True):
         try:
-            examples = SFT_FORMATS[name].examples(record, _tokenizer(tokenizer))
+            examples = SFT_FORMATS[name].examples(record, tokenizer)
         except Unusable as why:
             add([], 0, f"{'malformed: ' if isinstance(why, Malformed) else ''}{why}", position)
             continue

@@ -36,16 +36,18 @@ _REPORTED_VERSIONS = ("smdm", "torch", "lm_eval", "numpy", "sentencepiece", "tok
 
 
 @dataclasses.dataclass(frozen=True)
-class _Wish:
-    """A text that is to be written."""
+class GenerationRequest:
+    """A prompt whose continuation the harness asks for."""
 
     prompt: list[int]
+    """Token ids."""
     length: int
     """Tokens of the finished row."""
-    how: Sampling
+    sampling: Sampling
     row: int
-    """Decides its random numbers."""
-    until: list[str]
+    """The row's number, which decides its random numbers."""
+    stop_strings: list[str]
+    """The text ends before the first one of them."""
 
 
 class Adapter:
@@ -132,7 +134,7 @@ class Adapter:
         """What the model writes behind each context, up to the first stop string or the end token."""
         seen: dict[str, int] = {}
         keys: list[str] = []
-        todo: dict[str, _Wish] = {}
+        todo: dict[str, GenerationRequest] = {}
         for request in requests:
             context, settings = request.args
             key = request_key("generate", context, settings)
@@ -140,7 +142,7 @@ class Adapter:
             seen[key] = number = seen.get(key, -1) + 1
             keys.append(f"{key}-{number}")
             if self._cache.get(keys[-1]) is None:
-                todo[keys[-1]] = self._wish(context, settings, number)
+                todo[keys[-1]] = self._generation_request(context, settings, number)
         texts = self._progress(self._generate(todo), len(todo), "generating", disable_tqdm)
         fresh = dict(self._cache.keep(texts, str, 1))
         return [fresh[key] if key in fresh else self._cache.get(key) for key in keys]
@@ -234,14 +236,14 @@ class Adapter:
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
-    def _wish(self, context: str, settings: dict[str, Any], number: int) -> _Wish:
+    def _generation_request(self, context: str, settings: dict[str, Any], number: int) -> GenerationRequest:
         """A request as tokens; what the task's `generation_kwargs` say goes before `--model_args`."""
         new_tokens = min(int(settings.get("max_gen_toks", _DEFAULT_NEW_TOKENS)), self.max_length - 1)
         prompt = self.loaded.prompt_ids(context)[-(self.max_length - new_tokens) :]
         temperature = float(settings.get("temperature", self.arguments.temperature))
         if settings.get("do_sample") is False:
             temperature = 0.0
-        how = Sampling(
+        sampling = Sampling(
             self.arguments.alg,
             self.arguments.steps or new_tokens,
             temperature,
@@ -250,31 +252,32 @@ class Adapter:
         )
         until = settings.get("until") or []
         row = hash_int(number, *prompt) >> 1  # an int64
-        return _Wish(prompt, len(prompt) + new_tokens, how, row, [until] if isinstance(until, str) else list(until))
+        stop_strings = [until] if isinstance(until, str) else list(until)
+        return GenerationRequest(prompt, len(prompt) + new_tokens, sampling, row, stop_strings)
 
-    def _generate(self, wishes: dict[str, _Wish]) -> Iterator[tuple[str, str]]:
+    def _generate(self, requests: dict[str, GenerationRequest]) -> Iterator[tuple[str, str]]:
         """Texts by key, those with the same settings together; a text does not depend on its batch."""
         alike: dict[Sampling, list[str]] = {}
-        for key, wish in wishes.items():
-            alike.setdefault(wish.how, []).append(key)
+        for key, request in requests.items():
+            alike.setdefault(request.sampling, []).append(key)
         at_once = max(1, self._batch_tokens() // self.max_length)
-        for how, names in alike.items():
+        for sampling, names in alike.items():
             # Rows of about the same length waste the least.
-            names.sort(key=lambda name: -len(wishes[name].prompt))
+            names.sort(key=lambda name: -len(requests[name].prompt))
             for start in range(0, len(names), at_once):
-                batch = {name: wishes[name] for name in names[start : start + at_once]}
+                batch = {name: requests[name] for name in names[start : start + at_once]}
                 prompts, lengths, rows = zip(
                     *((one.prompt, one.length, one.row) for one in batch.values()), strict=True
                 )
                 with self.loaded.autocast():
-                    ids = sample(self.loaded.model, prompts, how, lengths, self.tokenizer.eos_id, rows)
-                for (name, wish), row in zip(batch.items(), ids, strict=True):
-                    yield name, self._text(row.tolist()[len(wish.prompt) :], wish.until)
+                    ids = sample(self.loaded.model, prompts, sampling, lengths, self.tokenizer.eos_id, rows)
+                for (name, request), row in zip(batch.items(), ids, strict=True):
+                    yield name, self._text(row.tolist()[len(request.prompt) :], request.stop_strings)
 
-    def _text(self, ids: list[int], until: Sequence[str]) -> str:
+    def _text(self, ids: list[int], stop_strings: Sequence[str]) -> str:
         """What was written, up to the end token or a stop string."""
         text = self.tokenizer.decode(self.loaded.until_end(ids))
-        for stop in filter(None, until):
+        for stop in filter(None, stop_strings):
             text = text.split(stop)[0]
         return text
 

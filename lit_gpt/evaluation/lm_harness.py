@@ -1,8 +1,7 @@
 """lm-evaluation-harness with our models: ARMs as `--model ar`, MDMs as `--model mdlm`.
 
 Decisions: the harness's own command line with all its flags, and its own table. Only its cache is replaced (`eval_cache`):
-it is keyed by request alone, so that another checkpoint or setting would be served stale scores, and it unpickles. May
-import all of the package but the training loop.
+it is keyed by request alone, so that another checkpoint or setting would be served stale scores, and it unpickles.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ HARNESS_MODEL_KINDS = {"ar": "arm", "mdlm": "mdm"}
 
 
 @dataclass
-class Session:
+class HarnessRun:
     """One run of the harness's command line."""
 
     cache_folder: Path | None
@@ -37,19 +36,19 @@ class Session:
 
 @functools.cache
 def registered_models() -> list[Any]:
-    """`ar` and `mdlm` as classes of the harness, registered there once; their attribute `session` says for which run."""
+    """`ar` and `mdlm` as classes of the harness, registered there once; their attribute `run` says for which run."""
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 
     def registered(kind: str) -> type:
         class Registered(Adapter, LM):  # type: ignore[misc]
-            session: Session
+            run: HarnessRun
 
             def __init__(self, **values: Any) -> None:
                 LM.__init__(self)
                 arguments = read_model_args(kind, values)
-                Adapter.__init__(self, kind, arguments, self.session.cache_folder, self.session.command)
-                self.session.built.append(self)
+                Adapter.__init__(self, kind, arguments, self.run.cache_folder, self.run.command)
+                self.run.built.append(self)
 
             @classmethod
             def create_from_arg_obj(
@@ -89,16 +88,16 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
         raise ValueError(
             f"lm-evaluation-harness is missing ({error}): ./setup.sh eval, or pip install 'smdm[eval]'"
         ) from None
-    session = Session(_cache_folder(known.use_cache, known.output_path), [sys.argv[0], *argv])
+    run = HarnessRun(_cache_folder(known.use_cache, known.output_path), [sys.argv[0], *argv])
     for model_class in registered_models():
-        model_class.session = session
+        model_class.run = run
     sys.argv = ["lm_eval", "run", *rest]
     for name in ("model", "device", "batch_size", "output_path"):
         if getattr(known, name):
             sys.argv += [f"--{name}", getattr(known, name)]
     with _one_line_errors():
         cli_evaluate()
-    for adapter in session.built:
+    for adapter in run.built:
         adapter.close()
 
 

@@ -2,7 +2,7 @@
 
 Decisions: the file holds results alone, in whatever format its readers expect; the settings that they were made with lie
 beside it (`NAME.settings.json`), so that results of other settings are refused, not mixed; a line that a kill left
-half-written is dropped and computed again; a lock keeps a second writer out. May import files.
+half-written is dropped and computed again; a lock keeps a second writer out.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class ModelArgs:
     model_name: str | int | None = None
     """The size, such as 170, for files that do not say."""
     tokenizer: str | None = None
-    """Folder or hub name; by default the checkpoint's own record counts, then TinyLlama's on the hub."""
+    """Folder or hub name; by default the checkpoint's own, then TinyLlama's on the hub."""
     max_length: int | None = None
     """Longest input in tokens; by default the model's block size."""
     batch_size: int | str = 32

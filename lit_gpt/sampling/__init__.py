@@ -1,1 +1,1 @@
-"""How text is written: settings, the denoising loop, samplers, caches, infilling."""
+"""Sampling of text: settings, the denoising loop and its algorithms, autoregressive sampling, caches, infilling."""

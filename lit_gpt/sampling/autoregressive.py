@@ -16,10 +16,9 @@ from torch import Tensor
 
 from lit_gpt.model.causal import GPT
 from lit_gpt.randomness import Stream, uniform
-from lit_gpt.sampling.categorical import Drawing, draw
-from lit_gpt.sampling.denoising import TOKEN
+from lit_gpt.sampling.categorical import TOKEN, sample_tokens
 from lit_gpt.sampling.kv_cache import KVCache
-from lit_gpt.sampling.sequence import Canvas, State
+from lit_gpt.sampling.sequence import PartialSequences, State
 from lit_gpt.sampling.settings import Sampling
 
 NextLogitsFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -29,7 +28,7 @@ NextLogitsFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 @torch.no_grad()
 def extend(
     logits_fn: NextLogitsFn,
-    canvas: Canvas,
+    prompts: PartialSequences,
     new_tokens: Sequence[int],
     sampling: Sampling,
     vocab_size: int,
@@ -40,7 +39,7 @@ def extend(
     Args:
         logits_fn: called with the tokens it has not seen yet (the prompts, then one column at a time) and a key mask
             over all; only its last column is read. See `cached` and `recomputed`.
-        canvas: prompts from `prompt_canvas`.
+        prompts: from `prompt_sequences`.
         new_tokens: how many tokens each row gets at most.
         sampling: temperature, seed and filters.
         vocab_size: K; ids from here on are never sampled.
@@ -52,9 +51,9 @@ def extend(
     Raises:
         ValueError: the model's logits are no finite numbers; said when a state's tokens are looked at, or at the end.
     """
-    device, how = canvas.input_ids.device, Drawing(sampling.temperature, sampling.top_k, sampling.top_p)
-    input_ids, positions, key_mask = canvas.input_ids, canvas.positions, canvas.key_mask
-    confidence, finite = canvas.prompt_mask.float(), torch.ones((), dtype=torch.bool, device=device)
+    device = prompts.input_ids.device
+    input_ids, positions, key_mask = prompts.input_ids, prompts.positions, prompts.key_mask
+    confidence, finite = prompts.prompt_mask.float(), torch.ones((), dtype=torch.bool, device=device)
     limit = torch.tensor(list(new_tokens), device=device)
     unfinished, unseen, forbidden, uniforms = limit > 0, input_ids.size(1), None, None
     yield State(0, input_ids, confidence, key_mask)
@@ -65,19 +64,19 @@ def extend(
         position = positions[:, -1:] + 1
         if sampling.temperature:
             # A token's key is its position in the row, not the step: a longer prompt beside it changes nothing.
-            uniforms = uniform(sampling.seed, int(Stream.SAMPLER), 0, canvas.rows, position[:, 0], TOKEN)
+            uniforms = uniform(sampling.seed, int(Stream.SAMPLER), 0, prompts.rows, position[:, 0], TOKEN)
         if stop_id is not None:
             forbidden = torch.full_like(unfinished, step < sampling.min_new_tokens), stop_id
-        drawn = draw(iter([logits[:, -1]]), uniforms, how, vocab_size, forbidden)
+        sampled = sample_tokens(iter([logits[:, -1]]), uniforms, sampling, vocab_size, forbidden)
         written = unfinished[:, None]
         # A row that has stopped stays where it is: its position may not run out of the block.
-        input_ids = torch.cat((input_ids, torch.where(written, drawn.token_ids[:, None], 0)), 1)
+        input_ids = torch.cat((input_ids, torch.where(written, sampled.token_ids[:, None], 0)), 1)
         positions = torch.cat((positions, torch.where(written, position, 0)), 1)
-        confidence = torch.cat((confidence, torch.where(written, drawn.confidence[:, None].float(), 0)), 1)
-        key_mask, finite, unseen = torch.cat((key_mask, written), 1), finite & drawn.finite, 1
+        confidence = torch.cat((confidence, torch.where(written, sampled.confidence[:, None].float(), 0)), 1)
+        key_mask, finite, unseen = torch.cat((key_mask, written), 1), finite & sampled.finite, 1
         unfinished = unfinished & (limit > step + 1)
         if stop_id is not None:
-            unfinished = unfinished & (drawn.token_ids != stop_id)
+            unfinished = unfinished & (sampled.token_ids != stop_id)
         yield State(step + 1, input_ids, confidence, key_mask, finite)
     State(0, input_ids, confidence, key_mask, finite).check()
 
@@ -88,7 +87,7 @@ def cached(model: GPT, batch: int, capacity: int) -> NextLogitsFn:
     Args:
         model: the ARM.
         batch: B.
-        capacity: columns of the finished canvas.
+        capacity: columns of the finished prompts.
     """
     weight = model.lm_head.weight
     kind = weight.device.type

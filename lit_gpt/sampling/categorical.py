@@ -1,71 +1,63 @@
-"""From logits to tokens: temperature, top-k, top-p, and one random number per token.
+"""Categorical sampling, from logits to tokens: temperature, top-k, top-p, and one random number per token.
 
-A token is drawn by inverting its distribution function, which has the same law as the published Gumbel-max,
+A token is sampled by inverting its distribution function, which has the same law as the published Gumbel-max,
 argmax exp(logit) / (-log u)^temperature, at one uniform number per position in place of one per vocabulary entry (float64
 noise and logarithms over the whole vocabulary take most of the published loop's time). Sums are in float64. Nothing here
-waits for the device. May import nothing of the package.
+waits for the device.
 
-N positions, K vocabulary that may be drawn.
+N positions, K vocabulary that may be sampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Entries that are looked at together: two short searches in place of one over the whole vocabulary.
+from lit_gpt.sampling.settings import Sampling
+
+TOKEN = 0
+"""The purpose of a token's random number, in the place of its last key."""
 _BLOCK = 128
+"""Entries that are searched together: two short searches in place of one over the whole vocabulary (measured)."""
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How tokens are drawn."""
-
-    temperature: float
-    """0 takes the likeliest token."""
-    top_k: int = 0
-    """Only the k likeliest tokens; 0 is all."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that together reach this probability (nucleus sampling: Holtzman et al. 2020)."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What was drawn at N positions."""
+class SampledTokens:
+    """What was sampled at N positions."""
 
     token_ids: Tensor
     """(N,) int64."""
     confidence: Tensor
     """(N,) float64: softmax(logits) of the token, at temperature 1."""
-    entropy: Tensor | None
-    """(N,) float32: of softmax(logits), nats; None where it was not asked for."""
+    measure: Tensor | None
+    """(N,): what was to be measured of each distribution; None for nothing."""
     finite: Tensor
     """Scalar bool: whether all logits were finite numbers; else the rest means nothing."""
 
 
-def draw(
+def sample_tokens(
     chunks: Iterator[Tensor],
     uniforms: Tensor | None,
-    how: Drawing,
+    sampling: Sampling,
     vocab_size: int,
     forbidden: tuple[Tensor, int] | None = None,
-    entropies: bool = False,
-) -> Drawn:
-    """Draw a token at every position.
+    measure: Callable[[Tensor], Tensor] | None = None,
+) -> SampledTokens:
+    """Sample a token at every position.
 
     Args:
         chunks: logits (n, V) in the order of the positions; may be overwritten.
         uniforms: (N,) float64 in [0, 1); unused at temperature 0, where None will do.
-        how: temperature and filters.
-        vocab_size: K; ids from here on are never drawn.
-        forbidden: (N,) bool and a token id that may not be drawn where it is True.
-        entropies: whether to compute them, too.
+        sampling: temperature and filters.
+        vocab_size: K; ids from here on are never sampled.
+        forbidden: (N,) bool and a token id that may not be sampled where it is True.
+        measure: log-probabilities (n, K) to whatever else must be known of them, (n,).
     """
-    tokens, confidences, entropy_parts, totals = [], [], [], []
+    tokens, confidences, measures, totals = [], [], [], []
     start = 0
     for chunk in chunks:
         part = slice(start, start := start + len(chunk))
@@ -78,20 +70,20 @@ def draw(
         shares = (logits - best).exp_()
         total = shares.sum(1).log_() + best.squeeze(1)
         totals.append(total)
-        if how.temperature == 0:
+        if sampling.temperature == 0:
             chosen = likeliest.squeeze(1)
         else:
             assert uniforms is not None
-            weights = shares if how.temperature == 1 else ((logits - best) / how.temperature).exp_()
-            chosen = _invert(_filtered(weights, how), uniforms[part])
+            temperature = sampling.temperature
+            weights = shares if temperature == 1 else ((logits - best) / temperature).exp_()
+            chosen = _invert(_filtered(weights, sampling), uniforms[part])
         tokens.append(chosen)
         picked = logits.gather(1, chosen[:, None]).squeeze(1)
         confidences.append((picked.double() - total.double()).exp())
-        if entropies:
-            log_p = logits - total[:, None]
-            entropy_parts.append(-(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(1).float())
+        if measure is not None:
+            measures.append(measure(logits - total[:, None]))
     finite = torch.cat(totals).isfinite().all()
-    return Drawn(torch.cat(tokens), torch.cat(confidences), torch.cat(entropy_parts) if entropies else None, finite)
+    return SampledTokens(torch.cat(tokens), torch.cat(confidences), torch.cat(measures) if measures else None, finite)
 
 
 def _likeliest(logits: Tensor) -> Tensor:
@@ -105,13 +97,13 @@ def _likeliest(logits: Tensor) -> Tensor:
     return block * _BLOCK + inner.argmax(1, keepdim=True)
 
 
-def _filtered(weights: Tensor, how: Drawing) -> Tensor:
+def _filtered(weights: Tensor, sampling: Sampling) -> Tensor:
     """Unnormalised probabilities (n, K), those filtered out set to 0."""
-    if 0 < how.top_k < weights.size(1):
-        least = weights.topk(how.top_k, dim=1).values[:, -1:]
+    if 0 < sampling.top_k < weights.size(1):
+        least = weights.topk(sampling.top_k, dim=1).values[:, -1:]
         weights = weights.masked_fill(weights < least, 0.0)
-    if how.top_p < 1:
-        needed = how.top_p * weights.sum(1, keepdim=True, dtype=torch.float64)
+    if sampling.top_p < 1:
+        needed = sampling.top_p * weights.sum(1, keepdim=True, dtype=torch.float64)
         ordered = _descending(weights)
         before = ordered.double().cumsum(1) - ordered
         # The likeliest token is always kept; equal ones stand or fall together.

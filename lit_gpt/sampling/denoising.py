@@ -1,53 +1,43 @@
-"""Masked-diffusion sampling: how a canvas is revealed, step by step.
+"""Masked-diffusion sampling: the loop that turns masks into tokens, step by step.
 
-Decisions: the canvas is on the device, each row's clock on the host (`clock`), and no step waits for the device where
-the schedule decides how much is written: the host knows how many positions are read, and what `origin` picks at random,
-since random numbers are the same everywhere. A step that reveals nothing is not computed; the model is asked for the
-logits of those positions only that the step may reveal. May import algorithms, canvas, clock, drawing, noise and reading.
+Decisions: all state is on the device, and a step waits for it once, to learn how many positions are predicted and whether
+anything is left to do; the model computes the logits of those positions only that the step may reveal, and a step without
+any is not computed; a random number depends on (seed, step, row, position in the row, purpose), so that a row's tokens do
+not depend on its batch.
 
-B rows, T tokens, N positions.
+B rows, T tokens, N predicted positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lit_gpt.model.logits import LogitsBatch, LogitsFn
 from lit_gpt.randomness import Stream, uniform
-from lit_gpt.sampling.algorithms import ALGORITHMS, Candidates, greedy_count
-from lit_gpt.sampling.categorical import Drawing, Drawn, draw
-from lit_gpt.sampling.sequence import Canvas, State
-from lit_gpt.sampling.step_schedule import NOWHERE, Clock, Counts, Flags, Times
-
-if TYPE_CHECKING:
-    from lit_gpt.sampling.settings import Sampling
-
-TOKEN = 0
-"""What a random number is for, in the place of its last key; these two decide what `origin` reveals and masks again."""
-_REVEAL, _REMASK = -1, -2
+from lit_gpt.sampling.algorithm import DenoisingStep, Predictions, make_algorithm
+from lit_gpt.sampling.categorical import TOKEN, sample_tokens
+from lit_gpt.sampling.sequence import PartialSequences, State
+from lit_gpt.sampling.settings import Sampling
+from lit_gpt.sampling.step_schedule import StepSchedule
 
 
 @torch.no_grad()
 def denoise(
-    logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size: int, stop_id: int | None = None
+    logits_fn: LogitsFn, sequences: PartialSequences, sampling: Sampling, vocab_size: int, stop_id: int | None = None
 ) -> Iterator[State]:
-    """Reveal a canvas block by block, each block over t = linspace(1, 1e-5, steps + 1).
-
-    The steps of `origin` and `greedy` are handed to the device without waiting for it. `threshold`, `entropy` and early
-    stopping let the model decide how much is left to do: there one small transfer a step tells the host. That all logits
-    were finite numbers is looked at once, after the last step, and whenever a state's tokens are.
+    """Reveal the masked positions block by block, each block over t = linspace(1, 1e-5, steps + 1).
 
     Args:
-        logits_fn: logits of chosen positions from the whole canvas, see `sampling.mdm_logits`.
-        canvas: what to fill; [MASK] is wherever a token is neither given nor padding.
+        logits_fn: logits of chosen positions from whole rows, see `sample.mdm_logits`.
+        sequences: [MASK] is wherever a token is neither given nor padding.
         sampling: algorithm, steps and everything else.
         vocab_size: K; ids from here on are never sampled.
-        stop_id: the end token, which early stopping needs.
+        stop_id: the end token, for `early_stop` and `min_new_tokens`.
 
     Yields:
         The state before the first step, then one after each.
@@ -55,177 +45,105 @@ def denoise(
     Raises:
         ValueError: the model's logits are no finite numbers.
     """
-    board = _Board(logits_fn, canvas, sampling, vocab_size, stop_id)
-    yield board.state(0)
-    step = 0
-    while board.clock.turn():
-        board.advance(step)
-        step += 1
-        yield board.state(step)
-    board.state(step).check()
+    algorithm = make_algorithm(sampling)
+    input_ids, masked = sequences.input_ids, sequences.key_mask & ~sequences.prompt_mask
+    confidence, finite = sequences.prompt_mask.float(), torch.ones((), dtype=torch.bool, device=masked.device)
+    schedule = StepSchedule(masked, sampling.steps, sampling.block_length, algorithm.remasks)
+    predictor = Predictor(logits_fn, sequences, sampling, vocab_size, stop_id, algorithm.measure)
+    for number in itertools.count():
+        state = State(number, input_ids, confidence, sequences.key_mask, finite)
+        yield state
+        t, s = schedule.advance(masked)
+        in_block, uniforms = schedule.in_block(), partial(_uniforms, sequences, sampling.seed, number)
+        step = DenoisingStep(in_block & masked, in_block & ~masked, t, s, uniforms)
+        candidates = algorithm.candidates(step)
+        if algorithm.remasks:
+            again = algorithm.remasked(step)
+            input_ids, masked = torch.where(again, sequences.input_ids, input_ids), masked | again
+            confidence = confidence.masked_fill(again, 0.0)
+        recomputed = schedule.recomputed(candidates, sampling.cache, sampling.refresh)
+        # The one time that a step waits for the device.
+        flags = torch.stack((schedule.unfinished, finite.expand_as(t)))
+        *counts, unfinished, all_finite = torch.stack((candidates.sum(1), recomputed.sum(1), *flags)).tolist()
+        if not all(all_finite):
+            state.check()
+        if not any(unfinished):
+            return
+        if any(counts[0]):
+            predictions = predictor.predict(input_ids, candidates, recomputed, counts, uniforms(TOKEN))
+            revealed = algorithm.revealed(step, candidates, predictions)
+            input_ids = torch.where(revealed, predictions.token_ids, input_ids)
+            confidence = torch.where(revealed, predictions.confidence.float(), confidence)
+            masked, finite = masked & ~revealed, finite & predictions.finite
+        if sampling.early_stop and stop_id is not None:
+            input_ids, masked = _fill_behind_end(input_ids, masked, sequences.prompt_mask, stop_id)
 
 
-class _Board:
-    """A canvas while it is being written.
-
-    Attributes:
-        clock: each row's time, on the host.
-        done: (B, T) on the host, False where something is to be written; kept for `origin`, which needs it.
-        written: (B, T) bool on the device, the same for every algorithm.
-        block_of: (B, T) int64 on the device, as the clock's.
-        early: (B * T,) bool on the device, where no end token may stand.
-        finite: scalar bool on the device, whether all logits so far were finite numbers.
-    """
+class Predictor:
+    """A model, and how tokens are sampled from its logits."""
 
     def __init__(
-        self, logits_fn: LogitsFn, canvas: Canvas, sampling: Sampling, vocab_size: int, stop_id: int | None
+        self,
+        logits_fn: LogitsFn,
+        sequences: PartialSequences,
+        sampling: Sampling,
+        vocab_size: int,
+        stop_id: int | None,
+        measure: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.stop_id = stop_id
-        self.logits_fn, self.canvas, self.sampling, self.vocab_size = logits_fn, canvas, sampling, vocab_size
-        self.device = canvas.input_ids.device
-        self.origin = sampling.algorithm == "origin"
-        self.asks = sampling.early_stop or sampling.algorithm in ("threshold", "entropy")
-        self.host = canvas.cpu()
-        free = (self.host.key_mask & ~self.host.prompt_mask).numpy()
-        self.clock = Clock(free, sampling.steps, sampling.block_length, sampling.remask > 0)
-        self.done: Flags = ~free
-        self.key_mask = None if self.host.attention_mask() is None else canvas.key_mask
-        self.input_ids, self.confidence = canvas.input_ids, canvas.prompt_mask.float()
-        self.block_of = self._to_device(self.clock.block_of)
-        self.written = self.block_of == NOWHERE
-        self.early = self._to_device(self.clock.rank < sampling.min_new_tokens).flatten()
-        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        """Arguments are those of `denoise`, and the algorithm's measure."""
+        self.logits_fn, self.sequences, self.sampling = logits_fn, sequences, sampling
+        self.vocab_size, self.stop_id, self.measure = vocab_size, stop_id, measure
+        self.key_mask = sequences.attention_mask()
+        free = sequences.key_mask & ~sequences.prompt_mask
+        # Where the end token may not stand yet.
+        self.too_early = (free.cumsum(1) <= sampling.min_new_tokens).flatten()
 
-    def state(self, step: int) -> State:
-        """What stands there now."""
-        return State(step, self.input_ids, self.confidence, self.canvas.key_mask, self.finite)
+    def predict(
+        self, input_ids: Tensor, candidates: Tensor, recomputed: Tensor, counts: list[list[int]], uniforms: Tensor
+    ) -> Predictions:
+        """Sample a token at every candidate.
 
-    def advance(self, number: int) -> None:
-        """One step of every row: `number` counts them for the random numbers."""
-        sampling, shape = self.sampling, self.input_ids.shape
-        chosen = self._choose_by_chance(number) if self.origin else self._choose_by_schedule()
-        if chosen is None:
-            return
-        mask, read, count = chosen
-        # The places of N known positions: masked ones first, in their order.
-        places = (~mask).flatten().to(torch.int8).argsort(stable=True)[: int(read.sum())]
-        drawn = self._read(number, places, read)
-        self.finite = self.finite & drawn.finite
-
-        def spread(values: Tensor, elsewhere: float) -> Tensor:
-            everywhere = torch.full((mask.numel(),), elsewhere, dtype=values.dtype, device=self.device)
-            return everywhere.scatter(0, places, values).view(shape)
-
-        confidence = spread(drawn.confidence, -1.0)
-        entropy = None if drawn.entropy is None else spread(drawn.entropy, torch.inf)
-        care = sampling.threshold if sampling.algorithm == "threshold" else sampling.entropy_bound
-        revealed = ALGORITHMS[sampling.algorithm](Candidates(mask, confidence, entropy, self._to_device(count), care))
-        self.input_ids = torch.where(revealed, spread(drawn.token_ids, 0), self.input_ids)
-        self.confidence = torch.where(revealed, confidence.float(), self.confidence)
-        self.written = self.written | revealed
-        if sampling.early_stop and self.stop_id is not None:
-            self._stop_early(self.stop_id)
-        if self.asks:
-            self.done = self.written.cpu().numpy()
-            self.clock.see(self.done)
-
-    def _choose_by_chance(self, number: int) -> tuple[Tensor, Counts, Counts] | None:
-        """What `origin` reveals: positions (B, T) on the device, and how many in each row; None for nothing.
-
-        A masked position is revealed with probability 1 - s / t. With remasking some are masked again, here and now.
-        ReMDM-cap (Wang et al. 2025, arXiv 2503.00307) masks a written one again with probability
-        sigma = min(remask, s / (1 - t)) and reveals a masked one with probability ((1 - s) - (1 - sigma) (1 - t)) / t,
-        which leaves the share of masked positions at every time what it was.
+        Args:
+            input_ids: (B, T) int64.
+            candidates: (B, T) bool, at least one.
+            recomputed: (B, T) bool, what a cache must compute anew.
+            counts: of the candidates and of those computed anew, in each row.
+            uniforms: (B, T) float64 in [0, 1).
         """
-        t, s = self.clock.tick()
-        block = self.clock.own_block()
-        masked = block & ~self.done
-        # The published expression to the last bit.
-        reveal = 1 - s / t
-        if self.sampling.remask:
-            # Nothing is written yet at time 1.
-            share = np.divide(s, 1 - t, out=np.zeros_like(s), where=t < 1)
-            sigma = np.minimum(np.float32(self.sampling.remask), share)
-            reveal = np.where(s > 0, ((1 - s) - (1 - sigma) * (1 - t)) / t, np.float32(1))
-            self._hide(self._hit(number, _REMASK, block & self.done, sigma))
-        where = self._hit(number, _REVEAL, masked, reveal)
-        self.done = self.done | where
-        self.clock.see(self.done)
-        count = where.sum(1)
-        return (self._to_device(where), count, count) if where.any() else None
-
-    def _hit(self, number: int, purpose: int, mask: Flags, probability: Times) -> Flags:
-        """(B, T): those positions of a mask on the host whose random number is below their row's probability, (B,)."""
-        places = np.flatnonzero(mask)
-        rows = places // mask.shape[1]
-        below = self._uniforms(number, purpose, torch.from_numpy(places), self.host).numpy() < probability[rows]
-        hit = np.zeros_like(mask)
-        hit.flat[places[below]] = True
-        return hit
-
-    def _hide(self, again: Flags) -> None:
-        """Mask written positions again."""
-        if not again.any():
-            return
-        self.done = self.done & ~again
-        hidden = self._to_device(again)
-        self.input_ids = torch.where(hidden, self.canvas.input_ids, self.input_ids)
-        self.confidence, self.written = self.confidence.masked_fill(hidden, 0.0), self.written & ~hidden
-
-    def _choose_by_schedule(self) -> tuple[Tensor, Counts, Counts] | None:
-        """What the others rank: positions (B, T) on the device, how many in each row, and how many of them to reveal."""
-        t, s = self.clock.tick()
-        masked = self.clock.masked
-        if self.sampling.algorithm == "greedy":
-            count = greedy_count(masked, 1 - s / t)
-            self.clock.wrote(count)
-        else:
-            count = np.where(s > 0, np.minimum(masked, 1), masked)
-        if not count.any():
-            return None
-        # A row that reveals nothing in this step need not be read.
-        block = self._to_device(np.where(count > 0, self.clock.block, NOWHERE))
-        return (self.block_of == block[:, None]) & ~self.written, np.where(count > 0, masked, 0), count
-
-    def _read(self, number: int, places: Tensor, read: Counts) -> Drawn:
-        """The model's tokens at some positions, of which each row has so many."""
-        sampling, canvas, window, most = self.sampling, self.canvas, None, int(read.max())
-        if sampling.cache != "none":
-            inside = self.clock.window(read > 0, sampling.cache == "dual", sampling.refresh)
-            if inside is not None:
-                window, most = self._to_device(inside), int(inside.sum(1).max())
+        # The indices of N candidates, whose number is known: they come first, in their order.
+        indices = (~candidates).flatten().to(torch.int8).argsort(stable=True)[: sum(counts[0])]
+        everything = min(counts[1]) == input_ids.size(1)
         batch = LogitsBatch(
-            self.input_ids,
+            input_ids,
             self.key_mask,
-            canvas.prompt_mask,
-            places,
-            canvas.positions,
-            recompute=window,
-            max_per_row=most,
+            self.sequences.prompt_mask,
+            indices,
+            self.sequences.positions,
+            recompute=None if everything else recomputed,
+            max_per_row=max(counts[0] if everything else counts[1]),
         )
         forbidden = None
-        if sampling.min_new_tokens and self.stop_id is not None:
-            forbidden = self.early[places], self.stop_id
-        uniforms = self._uniforms(number, TOKEN, places, canvas) if sampling.temperature else None
-        how = Drawing(sampling.temperature, sampling.top_k, sampling.top_p)
-        return draw(self.logits_fn(batch), uniforms, how, self.vocab_size, forbidden, sampling.algorithm == "entropy")
+        if self.sampling.min_new_tokens and self.stop_id is not None:
+            forbidden = self.too_early[indices], self.stop_id
+        sampled = sample_tokens(
+            self.logits_fn(batch), uniforms.flatten()[indices], self.sampling, self.vocab_size, forbidden, self.measure
+        )
 
-    def _stop_early(self, stop: int) -> None:
-        """Fill what stands behind an end token that has nothing masked before it."""
-        masked = ~self.written
-        ended = self.written & (self.block_of != NOWHERE) & (self.input_ids == stop) & (masked.cumsum(1) == 0)
-        rest = masked & (ended.cumsum(1) > 0)
-        self.input_ids = self.input_ids.masked_fill(rest, stop)
-        self.written = self.written | rest
+        def scattered(values: Tensor) -> Tensor:
+            return values.new_zeros(candidates.numel()).scatter(0, indices, values).view(candidates.shape)
 
-    def _uniforms(self, number: int, purpose: int, places: Tensor, canvas: Canvas) -> Tensor:
-        """(N,) float64: the random numbers of some positions, on the device where the canvas is."""
-        row, position = canvas.rows[places // self.input_ids.size(1)], canvas.positions.flatten()[places]
-        return uniform(self.sampling.seed, int(Stream.SAMPLER), number, row, position, purpose)
+        measure = None if sampled.measure is None else scattered(sampled.measure)
+        return Predictions(scattered(sampled.token_ids), scattered(sampled.confidence), measure, sampled.finite)
 
-    def _to_device(self, values: np.ndarray) -> Tensor:
-        """An array on the device, without waiting for it."""
-        tensor = torch.from_numpy(values)
-        # A copy from memory that is not pinned waits until the device has done all that was asked of it before.
-        tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
-        return tensor.to(self.device, non_blocking=True)
+
+def _fill_behind_end(input_ids: Tensor, masked: Tensor, prompt_mask: Tensor, stop_id: int) -> tuple[Tensor, Tensor]:
+    """End tokens for the masks behind a sampled end token that has no mask before it: new `input_ids` and `masked`."""
+    ends = (input_ids == stop_id) & ~prompt_mask & ~masked & (masked.cumsum(1) == 0)
+    rest = masked & (ends.cumsum(1) > 0)
+    return input_ids.masked_fill(rest, stop_id), masked & ~rest
+
+
+def _uniforms(sequences: PartialSequences, seed: int, number: int, purpose: int) -> Tensor:
+    """(B, T) float64 in [0, 1): the random numbers of a step for one purpose."""
+    return uniform(seed, int(Stream.SAMPLER), number, sequences.rows[:, None], sequences.positions, purpose)

@@ -56,25 +56,31 @@ def split_gaps(text: str, gap: int = DEFAULT_GAP) -> list[str | int]:
     return [piece for piece in (*pieces, text[start:]) if piece]
 
 
-def infill_row(text: str, tokenizer: Tokenizer, mask_id: int, gap: int = DEFAULT_GAP) -> list[int]:
+def infill_row(text: str, tokenizer: Tokenizer, mask_id: int, limit: int, gap: int = DEFAULT_GAP) -> list[int]:
     """Token ids of a text, `mask_id` at its gaps; a text without gaps gives the tokenizer's ids.
 
     Args:
         text: see `split_gaps`.
         tokenizer: of the model.
         mask_id: id of [MASK].
+        limit: tokens that a row with gaps may have.
         gap: tokens of a gap without a number.
 
     Raises:
-        ValueError: a gap of no token.
+        ValueError: a gap of no token, or more of them than the limit has room for.
     """
-    row: list[int] = []
-    for piece in split_gaps(text, gap):
-        if isinstance(piece, int):
-            row += [mask_id] * piece
-        else:
-            row += _continuation(tokenizer, piece) if row else tokenizer.encode_ids(piece)
-    return row
+    pieces = split_gaps(text, gap)
+    written = [
+        (_continuation(tokenizer, piece) if number else tokenizer.encode_ids(piece)) if isinstance(piece, str) else []
+        for number, piece in enumerate(pieces)
+    ]
+    gaps = [piece if isinstance(piece, int) else 0 for piece in pieces]
+    # Before any gap is filled with masks: a typed number can be larger than the memory.
+    if any(gaps) and (total := sum(gaps) + sum(map(len, written))) > limit:
+        raise ValueError(
+            f"prompt 0 has {total} tokens, more than the context length {limit} (gaps included): shorten it"
+        )
+    return [token for ids, size in zip(written, gaps, strict=True) for token in (*ids, *[mask_id] * size)]
 
 
 def infill_states(

@@ -19,7 +19,7 @@ from lit_gpt.model.logits import LogitsFn, guided, model_logits
 from lit_gpt.sampling.autoregressive import cached, extend, recomputed
 from lit_gpt.sampling.block_cache import block_cached
 from lit_gpt.sampling.denoising import denoise
-from lit_gpt.sampling.sequence import State, context_lengths, masked_canvas, prompt_canvas
+from lit_gpt.sampling.sequence import State, context_lengths, masked_sequences, prompt_sequences
 from lit_gpt.sampling.settings import Sampling
 
 
@@ -78,16 +78,16 @@ def sample_states(
         return mdm_states(model, prompts, lengths, sampling, stop_id, rows)
     if sampling.cfg_scale:
         raise ValueError(f"sampling: cfg_scale {sampling.cfg_scale} needs an MDM: an ARM cannot read a masked prompt")
-    canvas = prompt_canvas(prompts, rows, next(model.parameters()).device)
+    sequences = prompt_sequences(prompts, rows, next(model.parameters()).device)
     new = [total - len(prompt) for total, prompt in zip(lengths, prompts, strict=True)]
-    capacity = canvas.input_ids.size(1) + max(new)
+    capacity = sequences.input_ids.size(1) + max(new)
     visibility = model.visibility
     logits_fn = (
         cached(model, len(new), capacity)
         if sampling.use_cache
         else recomputed(lambda ids, positions, key_mask: model(ids, positions, visibility.padded(key_mask)))
     )
-    return extend(logits_fn, canvas, new, sampling, config.vocab_size, stop_id)
+    return extend(logits_fn, sequences, new, sampling, config.vocab_size, stop_id)
 
 
 def mdm_states(
@@ -102,8 +102,8 @@ def mdm_states(
     if sampling.early_stop and stop_id is None:
         raise ValueError("sampling: early_stop needs a stop_id")
     mask_id = model.config.mask_id
-    canvas = masked_canvas(prompts, lengths, mask_id, rows, next(model.parameters()).device)
-    return denoise(mdm_logits(model, sampling), canvas, sampling, model.config.vocab_size, stop_id)
+    sequences = masked_sequences(prompts, lengths, mask_id, rows, next(model.parameters()).device)
+    return denoise(mdm_logits(model, sampling), sequences, sampling, model.config.vocab_size, stop_id)
 
 
 def mdm_logits(model: Transformer, sampling: Sampling) -> LogitsFn:

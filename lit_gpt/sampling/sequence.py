@@ -1,8 +1,8 @@
-"""What samplers write on: a batch of rows of different lengths, padded on the left, and its states.
+"""A batch of sequences that are partly given, of different lengths, padded on the left; and its states while it is sampled.
 
 Decisions: padding is on the left with a key mask, so every row ends in the last column; each row's positions start at
 0 (the rounded rotary tables are not shift-invariant); a row carries its own number, the key of its random stream.
-Infilling needs nothing new here: any position may be given. Imports nothing of the package (config for its type).
+Infilling needs nothing new here: any position may be given.
 
 B rows, T tokens.
 """
@@ -10,7 +10,7 @@ B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Canvas:
-    """A batch to be written on: rows aligned at the right for diffusion, prompts aligned at their ends for the ARM."""
+class PartialSequences:
+    """A batch to be completed: whole rows with [MASK]s for an MDM, prompts for an ARM; all end in the last column."""
 
     input_ids: Tensor
     """(B, T) int64: prompts, [MASK] where a token is wanted, 0 at padding."""
@@ -35,18 +35,14 @@ class Canvas:
     rows: Tensor
     """(B,) int64: each row's number, the key of its random stream."""
 
-    def cpu(self) -> Canvas:
-        """The same on the host."""
-        return Canvas(*(getattr(self, field.name).cpu() for field in fields(self)))
-
     def attention_mask(self) -> Tensor | None:
-        """`key_mask`, or None where nothing is padded (faster kernels)."""
+        """`key_mask`, or None where nothing is padded (faster kernels); waits for the device."""
         return None if bool(self.key_mask.all()) else self.key_mask
 
 
 @dataclass(frozen=True)
 class State:
-    """What stands on the canvas after a step; whoever looks at it on the host waits for the device, the sampler does not."""
+    """The sequences after a step, on the device: who asks for tokens waits until it has computed them."""
 
     step: int
     """Steps done; 0 is the prompt alone."""
@@ -119,13 +115,13 @@ def context_lengths(
     return lengths
 
 
-def masked_canvas(
+def masked_sequences(
     prompts: Sequence[Sequence[int] | Tensor],
     lengths: Sequence[int],
     mask_id: int,
     rows: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
-) -> Canvas:
+) -> PartialSequences:
     """Each prompt followed by [MASK] up to its length; shorter rows are padded on the left.
 
     Args:
@@ -142,10 +138,10 @@ def masked_canvas(
     return _aligned_right(filled, [ids != mask_id for ids in filled], rows, device)
 
 
-def prompt_canvas(
+def prompt_sequences(
     prompts: Sequence[Sequence[int] | Tensor], rows: Sequence[int] | None = None, device: torch.device | str = "cpu"
-) -> Canvas:
-    """The prompts alone, padded on the left so that all of them end in the last column; arguments as `masked_canvas`.
+) -> PartialSequences:
+    """The prompts alone, padded on the left so that all of them end in the last column; arguments as `masked_sequences`.
 
     Raises:
         ValueError: a prompt is empty: the ARM's first token needs one before it.
@@ -159,7 +155,7 @@ def prompt_canvas(
 
 def _aligned_right(
     ids: Sequence[Tensor], given: Sequence[Tensor], rows: Sequence[int] | None, device: torch.device | str
-) -> Canvas:
+) -> PartialSequences:
     """Rows of different lengths, padded on the left to the longest."""
     shape = (len(ids), max(len(row) for row in ids))
     input_ids, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
@@ -172,4 +168,4 @@ def _aligned_right(
         prompt_mask[index, start:] = given[index]
     numbers = torch.arange(len(ids)) if rows is None else torch.tensor(list(rows), dtype=torch.int64)
     assert len(numbers) == len(ids)
-    return Canvas(*(tensor.to(device) for tensor in (input_ids, positions, key_mask, prompt_mask, numbers)))
+    return PartialSequences(*(tensor.to(device) for tensor in (input_ids, positions, key_mask, prompt_mask, numbers)))

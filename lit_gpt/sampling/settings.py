@@ -11,7 +11,13 @@ import math
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-ALGORITHM_NAMES = ("origin", "greedy", "threshold", "entropy")
+ALGORITHMS = {
+    "origin": "lit_gpt.sampling.origin:Origin",
+    "greedy": "lit_gpt.sampling.greedy:Greedy",
+    "threshold": "lit_gpt.sampling.threshold:Threshold",
+    "entropy": "lit_gpt.sampling.entropy:Entropy",
+}
+"""The MDM's algorithms by name: where their classes are, which are imported when they are used."""
 
 
 def setting(
@@ -47,9 +53,9 @@ class Sampling:
 
     algorithm: str = setting(
         "origin",
-        "origin, greedy (also spelt greddy), threshold or entropy.",
+        f"{', '.join(ALGORITHMS)}; greedy may be spelt greddy.",
         owner="mdm",
-        choices=ALGORITHM_NAMES,
+        choices=tuple(ALGORITHMS),
     )
     steps: int = setting(
         128,
@@ -160,6 +166,6 @@ def algorithm_name(name: str) -> str:
         ValueError: no such algorithm; the known ones are listed.
     """
     name = _HISTORIC_NAMES.get(name, name)
-    if name not in ALGORITHM_NAMES:
-        raise ValueError(f"unknown sampling algorithm {name!r}: choose from {', '.join(ALGORITHM_NAMES)}")
+    if name not in ALGORITHMS:
+        raise ValueError(f"unknown sampling algorithm {name!r}: choose from {', '.join(ALGORITHMS)}")
     return name

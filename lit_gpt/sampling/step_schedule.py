@@ -1,119 +1,92 @@
-"""Where each row of a denoising stands in time, and how much is left to write: what the host knows by itself.
+"""When each row of a batch is denoised: its block, and the times between which its next step leads.
 
-Decisions: every row has its own clock (block, step within the block, times), so a batch-mate changes nothing, not even
-when a cache is read anew. How many positions a step writes follows from the clock, which ones they are may be known to
-the device alone; so this is NumPy on the host, and nothing here ever waits for the device. Imports nothing of the package.
+Every row has its own block and step, so that a batch-mate changes nothing, not even when a cache is computed anew. All of
+it is on the device, and nothing here waits for it but the construction.
 
-B rows, T tokens, P blocks.
+B rows, T tokens.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
-Flags = NDArray[np.bool_]
-Counts = NDArray[np.int64]
-Times = NDArray[np.float32]
-
-NOWHERE = -1
-"""The block of a position that is not to be written."""
 _LAST_TIME = 1e-5
-"""Where the published time grid ends: linspace(1, 1e-5, steps + 1)."""
+"""Where the published time grid ends: t = linspace(1, 1e-5, steps + 1) (SMDM's sampling code)."""
+_NO_BLOCK = -1
+"""The block of a position that is given or padding."""
 
 
-class Clock:
-    """Each row's block and step, and the masked positions of each of its blocks.
+class StepSchedule:
+    """Each row's block, and its step within the block.
 
     Attributes:
-        rank: (B, T), the number of a free position within its row.
-        block_of: (B, T), the number of its block; NOWHERE where a position is given or padding.
-        block: (B,), the block that each row is writing.
-        missing: (B, P), positions of each block that are not written.
+        block_of: (B, T) int64, the number of each position's block.
+        block: (B,) int64, the block that each row denoises.
+        unfinished: (B,) bool, rows that have anything left to do.
     """
 
-    def __init__(self, free: Flags, steps: int, block_length: int, remask: bool) -> None:
+    def __init__(self, free: Tensor, steps: int, block_length: int, full_blocks: bool) -> None:
         """Before the first step.
 
         Args:
-            free: (B, T), what is to be written.
+            free: (B, T) bool, the positions to denoise.
             steps: of a whole row, shared evenly by its blocks.
             block_length: positions of a block; 0 is all.
-            remask: what is written may be masked again until its block's last step is done.
+            full_blocks: a block ends with the last of its steps, not with the last of its masks.
         """
-        counts = free.sum(1)
-        block_length = block_length or max(1, int(counts.max()))
-        blocks = np.maximum(-(-counts // block_length), 1)
-        self.rank = free.cumsum(1) - 1
-        self.block_of = np.where(free, self.rank // block_length, NOWHERE)
-        self.missing = np.zeros((len(free), int(blocks.max())), dtype=np.int64)
-        self.see(~free)
-        self.block, self._step, self._readings = np.zeros((3, len(free)), dtype=np.int64)
-        self._remask = remask
-        own_steps = -(-steps // blocks)
-        self._last_step = own_steps - 1
-        # float32, as published: the greedy count int(n (1 - s / t)) depends on it.
-        self._times = np.zeros((len(free), int(own_steps.max()) + 1), dtype=np.float32)
-        for row, own in enumerate(own_steps.tolist()):
-            self._times[row, : own + 1] = torch.linspace(1, _LAST_TIME, own + 1).numpy()
+        counts = free.sum(1).tolist()
+        block_length = block_length or max(1, *counts)
+        row_steps = [-(-steps // max(1, -(-count // block_length))) for count in counts]
+        times = torch.zeros(len(counts), max(row_steps) + 1)
+        for row, own in enumerate(row_steps):
+            # float32, as published: the greedy count int(n (1 - s / t)) depends on it. The last step leads to 0.
+            times[row, :own] = torch.linspace(1, _LAST_TIME, own + 1)[:-1]
+        self._times, self._last_step = times.to(free.device), torch.tensor(row_steps).to(free.device) - 1
+        self._full_blocks = full_blocks
+        self.block_of = torch.where(free, (free.cumsum(1) - 1) // block_length, _NO_BLOCK)
+        self.block, self._step, self._forward_passes = torch.zeros_like(self._last_step).expand(3, -1)
+        self.unfinished = torch.ones_like(self.block, dtype=torch.bool)
 
-    def see(self, written: Flags) -> None:
-        """Count what is missing, given what is written, (B, T)."""
-        missing = (self.block_of != NOWHERE) & ~written
-        rows = np.nonzero(missing)[0]
-        size = self.missing.size
-        self.missing = np.bincount(rows * self.missing.shape[1] + self.block_of[missing], minlength=size).reshape(
-            self.missing.shape
-        )
-
-    def wrote(self, count: Counts) -> None:
-        """Take note that so many positions, (B,), of each row's block have been written."""
-        self.missing[np.arange(len(count)), self.block] -= count
-
-    @property
-    def masked(self) -> Counts:
-        """(B,): positions of each row's block that are not written."""
-        return self.missing[np.arange(len(self.block)), self.block]
-
-    def turn(self) -> bool:
-        """Move every row whose block is done to its next one; False when nothing is left."""
-        over = self._step > self._last_step if self._remask else self.masked == 0
-        later = np.arange(self.missing.shape[1]) > self.block[:, None]
-        more = (self.missing * later).any(1)
-        move = over & more
-        while move.any():
-            self.block = self.block + move
-            self._step, self._readings = np.where(move, 0, self._step), np.where(move, 0, self._readings)
-            move = move & (self.masked == 0)
-        return bool((more | ~over).any())
-
-    def tick(self) -> tuple[Times, Times]:
-        """One step of every row: the times (B,) from which and to which it leads, 0 for the end of the last one."""
-        rows, index = np.arange(len(self._step)), np.minimum(self._step, self._last_step)
-        t, s = self._times[rows, index], self._times[rows, index + 1]
-        s = np.where(self._step >= self._last_step, np.float32(0), s)
-        self._step = self._step + 1
-        return t, s
-
-    def own_block(self) -> Flags:
-        """(B, T): the free positions of each row's block."""
-        return self.block_of == self.block[:, None]
-
-    def window(self, reading: Flags, dual: bool, refresh: int) -> Flags | None:
-        """What a cache must compute anew in this step, and count the reading.
+    def advance(self, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Begin a step of every row, in its next block if it has done its own.
 
         Args:
-            reading: (B,), rows of which anything is read.
-            dual: only the block, else all from it on.
-            refresh: read everything again after so many readings; 0 only at each block's start.
+            masked: (B, T) bool.
 
         Returns:
-            (B, T); None for everything.
+            The times t and s, (B,) float32, between which the step leads.
         """
-        anew = (self._readings % refresh if refresh else self._readings) == 0
-        self._readings = self._readings + reading
-        if anew.all():
-            return None
-        own = self.own_block() if dual else self.block_of >= self.block[:, None]
-        return own | anew[:, None]
+        later = masked & (self.block_of > self.block[:, None])
+        done = self._step > self._last_step if self._full_blocks else ~(masked & self.in_block()).any(1)
+        self.unfinished = later.any(1) | ~done
+        move = done & later.any(1)
+        next_block = torch.where(later, self.block_of, masked.size(1)).amin(1)
+        self.block = torch.where(move, next_block, self.block)
+        self._step, self._forward_passes = self._step.masked_fill(move, 0), self._forward_passes.masked_fill(move, 0)
+        # A row that is finished stays at its last step.
+        index = torch.minimum(self._step, self._last_step)[:, None]
+        self._step = self._step + 1
+        return self._times.gather(1, index)[:, 0], self._times.gather(1, index + 1)[:, 0]
+
+    def in_block(self) -> Tensor:
+        """(B, T) bool: the positions of each row's block."""
+        return self.block_of == self.block[:, None]
+
+    def recomputed(self, candidates: Tensor, cache: str, refresh: int) -> Tensor:
+        """The positions whose keys and values a cache must compute anew in this step; counts the forward pass.
+
+        Args:
+            candidates: (B, T) bool, the positions that are predicted.
+            cache: `dual`, which computes each row's block, `prefix`, all from the block on, or `none`, everything.
+            refresh: compute everything again after so many forward passes; 0 only at each block's start.
+
+        Returns:
+            (B, T) bool; all of a row where its keys and values are computed anew.
+        """
+        if cache == "none":
+            return torch.ones_like(candidates)
+        passes = self._forward_passes % refresh if refresh else self._forward_passes
+        self._forward_passes = self._forward_passes + candidates.any(1)
+        changing = self.in_block() if cache == "dual" else self.block_of >= self.block[:, None]
+        return changing | (passes == 0)[:, None]

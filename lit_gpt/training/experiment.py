@@ -7,6 +7,7 @@ from typing import Any
 
 from lit_gpt.data.batching import Dataset, ValidationData
 from lit_gpt.model.layers import Transformer
+from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.training.objectives import Objective
 
 
@@ -36,6 +37,8 @@ class Experiment:
     """What the exported model says of itself besides its config: tokenizer and the like."""
     export_name: str
     """File name of the exported model, without its ending."""
+    tokenizer: Tokenizer | None = None
+    """Goes into the exported model; None where it is not at hand."""
     token_bytes: Any = None
     """(V,) bytes of text that each token stands for, for bits per byte; None if unknown."""
     varying_length: bool = False

@@ -13,6 +13,7 @@ from typing import Any
 
 from lit_gpt import devices
 from lit_gpt.checkpoints import weights
+from lit_gpt.checkpoints.tokenizer_lookup import find_tokenizer
 from lit_gpt.data import sft_dataset
 from lit_gpt.data.sft_dataset import ExamplePreparation, SftDataset
 from lit_gpt.data.sft_formats import SftFormat
@@ -65,7 +66,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
         raise FileNotFoundError(sft_dataset.missing_file_line(recipe.data_format, path))
     model, record = weights.read_model(flags.pretrain_path, flags.model, recipe.kind)
     model.train()
-    tokenizer = weights.load_tokenizer(flags.pretrain_path, model, record, flags.tokenizer)
+    tokenizer = find_tokenizer(flags.pretrain_path, model.config, record, flags.tokenizer)
     config = model.config
     row_length = min(recipe.max_length, config.block_size)
     fabric = devices.start_fabric(flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision)
@@ -96,6 +97,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
             "pretrained": str(flags.pretrain_path),
         },
         export_name=f"{_stem(flags.pretrain_path)}-{recipe.suffix}",
+        tokenizer=tokenizer,
         varying_length=recipe.varying_length,
     )
     return loop.fit(fabric, experiment, flags, Path(flags.out_dir) / name)

@@ -92,6 +92,7 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
         settings=settings,
         record=record,
         export_name=names.export_name(kind, config, budget, recipe.ssl_ratio, flags.batch_size),
+        tokenizer=tokenizer,
         token_bytes=None if tokenizer is None else tokenizer.token_bytes(),
     )
     return loop.fit(fabric, experiment, flags, Path(flags.out_dir) / name)

@@ -31,6 +31,9 @@ METRICS = (
     *("step", "metric/train_loss", "metric/train_ppl", "metric/val_loss", "metric/val_ppl", "metric/val_bpb"),
     *("metric/grad_norm", "learning_rate", "samples", "total_tokens", *speed_monitor.RATE_COLUMNS),
 )
+# In `run.json`, from a run's being taken back (--resume PATH) or replaced (--resume never) to its first save: the micro
+# step whose checkpoint it starts from, -1 for none. Later checkpoints stay until then, but do not count.
+VALID_UNTIL = "checkpoints_valid_until"
 
 
 class RunFolder:
@@ -42,6 +45,8 @@ class RunFolder:
         self.start: run_files.CheckpointInfo | None = None
         self.total_tokens = 0
         self.finished: dict[str, Any] | None = None
+        # Checkpoints of later micro steps than this one are not this run's any more; the first save deletes them.
+        self._valid_until: int | None = None
         self._loggers: list[Any] = []
 
     @classmethod
@@ -74,10 +79,11 @@ class RunFolder:
         """The first process's part of `open`: (record, checkpoint to start from, result if finished)."""
         path, config, experiment = self.path, self.config, self.experiment
         files.make_folder(path)
-        stack.enter_context(saving.run_lock(path))
+        stack.enter_context(files.folder_lock(path))
         run_files.remove_temporary(path)
         start = self._choose_start()
         record = run_files.read_run_record(path) if start else {}
+        record.pop(VALID_UNTIL, None)
         if start is not None:
             self._check_settings(start)
             if record.get("finished") and config.resume == "auto" and start.step == experiment.max_steps:
@@ -97,28 +103,34 @@ class RunFolder:
             }
         record["finished"] = False
         export.claim_export(Path(config.models_dir), experiment.export_name, record["run_id"], config.overwrite)
-        run_files.write_run_record(path, record)
+        self._write_record(record)
         return record, start, None
 
     def _choose_start(self) -> run_files.CheckpointInfo | None:
+        """The checkpoint to start from; also decides which ones the first save deletes (`_valid_until`)."""
         resume = self.config.resume
         if resume not in ("auto", "never"):
             return self._start_from(run_files.open_checkpoint(Path(resume)))
+        if resume == "auto":
+            if run_files.list_checkpoints(self.path):
+                # A run that was taken back, or replaced, and ended before its first save.
+                self._valid_until = run_files.read_run_record(self.path).get(VALID_UNTIL)
+            return run_files.newest_complete(self.path, cli.warn, self._valid_until)
         found = run_files.newest_complete(self.path, cli.warn)
-        if resume == "auto" or found is None:
-            return found
+        if found is None:
+            return None
         if not self.config.overwrite:
             raise ValueError(
                 f"--resume never: {self.path} holds a run at step {found.step}; --overwrite true replaces it, "
                 "--out_dir starts another"
             )
-        run_files.remove_checkpoints(self.path)
+        self._valid_until = -1
         return None
 
     def _start_from(self, chosen: run_files.CheckpointInfo) -> run_files.CheckpointInfo:
-        """Go on from a checkpoint that the user named: later ones of this run would win the next time, so they go."""
+        """Go on from a checkpoint that the user named; later ones of this run would win the next time, so they are to go."""
         if chosen.path.resolve().parent == self.path.resolve():
-            run_files.remove_checkpoints(self.path, after_iter_num=chosen.iter_num)
+            self._valid_until = chosen.iter_num
         elif run_files.list_checkpoints(self.path):
             raise ValueError(
                 f"--resume {chosen.path} is of another folder, but {self.path} holds a run of its own: give another --out_dir"
@@ -172,7 +184,20 @@ class RunFolder:
         if keep and state["step_count"] == self.experiment.max_steps:
             keep += 1
         path = saving.save_checkpoint(fabric, self.path, state, record, keep or None)
+        devices.on_rank_zero(fabric, lambda: self._discard_later(path))
         fabric.print(f"saved {path}")
+
+    def _discard_later(self, saved: Path) -> None:
+        """After the first save of a run that was taken back: delete what it was taken back from."""
+        if self._valid_until is not None:
+            run_files.remove_checkpoints(self.path, self._valid_until, but=saved)
+            self._valid_until = None
+            self._write_record(self.record)
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        """Write `run.json`, with what the first save will delete."""
+        pending = {} if self._valid_until is None else {VALID_UNTIL: self._valid_until}
+        run_files.write_run_record(self.path, {**record, **pending})
 
     def finish(self, fabric: Fabric, result: dict[str, Any]) -> dict[str, Any]:
         """Export the final checkpoint's weights and mark the run finished; returns the result with the export's path."""
@@ -191,6 +216,7 @@ class RunFolder:
             state,
             {**described, "result": result},
             self.config.overwrite,
+            self.experiment.tokenizer,
         )
         if target.stem != self.experiment.export_name:
             cli.warn(f"{self.experiment.export_name} was taken by another run meanwhile: exported as {target}")

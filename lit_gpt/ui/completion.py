@@ -58,7 +58,7 @@ class Completer:
         if chat:
             row = self.loaded.prompt_ids(CHAT_TEMPLATE.format(question=text))
             return CompletionRequest(row, context_length, len(row))
-        row = infill_row(text, self.loaded.tokenizer, self.loaded.model.config.mask_id, gap)
+        row = infill_row(text, self.loaded.tokenizer, self.loaded.model.config.mask_id, context_length, gap)
         if not row and isinstance(self.loaded.model, GPT):
             row = [self.loaded.tokenizer.bos_id]
         # A row that is too long keeps the limit: the sampler's error says both.

@@ -138,17 +138,35 @@ def _weights(path: Path) -> dict[str, Any]:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         dtypes = sorted({part.get_dtype() for part in slices.values()})
         state = {name: torch.empty(part.get_shape(), device="meta") for name, part in slices.items()}
+    described = _model_of(record.to_dict()) if record else _model_from_shapes(path, state)
+    if record and record.tokenizer_files:
+        described["tokenizer"] = _held_tokenizer(path, record) | described["tokenizer"]
     return {
         "what": "weights",
         "path": str(path),
         "size": path.stat().st_size,
         "sha256": file_sha256(path),
-        **(_model_of(record.to_dict()) if record else _model_from_shapes(path, state)),
+        **described,
         "parameters": sum(value.numel() for value in state.values()),
         "tensors": len(state),
         "dtype": ", ".join(dtypes),
         "run": record.run if record else {},
     }
+
+
+def _held_tokenizer(path: Path, record: WeightsRecord) -> dict[str, Any]:
+    """The tokenizer inside an export: its files with their sizes, and the hash of its model."""
+    try:
+        tokenizer = record.held_tokenizer(path)
+    except ValueError as error:
+        return {"inside": f"broken: {error}"}
+    assert tokenizer is not None
+    return {"inside": _content_sizes(tokenizer), "sha256": tokenizer.fingerprint}
+
+
+def _content_sizes(tokenizer: Tokenizer) -> dict[str, int]:
+    """Bytes of a tokenizer's files."""
+    return {name: len(content) for name, content in tokenizer.contents.items()}
 
 
 def _model_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +281,7 @@ def _tokenizer(path: Path) -> dict[str, Any]:
     return {
         "what": "tokenizer",
         "path": str(path),
-        "files": {file.name: file.stat().st_size for file in tokenizer.files},
+        "files": _content_sizes(tokenizer),
         "sha256": tokenizer.fingerprint,
         "vocabulary": tokenizer.vocab_size,
         "bos": tokenizer.bos_id,

@@ -358,7 +358,7 @@ folder = Path(FOLDER)
 for line in sys.stdin:
     saver = os.fork()
     if saver == 0:
-        with saving.run_lock(folder):
+        with files.folder_lock(folder):
             run_files.remove_temporary(folder)
             state["iter_num"] = int(line)
             while True:
@@ -461,18 +461,18 @@ with folder_lock(Path({str(tmp_path)!r})):
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         with (
             pytest.raises(files.FolderInUseError, match=f"{tmp_path} is in use by process {process.pid} on "),
-            saving.run_lock(tmp_path, wait_s=0.1),
+            files.folder_lock(tmp_path, wait_s=0.1),
         ):
             pass
         assert files.lock_holder(tmp_path)["pid"] == process.pid  # type: ignore[index]
         process.kill()
         process.wait()
-        with saving.run_lock(tmp_path, wait_s=5):
+        with files.folder_lock(tmp_path, wait_s=5):
             assert files.lock_holder(tmp_path)["pid"] == os.getpid()  # type: ignore[index]
-            with pytest.raises(files.FolderInUseError), saving.run_lock(tmp_path, wait_s=0):
+            with pytest.raises(files.FolderInUseError), files.folder_lock(tmp_path, wait_s=0):
                 pass
         assert files.lock_holder(tmp_path) is None
-        with saving.run_lock(tmp_path, wait_s=0):
+        with files.folder_lock(tmp_path, wait_s=0):
             pass
     finally:
         process.kill()
@@ -493,7 +493,7 @@ with folder_lock(Path({str(tmp_path)!r})):
     os.kill(os.getpid(), 9)
 """
     run_child(code, tmp_path, expect=-9)
-    with saving.run_lock(tmp_path, wait_s=0.5):
+    with files.folder_lock(tmp_path, wait_s=0.5):
         pass
 
 

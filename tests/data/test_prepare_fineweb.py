@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lit_gpt.data.crawl_files import CrawlFiles, load_datatrove
+from lit_gpt.data.crawl_packing import CrawlPlan, pack_crawl
 from lit_gpt.data.packed_dataset import find_files, open_validation
 from lit_gpt.data.packed_format import read_header
 from lit_gpt.tokenizer import DEFAULT_SOURCE
@@ -217,8 +219,8 @@ def test_every_interruption_of_a_small_run(tmp_path, tokenizer, monkeypatch):
     write(source / "b.jsonl", DOCUMENTS[40:])
 
     def run_once(name):
-        flags = prepare_fineweb.FinewebFlags(source=str(source), tokens=5000, chunk_size=2048)
-        return prepare_fineweb._prepare(flags, "crawl", tokenizer, tmp_path / name)
+        plan = CrawlPlan(str(source), tokens=5000, documents=500_000, text_field="text", chunk_size=2048)
+        return pack_crawl(plan, tokenizer, tmp_path / name, prepare_fineweb._Display("crawl", plan.tokens))
 
     run_once("whole")
     whole, replace = content(tmp_path / "whole"), os.replace
@@ -348,12 +350,12 @@ def test_without_the_reading_library_one_line_says_how_to_install_it(monkeypatch
     monkeypatch.setitem(sys.modules, "datatrove", None)
     monkeypatch.setitem(sys.modules, "datatrove.pipeline", None)
     with pytest.raises(ValueError, match=r"datatrove cannot be imported .*pip install 'smdm\[eval\]'"):
-        prepare_fineweb._load_datatrove()
+        load_datatrove()
 
 
 def test_a_remote_listing_that_fails_is_one_line(monkeypatch):
     pytest.importorskip("datatrove")
-    source = prepare_fineweb._Source("memory://nothing/here")
+    source = CrawlFiles("memory://nothing/here")
     with pytest.raises(ValueError, match="--source memory://nothing/here: "):
         source.names()
 
@@ -361,7 +363,7 @@ def test_a_remote_listing_that_fails_is_one_line(monkeypatch):
 def test_progress_says_speed_and_time_left(capsys, monkeypatch):
     now_s = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    display = prepare_fineweb._Display("crawl", 1000, 0)
+    display = prepare_fineweb._Display("crawl", 1000)
     display.update(10, 1)
     now_s += 10
     display.update(100, 5)

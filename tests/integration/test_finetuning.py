@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import pytest
 import torch
 
 from lit_gpt.checkpoints.export import WeightsRecord, export_weights
+from lit_gpt.checkpoints.tokenizer_lookup import open_tokenizer
 from lit_gpt.config import Config
 from lit_gpt.data.sft_formats import GSM8K, SHAREGPT
 from lit_gpt.evaluation.reversal import FILES as QUESTION_FILES
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.randomness import hash_int
+from lit_gpt.tokenizer import Tokenizer
 from scripts.train_tokenizer import train_sentencepiece
 from tests.support.training_runs import (
     ROOT,
@@ -72,8 +75,10 @@ def start_weights(tmp_path_factory, examples):
     for kind, model_class in (("arm", GPT), ("mdm", TransEncoder)):
         model = model_class(Config("small", 2, 2, 32, 64, 2, block_size=256, vocab_size=1200))
         model.init_weights(3)
+        # The ARM's file is as older ones are, which only name their tokenizer; the MDM's holds it.
         record = WeightsRecord(kind, model.config, {"source": str(folder)})
-        paths[kind] = export_weights(folder, f"{kind}-small", model.state_dict(), record)
+        held = Tokenizer(folder) if kind == "mdm" else None
+        paths[kind] = export_weights(folder / kind, f"{kind}-small", model.state_dict(), record, tokenizer=held)
     return paths
 
 
@@ -98,13 +103,18 @@ def test_a_fine_tuning_learns_and_exports(tmp_path, start_weights, examples, scr
     record = json.loads((tmp_path / "workdir" / folder / name / "run.json").read_text())
     kind = "arm" if script == "finetune_ar" else "mdm"
     assert record["finished"] and record["result"]["export"] == f"models/{kind}-small-{suffix}.safetensors"
-    assert (tmp_path / record["result"]["export"]).is_file()
+    known_from = {"arm": start_weights["arm"].parent.parent, "mdm": start_weights["mdm"]}[kind]
+    assert record["tokenizer"]["source"] == str(known_from)
+    alone = tmp_path / "alone" / "model.safetensors"
+    alone.parent.mkdir()
+    shutil.copy(tmp_path / record["result"]["export"], alone)
+    assert open_tokenizer(str(alone)).fingerprint == record["tokenizer"]["fingerprint"]
     # Steps follow the data's size.
     examples_used = int(re.search(r", ([\d,]+) examples", out)[1].replace(",", ""))
     assert max(curve) == examples_used * 5 // 16
     again, _ = run_script_main(command(script, start_weights, examples, epoch=5), tmp_path)
     assert "is finished" in again
-    evaluate(script, tmp_path / record["result"]["export"], examples[script].parent, tmp_path)
+    evaluate(script, alone, examples[script].parent, tmp_path)
 
 
 def evaluate(script, export, data, folder):

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lit_gpt.checkpoints.tokenizer_lookup import open_tokenizer
+from lit_gpt.tokenizer import Tokenizer
+
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = ROOT / "data" / "tinyshakespeare" / "input.txt"
 TINY = {
@@ -54,7 +57,8 @@ def test_numbers_are_reported(finished: tuple[Path, str]) -> None:
         assert result["val_bits_per_byte"] > result["val_loss"] * tokens / math.log(2) / len(validation) * 0.99
         assert result["val_bits_per_byte"] < 8
         assert f"{result['val_loss']:.3f}" in printed and f"{result['val_bits_per_byte']:.3f}" in printed
-        assert Path(folder / result["export"]).is_file()
+        held = open_tokenizer(str(folder / result["export"]))
+        assert held.contents == Tokenizer(folder / "quickstart" / "tokenizer").contents
         assert 0.05 < result["peak_memory_gb"] < 3
     assert f"<= {models['mdm']['val_loss']:.3f}" in printed
 

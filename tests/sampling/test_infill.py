@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,9 @@ from lit_gpt.data.sft_formats import CHAT_TEMPLATE
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
-from lit_gpt.sampling.algorithms import ALGORITHMS
 from lit_gpt.sampling.infill import has_gaps, infill_row, infill_states, split_gaps
 from lit_gpt.sampling.sample import sample_states
-from lit_gpt.sampling.settings import Sampling
+from lit_gpt.sampling.settings import ALGORITHMS, Sampling
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.ui.completion import Completer
 from tests.support.small_tokenizers import convert_to_tokenizer_json, train_small_tokenizer
@@ -74,14 +74,28 @@ def test_a_filled_gap_is_the_text_itself(tokenizer, text):
             after = ""
         size = len(whole) - len(tokenizer.encode_ids(before))
         size -= len(tokenizer.encode_ids("a" + after)) - len(tokenizer.encode_ids("a"))
-        row = infill_row(f"{before} ___{size}{after}", tokenizer, MASK)
+        row = infill_row(f"{before} ___{size}{after}", tokenizer, MASK, 64)
         assert row.count(MASK) == size
         assert [own if token == MASK else token for token, own in zip(row, whole, strict=True)] == whole
 
 
 def test_a_text_without_gaps_is_a_prompt(tokenizer):
-    assert infill_row("To be, or", tokenizer, MASK) == tokenizer.encode_ids("To be, or")
-    assert infill_row("___", tokenizer, MASK, gap=3) == [MASK] * 3
+    assert infill_row("To be, or", tokenizer, MASK, 64) == tokenizer.encode_ids("To be, or")
+    assert infill_row("___", tokenizer, MASK, 3, gap=3) == [MASK] * 3
+
+
+def test_gaps_beyond_the_context_are_refused_before_anything_of_their_size_exists(tokenizer):
+    mdm = completer(tiny(TransEncoder), tokenizer)
+    tracemalloc.start()
+    try:
+        for text in ("To ___999999999 be", "___40 ___40", "___64 be"):
+            with pytest.raises(ValueError, match="prompt 0 has [0-9]+ tokens, more than the context length 64"):
+                mdm.request(text, 64)
+            with pytest.raises(ValueError, match="more than the context length 64"):
+                mdm.loaded.fill(text)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

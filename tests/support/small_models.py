@@ -11,6 +11,7 @@ from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
+from lit_gpt.tokenizer import Tokenizer
 from tests.support.small_tokenizers import train_small_tokenizer
 
 
@@ -26,13 +27,13 @@ def scaled_model(kind: type[Transformer], config: Config, seed: int = 5) -> Tran
 
 
 def export_arm_and_mdm(folder: Path, block_size: int = 128, embedding_scale: float = 1.0) -> dict[str, Path]:
-    """An ARM and an MDM with random weights, each in a folder of its own, and their tokenizer beside them, by kind."""
+    """An ARM and an MDM with random weights, their tokenizer inside, and the tokenizer's folder, by kind."""
     paths = {"tokenizer": train_small_tokenizer(folder / "tokenizer")}
     for kind, model_class in (("arm", GPT), ("mdm", TransEncoder)):
         model = model_class(Config("tiny", 2, 2, 32, 64, 2, block_size=block_size, vocab_size=500))
         model.init_weights(3)
         with torch.no_grad():
             model.transformer.wte.weight.mul_(embedding_scale)
-        record = WeightsRecord(kind, model.config, {"source": str(paths["tokenizer"])})
-        paths[kind] = export_weights(folder / kind, "tiny", model.state_dict(), record)
+        record, tokenizer = WeightsRecord(kind, model.config), Tokenizer(paths["tokenizer"])
+        paths[kind] = export_weights(folder / kind, "tiny", model.state_dict(), record, tokenizer=tokenizer)
     return paths

@@ -24,9 +24,8 @@ from lit_gpt import cli
 from lit_gpt.checkpoints.weights import read_model
 from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
-from lit_gpt.sampling.algorithms import ALGORITHMS
 from lit_gpt.sampling.sample import sample_states
-from lit_gpt.sampling.settings import Sampling
+from lit_gpt.sampling.settings import ALGORITHMS, Sampling
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.ui.page import find_checkpoints
 from scripts import web
