@@ -169,6 +169,8 @@ def check_state(source: Path | str, state: dict[str, Any], expected: dict[str, t
             raise ValueError(
                 f"{source} does not fit the model: {name} has shape {list(state[name].shape)}, expected {list(shape)}"
             )
+        if not state[name].is_floating_point():
+            raise ValueError(f"{source} does not fit the model: {name} has {state[name].dtype}, expected floats")
     unknown = [name for name in state if name not in expected]
     if unknown:
         raise ValueError(f"{source} does not fit the model: {len(unknown)} unknown parameters, the first {unknown[0]}")
