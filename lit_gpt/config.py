@@ -2,7 +2,7 @@
 
 Decisions: a size is six numbers (everything else is common to the family); a config is frozen and travels as JSON
 inside every checkpoint, so a user types a path and never a shape; the mask id is always the padded vocabulary size,
-whatever the vocabulary. This module may import nothing from the package.
+whatever the vocabulary.
 """
 
 from __future__ import annotations
