@@ -3,7 +3,6 @@
 Decisions: a file appears under its name only when all of it is on the disk (temporary name, flush, fsync, rename, fsync
 of the folder), so a reader never sees half of one; the hash is of the bytes that were meant to be written, not of what
 the disk gives back; the lock is the kernel's (`flock`), so that it ends with its process, however that ends.
-This module may import nothing from the package.
 """
 
 from __future__ import annotations

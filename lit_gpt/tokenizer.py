@@ -5,7 +5,7 @@ give the same ids. Decisions: special tokens are never read from text (`<s>` typ
 both forms), and `decode` gives back exactly the encoded text, newlines and runs of spaces included. Two things a
 LLaMA-style model cannot keep: U+2581, its own sign for a space, comes back as a space, and half of a surrogate pair,
 which no UTF-8 text can hold, as U+FFFD.
-Torch and both tokenizer libraries are imported when they are used. This module imports nothing of the package.
+Torch and both tokenizer libraries are imported when they are used.
 
 V vocabulary.
 """

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lit_gpt import devices
+from lit_gpt.checkpoints.optimizer_state import read_optimizer_state
 from lit_gpt.checkpoints.run_files import (
     PUBLISHED_KEYS,
     CheckpointInfo,
@@ -144,19 +145,23 @@ def load_checkpoint(fabric: Fabric, checkpoint: CheckpointInfo | Path, state: di
     """
     path = checkpoint.path if isinstance(checkpoint, CheckpointInfo) else open_checkpoint(Path(checkpoint)).path
     content = open_torch_file(path)
+    if missing := [key for key in PUBLISHED_KEYS if not isinstance(content, dict) or key not in content]:
+        raise ValueError(f"{path} is no checkpoint: it lacks {', '.join(missing)}")
+    if not isinstance(content["model"], dict) or type(content["step_count"]) is not int:
+        raise ValueError(f"{path} is no checkpoint: its model or its step count is of another kind")
     module = _module(state["model"])
     optimizer = getattr(state["optimizer"], "optimizer", state["optimizer"])
     model_state = clean_names(content["model"])
     check_state(path, model_state, {name: tuple(value.shape) for name, value in module.state_dict().items()})
-    try:
-        if _is_sharded(module):
-            fabric.load(path, {"model": state["model"], "optimizer": state["optimizer"]}, weights_only=True)
-        else:
-            module.load_state_dict(model_state)
-            # torch keeps tensors that need no conversion as they are: copies, lest they hang on the mapped file.
-            optimizer.load_state_dict(_copied(_by_number(content["optimizer"], module, optimizer)))
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint {path}: its optimizer state does not fit this model ({error})") from error
+    optimizer_state = read_optimizer_state(path, content["optimizer"], module, optimizer, content["step_count"])
+    if _is_sharded(module):
+        fabric.load(path, {"model": state["model"], "optimizer": state["optimizer"]}, weights_only=True)
+    else:
+        module.load_state_dict(model_state)
+        # torch keeps tensors that need no conversion as they are: copies, lest they hang on the mapped file.
+        for entries in optimizer_state["state"].values():
+            entries.update({name: value.clone() for name, value in entries.items()})
+        optimizer.load_state_dict(optimizer_state)
     return {key: value for key, value in content.items() if key not in ("model", "optimizer")}
 
 
@@ -173,6 +178,8 @@ def check_state(source: Path | str, state: dict[str, Any], expected: dict[str, t
             raise ValueError(
                 f"{source} does not fit the model: {name} has shape {list(state[name].shape)}, expected {list(shape)}"
             )
+        if not state[name].is_floating_point():
+            raise ValueError(f"{source} does not fit the model: {name} has {state[name].dtype}, expected floats")
     unknown = [name for name in state if name not in expected]
     if unknown:
         raise ValueError(f"{source} does not fit the model: {len(unknown)} unknown parameters, the first {unknown[0]}")
@@ -190,25 +197,3 @@ def _is_sharded(module: nn.Module) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
-def _by_number(saved: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state dict with parameters by number, as torch's optimizers read it; FSDP keeps them by name."""
-    if not any(isinstance(key, str) for group in saved["param_groups"] for key in group["params"]):
-        return saved
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    number = {name: index for index, name in enumerate(ordered)}
-    groups = [{**group, "params": sorted(number[name] for name in group["params"])} for group in saved["param_groups"]]
-    return {"state": {number[name]: value for name, value in saved["state"].items()}, "param_groups": groups}
-
-
-def _copied(value: Any) -> Any:
-    """A nested value with all tensors cloned."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value
