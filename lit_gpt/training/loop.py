@@ -22,7 +22,7 @@ from lit_gpt.data.batching import MicroBatch, StepLayout
 from lit_gpt.model import kernels
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.loss_terms import LossTerms
-from lit_gpt.training import loggers, micro_batch, objectives, schedule, speed_monitor
+from lit_gpt.training import loggers, micro_batch, objectives, schedule, skipped_steps, speed_monitor
 from lit_gpt.training.experiment import Experiment
 from lit_gpt.training.run_folder import RunFolder
 from lit_gpt.training.settings import PRECISIONS, TrainConfig
@@ -190,9 +190,10 @@ class _Trainer:
 
     def _steps(self, signals: devices.StopSignals) -> None:
         """From the first step, or the checkpoint's, to the last one, which is saved."""
-        steps = range(self.step, self.experiment.max_steps)
+        steps = skipped_steps.others(self.folder.skipped_steps, range(self.step, self.experiment.max_steps))
         rule = self.experiment.objective.group
         for step, batches in batching.prefetched_steps(self.experiment.train_data, rule, self.layout, steps):
+            self._pass_over(step)
             started = time.perf_counter()
             loss, grad_norm, stop = self._train_step(step, batches, signals)
             last = self.step == self.experiment.max_steps
@@ -205,6 +206,15 @@ class _Trainer:
                 self._save()
             if stop:
                 self.folder.interrupted(self.fabric, stop, self.step)
+        if self.step < self.experiment.max_steps:
+            self._pass_over(self.experiment.max_steps)
+            self._save()
+
+    def _pass_over(self, step: int) -> None:
+        """Count the steps before this one as done; they are the skipped ones."""
+        if self.step < step:
+            devices.say(self.fabric, f"passed over the data of step {self.step + 1} to {step}, without an update")
+            self.step = step
 
     def _train_step(
         self, step: int, batches: list[MicroBatch], signals: devices.StopSignals

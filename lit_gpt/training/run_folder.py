@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lit_gpt import cli, devices, files
 from lit_gpt.checkpoints import export, run_files, saving, weights
-from lit_gpt.training import loggers, speed_monitor
+from lit_gpt.training import loggers, skipped_steps, speed_monitor
 from lit_gpt.training.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ METRICS = (
 # In `run.json`, from a run's being taken back (--resume PATH) or replaced (--resume never) to its first save: the micro
 # step whose checkpoint it starts from, -1 for none. Later checkpoints stay until then, but do not count.
 VALID_UNTIL = "checkpoints_valid_until"
+# In the record of the run, its checkpoints and its export: the ranges of steps whose data is passed over.
+SKIPPED = "skip_steps"
 
 
 class RunFolder:
@@ -74,6 +76,11 @@ class RunFolder:
         """The CSV with the run's metrics."""
         return Path(self.record["log_path"])
 
+    @property
+    def skipped_steps(self) -> skipped_steps.Ranges:
+        """The steps whose data is passed over."""
+        return self.record.get(SKIPPED, [])
+
     def _prepare(self, stack: contextlib.ExitStack) -> tuple[dict[str, Any], Any, dict[str, Any] | None]:
         """The first process's part of `open`: (record, checkpoint to start from, result if finished)."""
         path, config, experiment = self.path, self.config, self.experiment
@@ -84,8 +91,15 @@ class RunFolder:
         start = self._choose_start()
         record = run_files.read_run_record(path) if start else {}
         record.pop(VALID_UNTIL, None)
+        passed_over = start.record.get(SKIPPED, []) if start else []
+        skipped = skipped_steps.union(record.get(SKIPPED, []), passed_over, skipped_steps.parse(config.skip_steps))
         if start is not None:
             self._check_settings(start)
+            if (step := skipped_steps.first_outside(skipped, passed_over, start.step)) is not None:
+                raise ValueError(
+                    f"--skip_steps: {start.path} (step {start.step}) has learnt from step {step} already; "
+                    "--resume PATH goes back to an earlier checkpoint"
+                )
             if record.get("finished") and config.resume == "auto" and start.step == experiment.max_steps:
                 return record, start, record.get("result", {})
         if not record:
@@ -102,6 +116,8 @@ class RunFolder:
                 **experiment.record,
             }
         record["finished"] = False
+        if skipped:
+            record[SKIPPED] = skipped
         export.claim_export(Path(config.models_dir), experiment.export_name, record["run_id"], config.overwrite)
         self._write_record(record)
         return record, start, None
@@ -248,5 +264,6 @@ class RunFolder:
         last = f"the last good checkpoint is {found.path}" if found else "there is no checkpoint yet"
         return (
             f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; {last}. "
-            "Try a lower --learning_rate or --precision 32-true"
+            f"The same command with --skip_steps {step} passes over that step's data; a new run may take a lower "
+            "--learning_rate or --precision 32-true"
         )

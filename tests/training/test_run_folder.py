@@ -21,6 +21,7 @@ from tests.support.training_runs import (
     one_thread_environment,
     pretraining_command,
     read_losses,
+    read_metrics,
     run_pretraining,
     run_pretraining_process,
     start_pretraining,
@@ -148,7 +149,7 @@ def test_an_error_between_two_checkpoints_saves_the_last_whole_step(tmp_path, tm
 def test_numbers_that_are_not_finite_are_not_saved(folder):
     flags = {"max_steps": 30, "save_interval": 5000, "learning_rate": 1e30, "grad_clip": 0, "val_samples": 0}
     _, err = run_pretraining("train_ar.py", folder, code=2, **flags)
-    assert "not finite, stopped before the update" in err
+    assert "not finite, stopped before the update" in err and "with --skip_steps 2 passes over" in err
     assert not checkpoints(folder)
 
 
@@ -191,3 +192,60 @@ def test_a_lost_terminal_saves(folder):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGHUP, err
     assert "SIGHUP: stopped at step" in err and checkpoints(folder)
+
+
+# --- steps that are passed over -----------------------------------------------------------------------------------
+
+
+def differing(one, other):
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def test_skipped_steps_change_nothing_but_the_schedule_and_stay_skipped(folder, tmp_path_factory):
+    flags = FLAGS | {"save_interval": 4, "log_interval": 1}
+    unskipped = tmp_path_factory.mktemp("unskipped")
+    make_packed_data(unskipped / "data")
+    run_pretraining("train_mdm.py", unskipped, **flags)
+    out, _ = run_pretraining("train_mdm.py", folder, **flags, skip_steps="3,6-7,12")
+    assert [line for line in out.splitlines() if "passed over" in line] == [
+        f"passed over the data of step {first} to {last}, without an update"
+        for first, last in ((3, 3), (6, 7), (12, 12))
+    ]
+    rows, full = ({int(row["step"]): row for row in read_metrics(place)} for place in (folder, unskipped))
+    assert list(rows) == [1, 2, 4, 5, 8, 9, 10, 11]
+    for step in (1, 2):
+        assert rows[step]["metric/train_loss"] == full[step]["metric/train_loss"]
+    assert rows[4]["metric/train_loss"] != full[4]["metric/train_loss"]
+    assert [rows[step]["learning_rate"] for step in rows] == [full[step]["learning_rate"] for step in rows]
+    assert int(full[11]["total_tokens"]) - int(rows[11]["total_tokens"]) == 3 * 8 * 32
+    # Back to step 4, without the flag: the same run.
+    state = final_state(folder)
+    run_pretraining("train_mdm.py", folder, **flags, resume=checkpoints(folder)[4])
+    assert differing(state, final_state(folder)) == []
+    for path in (checkpoints(folder)[12].with_suffix(".json"), next(folder.glob("workdir/*/*/run.json"))):
+        record = json.loads(path.read_text())
+        assert record.get("record", record)["skip_steps"] == [[3, 3], [6, 7], [12, 12]]
+
+
+def test_a_step_that_was_learnt_from_is_not_skipped(finished):
+    _, err = run_pretraining("train_ar.py", finished, code=2, **FLAGS, skip_steps="4-5")
+    assert "(step 12) has learnt from step 4 already" in err
+    resume = checkpoints(finished)[3]
+    run_pretraining("train_ar.py", finished, **FLAGS, skip_steps="4-5", resume=resume)
+    assert list(checkpoints(finished)) == [3, 6, 9, 12]
+
+
+def test_the_data_of_a_skipped_step_is_not_read(tmp_path):
+    path = make_one_large_file(tmp_path / "data")
+    edit_middle(path, b"\xe7\x03" * 4)
+    flags = {"max_steps": 30, "save_interval": 5000, "val_samples": 0}
+    run_pretraining("train_mdm.py", tmp_path, code=2, **flags)
+    (saved,) = checkpoints(tmp_path)
+    run_pretraining("train_mdm.py", tmp_path, **flags, skip_steps=saved + 1)
+    assert max(checkpoints(tmp_path)) == 30
+
+
+@pytest.mark.parametrize("words", ["0", "7-5", "a", "3-", "1,,2"])
+def test_what_is_no_range_of_steps_is_refused(folder, words):
+    _, err = run_pretraining("train_ar.py", folder, code=2, **FLAGS, skip_steps=words)
+    assert err.startswith("error: --skip_steps ") and "such as 5120-5130" in err
