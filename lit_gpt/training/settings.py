@@ -112,7 +112,7 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 found.append(f"--{name} {value}: at least 1")
         try:
-            skipped_steps.parse(self.skip_steps)
+            skipped_steps.parse_ranges(self.skip_steps)
         except ValueError as error:
             found.append(str(error))
         if self.warmup_steps is not None and self.warmup_steps < 0:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 Ranges = list[list[int]]
 
 
-def parse(words: Sequence[str]) -> Ranges:
+def parse_ranges(words: Sequence[str]) -> Ranges:
     """Read `--skip_steps`: `7`, `5120-5130`, several with commas or as words.
 
     Raises:

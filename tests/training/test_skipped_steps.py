@@ -29,5 +29,5 @@ def test_ranges_are_sets(one, other, begin, end):
 
 
 def test_parsing():
-    assert skipped_steps.parse(["7", "5120-5130,9", "8"]) == [[7, 9], [5120, 5130]]
-    assert skipped_steps.parse([]) == []
+    assert skipped_steps.parse_ranges(["7", "5120-5130,9", "8"]) == [[7, 9], [5120, 5130]]
+    assert skipped_steps.parse_ranges([]) == []
