@@ -92,7 +92,9 @@ class RunFolder:
         record = run_files.read_run_record(path) if start else {}
         record.pop(VALID_UNTIL, None)
         passed_over = start.record.get(SKIPPED, []) if start else []
-        skipped = skipped_steps.union(record.get(SKIPPED, []), passed_over, skipped_steps.parse_ranges(config.skip_steps))
+        skipped = skipped_steps.union(
+            record.get(SKIPPED, []), passed_over, skipped_steps.parse_ranges(config.skip_steps)
+        )
         if start is not None:
             self._check_settings(start)
             if (step := skipped_steps.first_outside(skipped, passed_over, start.step)) is not None:
