@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lit_gpt.checkpoints.run_files import clean_names
 from lit_gpt.config import Config
-from lit_gpt.files import SaveError, cannot_write, make_folder, parse_json, sync_folder
+from lit_gpt.files import SaveError, cannot_write, make_folder, open_regular, parse_json, sync_folder
 from lit_gpt.tokenizer import Tokenizer
 
 METADATA_KEY = "smdm"
@@ -112,7 +112,7 @@ def read_record(path: Path | str) -> WeightsRecord | None:
         ValueError: the file is truncated or no safetensors, or its record is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_regular(path), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
