@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lit_gpt.files import parse_json
+
 if TYPE_CHECKING:
     import torch
 
@@ -221,8 +223,8 @@ class _TokenizersBackend:
 
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
-            description = json.loads(content)
-            names = json.loads(settings)
+            description = parse_json(content)
+            names = parse_json(settings)
         # The library raises bare Exception for any content it cannot use.
         except Exception as error:
             raise ValueError(f"{path}: not a tokenizer of the tokenizers library ({error}); copy it again") from error
