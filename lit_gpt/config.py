@@ -2,12 +2,13 @@
 
 Decisions: a size is six numbers (everything else is common to the family); a config is frozen and travels as JSON
 inside every checkpoint, so a user types a path and never a shape; the mask id is always the padded vocabulary size,
-whatever the vocabulary. This module may import nothing from the package.
+whatever the vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,21 +82,37 @@ class Config:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{field} must be a whole number above 0, not {value!r}"
-            for field in _POSITIVE_FIELDS
-            if not isinstance(value := getattr(self, field), int) or value < 1
+            *self._wrong_numbers(),
+            *([] if _is_name(self.name) else [f"name must be {_NAME_WORDS}, not {_shown(self.name)}"]),
         ]
         if not problems:
             if self.n_embd % self.n_head:
                 problems.append(f"n_embd {self.n_embd} does not divide by n_head {self.n_head}")
             elif self.head_size % 2:
                 problems.append(f"head size {self.head_size} (n_embd / n_head) must be even for rotary")
+            elif self.block_size * self.head_size > _LARGEST_TABLE:
+                problems.append(f"block_size {self.block_size} times head size {self.head_size} is too large")
             if self.n_head % self.n_query_groups:
                 problems.append(f"n_head {self.n_head} does not divide by n_query_groups {self.n_query_groups}")
         if self.rope_table_dtype not in ("bfloat16", "float32"):
-            problems.append(f"rope_table_dtype must be bfloat16 or float32, not {self.rope_table_dtype!r}")
+            problems.append(f"rope_table_dtype must be bfloat16 or float32, not {_shown(self.rope_table_dtype)}")
         if problems:
-            raise ValueError(f"model {self.name}: " + "; ".join(problems))
+            raise ValueError(f"model {self.name if _is_name(self.name) else _shown(self.name)}: {'; '.join(problems)}")
+
+    def _wrong_numbers(self) -> list[str]:
+        """What is wrong with the type or size of each number, in words."""
+        problems = []
+        for field, most in _LARGEST.items():
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                problems.append(f"{field} must be a whole number above 0, not {_shown(value)}")
+            elif value > most:
+                problems.append(f"{field} must be at most {most}, not {_shown(value)}")
+        for field in ("rope_theta", "norm_eps"):
+            value = getattr(self, field)
+            if type(value) not in (int, float) or not 0 < value < math.inf or value > _LARGEST_REAL:
+                problems.append(f"{field} must be a finite number above 0, not {_shown(value)}")
+        return problems
 
     @property
     def head_size(self) -> int:
@@ -130,7 +147,7 @@ class Config:
         """How names of files and folders write the size: `170` for 170M, `0.87` or `1.23e+03` for shapes of your own."""
         if self.name.startswith(NAME_PREFIX) and self.name.endswith("M"):
             label = self.name[len(NAME_PREFIX) : -1]
-            if label.isdigit() and int(label) in _SIZES:
+            if label.isdecimal() and len(label) <= 4 and int(label) in _SIZES:
                 return label
         return f"{self.size_in_millions:.3g}"
 
@@ -150,7 +167,7 @@ class Config:
             ValueError: the size is not one of the 30 (they are listed), or a field is unknown or impossible.
         """
         label = str(name).strip().removeprefix(NAME_PREFIX).removesuffix("M")
-        if not label.isdigit() or int(label) not in _SIZES:
+        if not label.isdecimal() or len(label) > 4 or int(label) not in _SIZES:
             known = ", ".join(str(size) for size in SIZES)
             raise ValueError(
                 f"unknown model size {name!r}: the sizes are {known} (millions of non-embedding parameters)"
@@ -177,15 +194,47 @@ class Config:
         """Read back `to_dict`.
 
         Raises:
-            ValueError: a field is missing or unknown (the file is of another program or a later version).
+            ValueError: a field is missing or unknown (the file is of another program or a later version), or of another
+                type or size than a model can have.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"model config: expected an object, not {_shown(values)}")
         names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - names)
+        unknown = [name for name in values if name not in names]
         missing = [field for field in ("name", *_SHAPE_FIELDS) if field not in values]
         if unknown or missing:
-            raise ValueError(f"model config: unknown fields {unknown}, missing fields {missing}")
+            raise ValueError(f"model config: unknown fields {_shown(unknown)}, missing fields {missing}")
         return cls(**values)
 
 
 _SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
-_POSITIVE_FIELDS = (*_SHAPE_FIELDS, "block_size", "vocab_size", "padding_multiple")
+# A file's numbers decide what is allocated, so each has a limit: far above any model of this family, far below what
+# would exhaust a machine.
+_LARGEST = {
+    "n_layer": 1 << 12,
+    "n_head": 1 << 12,
+    "n_embd": 1 << 17,
+    "intermediate_size": 1 << 19,
+    "n_query_groups": 1 << 12,
+    "block_size": 1 << 20,
+    "vocab_size": 1 << 22,
+    "padding_multiple": 1 << 16,
+}
+# Positions times head size: the rotary tables take 4 bytes for each, 512 MB here.
+_LARGEST_TABLE = 1 << 27
+_LARGEST_REAL = 1e30
+_NAME_WORDS = "a short printable text without /"
+_SHOWN_CHARACTERS = 60
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value can be a model's name, which folders get."""
+    return isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable() and "/" not in value
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; Python refuses to write out numbers of more than 4300 digits."""
+    if isinstance(value, int) and value.bit_length() > 100:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

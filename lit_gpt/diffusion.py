@@ -1,7 +1,7 @@
 """The masked diffusion process as pure tensor functions: times, masking probability, masking, and the loss's weights.
 
 Randomness stays apart from arithmetic: `diffusion_times` and `forward_process` take counters or uniform numbers and are
-deterministic in them, `loss_weights` draws nothing. May import noise only.
+deterministic in them, `loss_weights` draws nothing.
 
 Sources: Sahoo et al. 2024 (arXiv 2406.07524), Shi et al. 2024 (arXiv 2406.04329), SMDM (arXiv 2410.18514).
 

@@ -3,7 +3,7 @@
 A draw is a pure function of (seed, stream, counters...), so no generator has a state that a resume, another number of
 processes or another batch could put out of step. The hash is splitmix64 (Steele, Lea & Flood 2014) chained over the
 counters, in wrapping int64 tensor operations that give the same bits on every device; torch's own CPU generator keeps
-only 32 bits of its seed. This module imports nothing of the package.
+only 32 bits of its seed.
 
 B rows, T columns.
 """

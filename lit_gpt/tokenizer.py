@@ -5,7 +5,7 @@ give the same ids. Decisions: special tokens are never read from text (`<s>` typ
 both forms), and `decode` gives back exactly the encoded text, newlines and runs of spaces included. Two things a
 LLaMA-style model cannot keep: U+2581, its own sign for a space, comes back as a space, and half of a surrogate pair,
 which no UTF-8 text can hold, as U+FFFD.
-Torch and both tokenizer libraries are imported when they are used. This module imports nothing of the package.
+Torch and both tokenizer libraries are imported when they are used.
 
 V vocabulary.
 """
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from lit_gpt.files import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -221,8 +223,8 @@ class _TokenizersBackend:
 
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
-            description = json.loads(content)
-            names = json.loads(settings)
+            description = parse_json(content)
+            names = parse_json(settings)
         # The library raises bare Exception for any content it cannot use.
         except Exception as error:
             raise ValueError(f"{path}: not a tokenizer of the tokenizers library ({error}); copy it again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,52 @@ def test_unknown_size_lists_the_sizes():
 def test_impossible_shapes_are_refused(change: dict, words: str):
     with pytest.raises(ValueError, match=words):
         Config.from_name(6, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"block_size": 2**31}, "block_size must be at most 1048576, not 2147483648"),
+        ({"n_layer": 2**64}, "n_layer must be at most"),
+        ({"n_embd": 10**400}, "n_embd must be at most"),
+        ({"vocab_size": 10**5000}, "vocab_size must be at most"),
+        ({"intermediate_size": -1}, "intermediate_size must be a whole number above 0, not -1"),
+        ({"n_head": True}, "n_head must be a whole number above 0, not True"),
+        ({"n_embd": "256"}, "n_embd must be a whole number above 0, not '256'"),
+        ({"n_layer": 6.0}, "n_layer must be a whole number above 0, not 6.0"),
+        ({"padding_multiple": [64]}, "padding_multiple must be a whole number"),
+        (
+            {"block_size": 1 << 20, "n_embd": 8192, "n_head": 1, "n_query_groups": 1},
+            "block_size 1048576 times head size",
+        ),
+        ({"norm_eps": math.nan}, "norm_eps must be a finite number above 0, not nan"),
+        ({"norm_eps": "1e-5"}, "norm_eps must be a finite number"),
+        ({"rope_theta": math.inf}, "rope_theta must be a finite number"),
+        ({"rope_theta": 10**400}, "rope_theta must be a finite number"),
+        ({"rope_theta": True}, "rope_theta must be a finite number"),
+        ({"rope_theta": 0}, "rope_theta must be a finite number above 0"),
+        ({"rope_table_dtype": ["float32"]}, "rope_table_dtype must be"),
+        ({"name": 3}, "name must be a short printable text without /, not 3"),
+        ({"name": "../../x"}, "name must be"),
+        ({"name": "x\n"}, "name must be"),
+        ({"name": "x" * 500}, "name must be"),
+        ({7: 3}, "unknown fields"),
+    ],
+    ids=lambda value: next(map(str, value)) if isinstance(value, dict) else value[-20:],
+)
+def test_a_config_from_a_file_is_checked(change: dict, words: str):
+    """A file's numbers decide what is allocated: each is bounded and of its type."""
+    with pytest.raises(ValueError, match=words) as raised:
+        Config.from_dict(Config.from_name(6).to_dict() | change)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("values", [[], "config", None, 3])
+def test_what_is_no_object_is_no_config(values: object):
+    with pytest.raises(ValueError, match="model config: expected an object"):
+        Config.from_dict(values)  # type: ignore[arg-type]
+
+
+def test_a_size_in_other_digits_is_unknown():
+    with pytest.raises(ValueError, match="unknown model size"):
+        Config.from_name("\u00b2")

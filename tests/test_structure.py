@@ -101,6 +101,26 @@ def test_packages_hold_a_purpose_and_nothing_else(name):
     assert len(source.body) == 1 or name == "model.__init__"
 
 
+def public_names(path: Path) -> set[str]:
+    """Classes, functions and constants that a file defines for others."""
+    found: set[str] = set()
+    for node in syntax_tree(path).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def test_a_public_name_is_one_thing_in_the_whole_package():
+    homes: dict[str, list[str]] = {}
+    for module in MODULES:
+        for name in public_names(PACKAGE[module]):
+            homes.setdefault(name, []).append(module)
+    assert not {name: modules for name, modules in homes.items() if len(modules) > 1}
+
+
 @pytest.mark.parametrize("path", SCRIPTS, **ids)
 def test_scripts_do_not_import_scripts(path):
     own_folder = path.parent.name if path.parent.name == "benchmarks" else None

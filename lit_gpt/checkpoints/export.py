@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lit_gpt.checkpoints.run_files import clean_names
 from lit_gpt.config import Config
-from lit_gpt.files import SaveError, cannot_write, make_folder, sync_folder
+from lit_gpt.files import SaveError, cannot_write, make_folder, parse_json, sync_folder
 from lit_gpt.tokenizer import Tokenizer
 
 METADATA_KEY = "smdm"
@@ -119,7 +119,7 @@ def read_record(path: Path | str) -> WeightsRecord | None:
     if METADATA_KEY not in metadata:
         return None
     try:
-        return WeightsRecord.from_dict(json.loads(metadata[METADATA_KEY]))
+        return WeightsRecord.from_dict(parse_json(metadata[METADATA_KEY]))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has a record that cannot be read: {error}") from error
 

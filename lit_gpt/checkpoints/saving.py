@@ -38,9 +38,14 @@ if TYPE_CHECKING:
 
 
 def save_checkpoint(
-    fabric: Fabric, run_dir: Path, state: dict[str, Any], record: dict[str, Any], keep: int | None = None
+    fabric: Fabric,
+    run_dir: Path,
+    state: dict[str, Any],
+    record: dict[str, Any],
+    keep: int | None = None,
+    alone: bool = False,
 ) -> Path:
-    """Write a checkpoint, then delete older ones; every process calls it.
+    """Write a checkpoint, then delete older ones; every process calls it, or with `alone` the first one.
 
     Args:
         fabric: one device, DDP, or FSDP2 (ModelParallelStrategy).
@@ -50,16 +55,20 @@ def save_checkpoint(
         record: what the run is, as JSON values (kind, config, tokenizer, run_id, settings ...); it goes into the file
             and into the marker.
         keep: how many checkpoints up to this one stay; None or 0 keeps all.
+        alone: the other processes do not take part (they may be gone).
 
     Returns:
         The .pth file.
 
     Raises:
+        ValueError: alone, while the others have parts of the model.
         SaveError: the disk is full, not writable ...; on every process. Earlier checkpoints are untouched and no
             temporary file is left.
     """
     missing = [key for key in PUBLISHED_KEYS if key not in state]
     assert not missing, f"state lacks {missing}"
+    if alone and fabric.world_size > 1 and _is_sharded(_module(state["model"])):
+        raise ValueError("the model is sharded over processes that may be gone")
     content = {**_gather(fabric, state), "record": record}
 
     def work() -> Path:
@@ -69,7 +78,7 @@ def save_checkpoint(
             remove_older(path, keep)
         return path
 
-    path = devices.on_rank_zero(fabric, work)
+    path = work() if alone else devices.on_rank_zero(fabric, work)
     assert isinstance(path, Path)
     return path
 
@@ -169,6 +178,8 @@ def check_state(source: Path | str, state: dict[str, Any], expected: dict[str, t
             raise ValueError(
                 f"{source} does not fit the model: {name} has shape {list(state[name].shape)}, expected {list(shape)}"
             )
+        if not state[name].is_floating_point():
+            raise ValueError(f"{source} does not fit the model: {name} has {state[name].dtype}, expected floats")
     unknown = [name for name in state if name not in expected]
     if unknown:
         raise ValueError(f"{source} does not fit the model: {len(unknown)} unknown parameters, the first {unknown[0]}")

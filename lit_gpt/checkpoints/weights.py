@@ -117,6 +117,9 @@ def read_model(
         _log.warning("%s says nothing of its model: its shapes are those of %s", path, config.name)
     if record and model_name is not None:
         _check_name(path, config, model_name)
+    blocks = len(_block_numbers(state))
+    if record and blocks != config.n_layer:
+        raise ValueError(f"{path} holds {blocks} blocks, its record says n_layer {config.n_layer}")
     with torch.device("meta"):
         model = MODEL_CLASSES[held](config)
     check_state(path, state, {name: tuple(value.shape) for name, value in model.state_dict().items()})
@@ -213,11 +216,14 @@ def of_family(path: Path | str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state itself, if it is of a model of this family at all.
 
     Raises:
-        ValueError: its embedding or its head is missing.
+        ValueError: its embedding or its head is missing or no matrix.
     """
     if _EMBEDDING not in state or _HEAD not in state:
         found = ", ".join(list(state)[:3]) or "no tensors"
         raise ValueError(f"{path} is no model of this family: expected {_EMBEDDING} and {_HEAD}, found {found}")
+    for name in (_EMBEDDING, _HEAD):
+        if state[name].dim() != 2 or not state[name].numel():
+            raise ValueError(f"{path}: {name} has shape {list(state[name].shape)}, expected a matrix")
     return state
 
 
@@ -250,14 +256,17 @@ def infer_config(path: Path | str, state: dict[str, Tensor], model_name: str | i
     return config
 
 
+def _block_numbers(state: dict[str, Tensor]) -> set[str]:
+    return {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
+
+
 def _fits(config: Config, state: dict[str, Tensor]) -> bool:
     """Whether a state has a config's layers and widths."""
-    blocks = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
     expected = {
         _EMBEDDING: config.n_embd,
         "transformer.h.0.mlp.swiglu.w3.weight": config.intermediate_size,
     }
-    return len(blocks) == config.n_layer and all(
+    return len(_block_numbers(state)) == config.n_layer and all(
         name in state and state[name].size(-1) == width for name, width in expected.items()
     )
 

@@ -70,7 +70,7 @@ def denoise(
         if not any(unfinished):
             return
         if any(counts[0]):
-            predictions = predictor.predict(input_ids, candidates, recomputed, counts, uniforms(TOKEN))
+            predictions = predictor.predict(input_ids, candidates, recomputed, counts, uniforms)
             revealed = algorithm.revealed(step, candidates, predictions)
             input_ids = torch.where(revealed, predictions.token_ids, input_ids)
             confidence = torch.where(revealed, predictions.confidence.float(), confidence)
@@ -100,7 +100,12 @@ class Predictor:
         self.too_early = (free.cumsum(1) <= sampling.min_new_tokens).flatten()
 
     def predict(
-        self, input_ids: Tensor, candidates: Tensor, recomputed: Tensor, counts: list[list[int]], uniforms: Tensor
+        self,
+        input_ids: Tensor,
+        candidates: Tensor,
+        recomputed: Tensor,
+        counts: list[list[int]],
+        uniforms: Callable[[int], Tensor],
     ) -> Predictions:
         """Sample a token at every candidate.
 
@@ -109,7 +114,7 @@ class Predictor:
             candidates: (B, T) bool, at least one.
             recomputed: (B, T) bool, what a cache must compute anew.
             counts: of the candidates and of those computed anew, in each row.
-            uniforms: (B, T) float64 in [0, 1).
+            uniforms: as `DenoisingStep.uniforms`.
         """
         # The indices of N candidates, whose number is known: they come first, in their order.
         indices = (~candidates).flatten().to(torch.int8).argsort(stable=True)[: sum(counts[0])]
@@ -126,8 +131,9 @@ class Predictor:
         forbidden = None
         if self.sampling.min_new_tokens and self.stop_id is not None:
             forbidden = self.too_early[indices], self.stop_id
+        random_numbers = uniforms(TOKEN).flatten()[indices] if self.sampling.temperature else None
         sampled = sample_tokens(
-            self.logits_fn(batch), uniforms.flatten()[indices], self.sampling, self.vocab_size, forbidden, self.measure
+            self.logits_fn(batch), random_numbers, self.sampling, self.vocab_size, forbidden, self.measure
         )
 
         def scattered(values: Tensor) -> Tensor:

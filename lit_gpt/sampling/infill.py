@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 DEFAULT_GAP = 8
 """Tokens of a gap without a number: a few words."""
 _GAP = re.compile(r"_{3,}(\d*)")
+# Beyond any context; Python refuses to read numbers of thousands of digits.
+_MOST_DIGITS = 9
 _ANCHORS = ("\n", "a", ".")
 _NO_GAPS = "an ARM writes from left to right and cannot fill gaps (___): end the prompt with its text, or use an MDM"
 
@@ -43,12 +45,15 @@ def split_gaps(text: str, gap: int = DEFAULT_GAP) -> list[str | int]:
         gap: tokens of a gap without a number.
 
     Raises:
-        ValueError: a gap of no token.
+        ValueError: a gap of no token, or one with more digits than any context.
     """
     pieces: list[str | int] = []
     start = 0
     for found in _GAP.finditer(text):
-        size = int(found[1]) if found[1] else gap
+        digits = found[1].lstrip("0")
+        if len(digits) > _MOST_DIGITS:
+            raise ValueError(f"a gap's number has {len(digits)} digits: no context has room for it")
+        size = int(digits or 0) if found[1] else gap
         if size < 1:
             raise ValueError(f"the gap {found[0]} has {size} tokens: at least 1 is needed")
         pieces += [text[start : found.start()].removesuffix(" "), size]

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_gpt import devices
+from lit_gpt import cli, devices
 from lit_gpt.data import batching
 from lit_gpt.data.batching import MicroBatch, StepLayout
 from lit_gpt.model.loss_terms import LossTerms
-from lit_gpt.training import loggers, schedule, speed_monitor
+from lit_gpt.training import loggers, schedule, skipped_steps, speed_monitor
 from lit_gpt.training.attempts import Outcome
 from lit_gpt.training.experiment import Experiment
 from lit_gpt.training.prepared_model import PreparedModel
@@ -33,7 +33,7 @@ from lit_gpt.training.validation import Validation, ValidationSize, validate
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# Steps in which memory may run out without ending the run: from the second on the optimizer's state is there.
+# Steps of a process in which memory may run out without ending the run: from the second on the optimizer's state is there.
 _TRIAL_STEPS = 2
 
 
@@ -97,8 +97,10 @@ class _Trainer:
         self.prepared = PreparedModel(fabric, experiment, config, folder, layout.device_rows)
         self._take_micro_batch()
         self.step = folder.restore(fabric, self.prepared.model, self.prepared.optimizer)
-        self._trial_end = self.step + _TRIAL_STEPS
+        self._trials_left = _TRIAL_STEPS
         self.tokens = folder.total_tokens
+        # The step that is on the disk, and whether the weights are a whole step's (false while they are updated).
+        self._saved_step, self._whole = self.step, True
         self.speed = speed_monitor.SpeedMonitor(
             fabric.world_size, speed_monitor.peak_flops(fabric.device, folder.precision)
         )
@@ -115,36 +117,53 @@ class _Trainer:
         self._announce()
         signals = devices.StopSignals()
         try:
-            for step, batches in self._steps():
-                started = time.perf_counter()
-                loss, grad_norm, stop = self._train_step(step, batches, signals)
-                self.step = step + 1
-                last = self.step == self.experiment.max_steps
-                if self.step % self.config.log_interval == 0 or last or self.step == 1:
-                    self._log(loss, grad_norm, time.perf_counter() - started)
-                due = not last and self.config.val_interval and self.step % self.config.val_interval == 0
-                if due and not stop:
-                    stop = self._validate(signals)
-                if last or stop or self.step % self.config.save_interval == 0:
-                    self._save()
-                if stop:
-                    self.folder.interrupted(self.fabric, stop, self.step)
+            self._steps(signals)
             if stop := self._validate(signals):
                 self.folder.interrupted(self.fabric, stop, self.step)
             return self._finish()
+        except Exception:
+            self._save_what_is_whole()
+            raise
         finally:
             signals.restore()
             torch.compiler.set_stance("default")
 
-    def _steps(self) -> Iterator[tuple[int, list[MicroBatch]]]:
+    def _steps(self, signals: devices.StopSignals) -> None:
+        """From the first step, or the checkpoint's, to the last one, which is saved."""
+        for step, batches in self._step_batches():
+            self._pass_over(step)
+            started = time.perf_counter()
+            loss, grad_norm, stop = self._train_step(step, batches, signals)
+            last = self.step == self.experiment.max_steps
+            if self.step % self.config.log_interval == 0 or last or self.step == 1:
+                self._log(loss, grad_norm, time.perf_counter() - started)
+            due = not last and self.config.val_interval and self.step % self.config.val_interval == 0
+            if due and not stop:
+                stop = self._validate(signals)
+            if last or stop or self.step % self.config.save_interval == 0:
+                self._save()
+            if stop:
+                self.folder.interrupted(self.fabric, stop, self.step)
+        if self.step < self.experiment.max_steps:
+            self._pass_over(self.experiment.max_steps)
+            self._save()
+
+    def _step_batches(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The steps that are left, with their micro batches; read anew where these became smaller."""
-        data, rule = self.experiment.train_data, self.experiment.objective.group
-        while self.step < self.experiment.max_steps:
-            layout, steps = self.layout, range(self.step, self.experiment.max_steps)
+        data, rule, layout = self.experiment.train_data, self.experiment.objective.group, None
+        while layout is not self.layout:
+            layout = self.layout
+            steps = skipped_steps.others(self.folder.skipped_steps, range(self.step, self.experiment.max_steps))
             for step, batches in batching.prefetched_steps(data, rule, layout, steps):
                 yield step, batches
-                if self.layout is not layout:
+                if layout is not self.layout:
                     break
+
+    def _pass_over(self, step: int) -> None:
+        """Count the steps before this one as done; they are the skipped ones."""
+        if self.step < step:
+            devices.say(self.fabric, f"passed over the data of step {self.step + 1} to {step}, without an update")
+            self.step = step
 
     def _train_step(
         self, step: int, batches: list[MicroBatch], signals: devices.StopSignals
@@ -155,16 +174,18 @@ class _Trainer:
             The step's loss (mean over groups), the gradient's norm before clipping, and the signal that came, or 0.
         """
         fabric, config = self.fabric, self.config
-        done = self._accumulate(batches) if step >= self._trial_end else self._accumulate_or_halve(step, batches)
+        self._trials_left -= 1
+        done = self._accumulate(batches) if self._trials_left < 0 else self._accumulate_or_halve(step, batches)
         for work in done.work:
             self.speed.add_micro_batch(*work)
-            self.tokens += work.tokens * fabric.world_size
+        tokens = sum(work.tokens for work in done.work) * fabric.world_size
         value, stop = devices.all_reduce_sum(fabric, [float(done.loss), float(signals.came)])
         limit = config.grad_clip or math.inf
         norm = fabric.clip_gradients(
             self.prepared.model, self.prepared.optimizer, max_norm=limit, error_if_nonfinite=False
         )
         grad_norm = float(norm)  # type: ignore[arg-type]
+        self._whole = False
         # Where nothing was scored, loss and gradient are both 0, rightly; a loss without a gradient is a fault.
         if not math.isfinite(value) or not math.isfinite(grad_norm) or (grad_norm == 0 and value != 0):
             raise ValueError(self.folder.bad_gradient(step + 1, value, grad_norm))
@@ -174,6 +195,7 @@ class _Trainer:
             )
         self.prepared.optimizer.step()
         self.prepared.optimizer.zero_grad(set_to_none=True)
+        self.step, self.tokens, self._whole = step + 1, self.tokens + tokens, True
         return value, grad_norm, (signals.received or signal.SIGTERM) if stop else 0
 
     def _accumulate_or_halve(self, step: int, batches: list[MicroBatch]) -> _Accumulated:
@@ -226,7 +248,7 @@ class _Trainer:
         if self.step:
             lines.append(f"resumed at step {self.step} of {steps}")
         for line in lines:
-            self.fabric.print(line)
+            devices.say(self.fabric, line)
 
     def _log(self, loss: float, grad_norm: float, step_s: float) -> None:
         """A line on the console and a row in the loggers."""
@@ -248,9 +270,10 @@ class _Trainer:
         rate = rates["throughput/samples_per_sec"]
         hours = (self.experiment.max_steps - step) * layout.global_batch_size / max(rate, 1e-9) / 3600
         micro_ms = step_s * 1000 / layout.micro_batches
-        self.fabric.print(
+        devices.say(
+            self.fabric,
             f"iter {self._iter_num()} step {step}: loss {loss:.4f}, iter time: {micro_ms:.2f}ms "
-            f"{rates['throughput/tokens_per_sec']:.0f} tokens/s remaining time: {hours:.2f} hours. or {hours / 24:.2f} days."
+            f"{rates['throughput/tokens_per_sec']:.0f} tokens/s remaining time: {hours:.2f} hours. or {hours / 24:.2f} days.",
         )
 
     def _iter_num(self) -> int:
@@ -275,10 +298,10 @@ class _Trainer:
             return signals.received or signal.SIGTERM
         self.validated = result
         self.folder.log(result.metrics(), self.step)
-        self.fabric.print(f"step {self.step}: {result.line()}")
+        devices.say(self.fabric, f"step {self.step}: {result.line()}")
         return 0
 
-    def _save(self) -> None:
+    def _save(self, alone: bool = False) -> None:
         state = {
             "model": self.prepared.model,
             "optimizer": self.prepared.optimizer,
@@ -287,7 +310,21 @@ class _Trainer:
             "step_count": self.step,
             "total_tokens": self.tokens,
         }
-        self.folder.save(self.fabric, state, self.layout.micro_batch_size)
+        self.folder.save(self.fabric, state, self.layout.micro_batch_size, alone)
+        self._saved_step = self.step
+
+    def _save_what_is_whole(self) -> None:
+        """Before an error ends the run: save the last whole step, unless it is on the disk or its numbers are no good.
+
+        The other processes may be gone or wait elsewhere, so the first one does it alone, where it has the whole model.
+        """
+        if not self._whole or self.step == self._saved_step or not self.fabric.is_global_zero:
+            return
+        try:
+            self._save(alone=True)
+        # The error that ends the run is the one to tell.
+        except Exception as error:
+            cli.warn(f"step {self.step} could not be saved: {error}")
 
     def _finish(self) -> dict[str, Any]:
         """Export the final weights, and write down the result."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_gpt import devices
 from lit_gpt.data.batching import MicroBatch
 from lit_gpt.model import kernels
 from lit_gpt.model.loss_terms import LossTerms
@@ -103,7 +104,7 @@ class PreparedModel:
         )
         self.optimizer = fabric.setup_optimizers(adamw)
         size = min(known, self.device_rows) if known else self._choose_size()
-        fabric.print(self._warm_up(size, self._wants_compile()))
+        devices.say(fabric, self._warm_up(size, self._wants_compile()))
 
     def _wrapped(self) -> Any:
         """The model as Fabric trains it, with its loss among the methods that it wraps."""
@@ -157,10 +158,10 @@ class PreparedModel:
         may_fail = compiled and self.config.compile != "on"
         outcome = self.attempt(lambda: self._rehearse(size), may_fail)
         if compiled and (seconds := time.perf_counter() - started) > 2:
-            self.fabric.print(f"torch.compile: {seconds:.0f} s")
+            devices.say(self.fabric, f"torch.compile: {seconds:.0f} s")
         if outcome == Outcome.NO_COMPILER:
-            self.fabric.print(
-                f"torch.compile does not work here ({self._attempts.compiler_error}): going on without it"
+            devices.say(
+                self.fabric, f"torch.compile does not work here ({self._attempts.compiler_error}): going on without it"
             )
             return self._warm_up(size, False)
         if outcome == Outcome.OUT_OF_MEMORY:
@@ -175,7 +176,7 @@ class PreparedModel:
         if size == 1:
             raise ValueError(micro_batch.TOO_LARGE)
         smaller = micro_batch.largest_divisor(self.device_rows, size // 2)
-        self.fabric.print(f"a micro batch of {size} does not fit into memory: going on with {smaller}")
+        devices.say(self.fabric, f"a micro batch of {size} does not fit into memory: going on with {smaller}")
         torch.compiler.reset()
         return smaller
 

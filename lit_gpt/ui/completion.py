@@ -58,7 +58,10 @@ class Completer:
         if chat:
             row = self.loaded.prompt_ids(CHAT_TEMPLATE.format(question=text))
             return CompletionRequest(row, context_length, len(row))
-        row = infill_row(text, self.loaded.tokenizer, self.loaded.model.config.mask_id, context_length, gap)
+        config = self.loaded.model.config
+        # The model's own limit too: a typed context length makes no room for gaps.
+        limit = min(context_length, config.block_size)
+        row = infill_row(text, self.loaded.tokenizer, config.mask_id, limit, gap)
         if not row and isinstance(self.loaded.model, GPT):
             row = [self.loaded.tokenizer.bos_id]
         # A row that is too long keeps the limit: the sampler's error says both.

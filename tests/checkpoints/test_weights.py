@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,49 @@ def test_files_of_others(tmp_path: Path) -> None:
     fails("record that cannot be read", tmp_path / "later.safetensors")
     torch.save([1, 2], tmp_path / "list.pth")
     fails("holds a list, expected a state dict", tmp_path / "list.pth")
+
+
+def with_config(model: Transformer, **change: object) -> dict[str, str]:
+    """Metadata of an export whose config says something else."""
+    record = run_record(model)
+    record["config"] = {**record["config"], **change}
+    return {"smdm": json.dumps(record)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": 1000}, "holds 2 blocks, its record says n_layer 1000"),
+        ({"n_layer": 2**64}, "n_layer must be at most"),
+        ({"block_size": 2**31}, "block_size must be at most"),
+        ({"n_embd": 2**16}, r"lm_head.weight has shape \[64, 16\], expected \[64, 65536\]"),
+        ({"vocab_size": 2**22}, r"has shape \[64, 16\]"),
+        ({"intermediate_size": "32"}, "intermediate_size must be a whole number"),
+        ({"n_head": 0.5}, "n_head must be a whole number"),
+    ],
+    ids=str,
+)
+def test_a_records_numbers_are_not_believed(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    model = make_model(GPT)
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path, with_config(model, **change))
+    fails(message, path)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(()), torch.zeros(64), torch.zeros(1, 64, 16), torch.zeros(0, 16)])
+def test_an_embedding_of_another_form(tmp_path: Path, value: torch.Tensor) -> None:
+    state = make_model(GPT).state_dict()
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        torch.save({**state, name: value}, tmp_path / "odd.pth")
+        fails(rf"{name} has shape .*, expected a matrix", tmp_path / "odd.pth")
+
+
+def test_weights_that_are_no_floats(tmp_path: Path) -> None:
+    model = make_model(GPT)
+    for dtype in (torch.int64, torch.bool, torch.uint8):
+        state = {**model.state_dict(), "transformer.ln_f.weight": torch.ones(16, dtype=dtype)}
+        save_file(state, tmp_path / "odd.safetensors", with_config(model))
+        fails(f"transformer.ln_f.weight has {dtype}, expected floats", tmp_path / "odd.safetensors")
 
 
 # --- starting one run from another --------------------------------------------------------------------------------

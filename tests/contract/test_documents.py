@@ -1,16 +1,60 @@
-"""What CONTRIBUTING.md sends people to is there."""
+"""What the documents say about the code, held against the code: files that exist, functions that are there."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+# What commands write, or users bring.
+ELSEWHERE = (
+    "quickstart/",
+    "models/",
+    "workdir/",
+    "out/",
+    "data/fineweb/",
+    "data/reverse_experiments/",
+    "data/mt_bench/",
+)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"[\w./-]+/[\w.-]*\.(?:py|sh|yaml)\b|\b[\w/]+/(?=`)", TEXT))))
-def test_named_files_and_folders_exist(path):
+@pytest.mark.parametrize("document", sorted(set(DOCUMENTS)), ids=lambda path: path.name)
+def test_named_files_exist(document):
+    text = document.read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:\w+/)*[\w-]+\.(?:py|sh|md|toml|html|yaml))`", text))
+    named |= set(re.findall(r"\]\((?!http|#)([^)#]+)\)", text))
+    assert named or document.name not in ("README.md", "architecture.md", "CONTRIBUTING.md")
+    bases = (ROOT, document.parent, ROOT / "lit_gpt", *(ROOT / name for name in ("pretrain", "sft", "eval", "scripts")))
+    missing = [
+        name
+        for name in sorted(named)
+        if not name.startswith(ELSEWHERE)
+        and not any((base / name).exists() for base in bases)
+        # A module's own name is enough where its folder was just said.
+        and not ("/" not in name and any((ROOT / "lit_gpt").rglob(name)))
+    ]
+    assert not missing, f"{document.name} names what is not there: {missing}"
+
+
+@pytest.mark.parametrize("document", sorted(set(DOCUMENTS)), ids=lambda path: path.name)
+def test_named_functions_exist(document):
+    """`path.py`: `function` or `path.py`: `Class.method`."""
+    for path, names in re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, |))+)", document.read_text(encoding="utf-8")):
+        file = next(base / path for base in (ROOT, ROOT / "lit_gpt") if (base / path).exists())
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for name in re.findall(r"`([\w.]+)`", names):
+            scope: list[ast.stmt] = tree.body
+            for part in name.split("."):
+                found = [node for node in scope if getattr(node, "name", None) == part]
+                assert found, f"{document.name}: {path} has no {name}"
+                scope = found[0].body if hasattr(found[0], "body") else []
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"[\w./-]+/[\w.-]*\.(?:py|sh|yaml)\b|\b[\w/]+/(?=`)", GUIDE))))
+def test_files_and_folders_that_the_guide_names_exist(path):
     assert (ROOT / path).exists() or (ROOT / "lit_gpt" / path).is_dir(), path

@@ -63,6 +63,12 @@ def test_a_gap_of_no_token_is_refused():
         split_gaps("a ___0 b")
 
 
+def test_a_gap_of_more_digits_than_any_context_is_refused():
+    with pytest.raises(ValueError, match="^a gap's number has 5000 digits: no context has room for it$"):
+        split_gaps(f"a ___{'9' * 5000} b")
+    assert split_gaps("___0005") == [5]
+
+
 @pytest.mark.parametrize("text", ["the king sat on the throne", "To be, or not to be\nthat is", "what news, my lord?"])
 def test_a_filled_gap_is_the_text_itself(tokenizer, text):
     """Cut words out and put their own tokens into the gap: the row is the text's own."""
@@ -93,6 +99,9 @@ def test_gaps_beyond_the_context_are_refused_before_anything_of_their_size_exist
                 mdm.request(text, 64)
             with pytest.raises(ValueError, match="more than the context length 64"):
                 mdm.loaded.fill(text)
+        # A context that the model does not have makes no room.
+        with pytest.raises(ValueError, match="more than the context length 64"):
+            mdm.request("To ___20000000 be", 10**9)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()

@@ -422,9 +422,9 @@ def test_historic_spelling() -> None:
 # What the field has learnt since
 
 
-@pytest.mark.parametrize("care", [0.0, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("bound", [0.0, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("algorithm", ["threshold", "entropy"])
-def test_careful_algorithms_are_the_brute_force_choice(algorithm: str, care: float) -> None:
+def test_algorithms_with_a_bound_are_the_brute_force_choice(algorithm: str, bound: float) -> None:
     joint = toy_joint()
     for prompt in ([], [2], [0, 1]):
         known: list[int | None] = [*prompt, *([None] * (LENGTH - len(prompt)))]
@@ -433,20 +433,20 @@ def test_careful_algorithms_are_the_brute_force_choice(algorithm: str, care: flo
             table = conditionals(joint, tuple(known))
             hidden = [i for i, word in enumerate(known) if word is None]
             if algorithm == "threshold":
-                best = [i for i in hidden if table[i].max() >= care] or [max(hidden, key=lambda i: table[i].max())]
+                best = [i for i in hidden if table[i].max() >= bound] or [max(hidden, key=lambda i: table[i].max())]
             else:
                 entropies = {i: -float((table[i] * np.log(table[i] + 1e-300)).sum()) for i in hidden}
                 ranked = sorted(hidden, key=entropies.__getitem__)
-                best = [i for n, i in enumerate(ranked) if not n or sum(entropies[j] for j in ranked[:n]) <= care]
+                best = [i for n, i in enumerate(ranked) if not n or sum(entropies[j] for j in ranked[:n]) <= bound]
             for i in best:
                 known[i] = int(table[i].argmax())
             steps += 1
-        settings = Sampling(algorithm, 50, 0.0, threshold=care, entropy_bound=care)
+        settings = Sampling(algorithm, 50, 0.0, threshold=bound, entropy_bound=bound)
         *_, state = denoise(toy_mdm(joint), masked_sequences([prompt], [LENGTH], TOY_MASK), settings, WORDS)
         assert state.input_ids[0].tolist() == known and state.step == steps
 
 
-def test_careful_algorithms_end_at_their_last_step() -> None:
+def test_algorithms_with_a_bound_end_at_their_last_step() -> None:
     joint = toy_joint()
     settings = Sampling("threshold", 2, 0.0, threshold=1.0)
     *_, state = denoise(toy_mdm(joint), masked_sequences([[]], [LENGTH], TOY_MASK), settings, WORDS)

@@ -215,6 +215,8 @@ MISTAKES = {
     "no text": ({}, {"prompt": 5}, "prompt: expected text, got int"),
     "huge": ({}, {"prompt": "a" * 1_100_000}, "longer than 1,000,000 bytes"),
     "gap": ({}, {"prompt": "___0"}, "gap ___0 has 0 tokens"),
+    "huge gap": ({"context_length": 10**8}, {"prompt": "___99999999"}, "more than the context length 1024"),
+    "endless gap": ({}, {"prompt": "___" + "9" * 5000}, "a gap's number has 5000 digits"),
     "no gaps": ({}, {"checkpoint": "arm", "prompt": "a ___ b"}, "an ARM writes from left to right"),
     "guidance": ({"cfg_scale": 1}, {"checkpoint": "arm"}, "cfg_scale 1.0 needs an MDM"),
     "elsewhere": ({}, {"checkpoint": "/etc/passwd"}, "no checkpoint '/etc/passwd': choose one of the list"),
