@@ -134,7 +134,7 @@ def claim_export(models_dir: Path, name: str, run_id: str, overwrite: bool) -> P
         overwrite: whether another run's file may be replaced.
 
     Returns:
-        The file that the export will be.
+        The file that the export will be: under a name of its own where the name is a downloaded file's.
 
     Raises:
         ValueError: another run's file has that name.
@@ -144,12 +144,14 @@ def claim_export(models_dir: Path, name: str, run_id: str, overwrite: bool) -> P
     path = models_dir / f"{name}{SUFFIX}"
     for leftover in models_dir.glob(f"{path.name}.{_tag(run_id)}.tmp"):
         leftover.unlink(missing_ok=True)
-    if not overwrite and path.exists() and not _belongs_to(path, run_id):
-        raise ValueError(
-            f"{path} exists and is another run's: move it, give --overwrite true to replace it at the end of this run, "
-            "or another --models_dir"
-        )
-    return path
+    if overwrite or not path.exists() or _belongs_to(path, run_id):
+        return path
+    if _run_of(path) is None:
+        return _beside(path, run_id)
+    raise ValueError(
+        f"{path} exists and is another run's: move it, give --overwrite true to replace it at the end of this run, "
+        "or another --models_dir"
+    )
 
 
 def export_weights(
@@ -220,11 +222,24 @@ def _give_name(temporary: Path, target: Path, run_id: str, overwrite: bool) -> P
 
 def _belongs_to(path: Path, run_id: str) -> bool:
     """Whether an exported file is a run's own."""
+    return bool(run_id) and _run_of(path) == run_id
+
+
+def _run_of(path: Path) -> str | None:
+    """The run that made a file; None for what was downloaded, made by another program, or is damaged."""
     try:
         record = read_record(path)
     except ValueError:
-        return False
-    return bool(run_id) and record is not None and record.run_id == run_id
+        return None
+    return None if record is None else record.run_id or ""
+
+
+def _beside(path: Path, run_id: str) -> Path:
+    """The first of `NAME-2`, `NAME-3` ... that is free or the run's own."""
+    number = 2
+    while (other := path.with_name(f"{path.stem}-{number}{SUFFIX}")).exists() and not _belongs_to(other, run_id):
+        number += 1
+    return other
 
 
 def _tag(run_id: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lit_gpt import devices
-from lit_gpt.checkpoints.optimizer_state import read_optimizer_state
+from lit_gpt.checkpoints.optimizer_state import keep_speed, read_optimizer_state
 from lit_gpt.checkpoints.run_files import (
     PUBLISHED_KEYS,
     CheckpointInfo,
@@ -155,7 +155,9 @@ def load_checkpoint(fabric: Fabric, checkpoint: CheckpointInfo | Path, state: di
     check_state(path, model_state, {name: tuple(value.shape) for name, value in module.state_dict().items()})
     optimizer_state = read_optimizer_state(path, content["optimizer"], module, optimizer, content["step_count"])
     if _is_sharded(module):
+        before = [dict(group) for group in optimizer.param_groups]
         fabric.load(path, {"model": state["model"], "optimizer": state["optimizer"]}, weights_only=True)
+        keep_speed(optimizer, before)
     else:
         module.load_state_dict(model_state)
         # torch keeps tensors that need no conversion as they are: copies, lest they hang on the mapped file.

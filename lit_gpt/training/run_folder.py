@@ -120,7 +120,13 @@ class RunFolder:
         record["finished"] = False
         if skipped:
             record[SKIPPED] = skipped
-        export.claim_export(Path(config.models_dir), experiment.export_name, record["run_id"], config.overwrite)
+        target = export.claim_export(
+            Path(config.models_dir), experiment.export_name, record["run_id"], config.overwrite
+        )
+        if target.stem != experiment.export_name:
+            cli.warn(
+                f"{experiment.export_name}{target.suffix} is there and no run's: this one will be exported as {target}"
+            )
         self._write_record(record)
         return record, start, None
 
@@ -246,7 +252,7 @@ class RunFolder:
             self.experiment.tokenizer,
         )
         if target.stem != self.experiment.export_name:
-            cli.warn(f"{self.experiment.export_name} was taken by another run meanwhile: exported as {target}")
+            cli.warn(f"{self.experiment.export_name} is taken: exported as {target}")
         record = {**self.record, "finished": True, "result": {**result, "export": str(target)}}
         run_files.write_run_record(self.path, record)
         return record

@@ -271,9 +271,20 @@ def test_another_runs_name_is_refused_before_the_first_step(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="n.safetensors exists and is another run's: .* --overwrite"):
         export.claim_export(folder, "n", "run-b", overwrite=False)
     export.claim_export(folder, "n", "run-b", overwrite=True)
-    save_file(model.state_dict(), folder / "released.safetensors")
-    with pytest.raises(ValueError, match="another run's"):
-        export.claim_export(folder, "released", "run-a", overwrite=False)
+
+
+def test_a_downloaded_files_name_gets_a_number(tmp_path: Path) -> None:
+    """It is not replaced, and keeps nobody from training."""
+    model = make_model(GPT)
+    save_file(model.state_dict(), tmp_path / "released.safetensors")
+    before = (tmp_path / "released.safetensors").read_bytes()
+    for run_id, name in (("run-a", "released-2.safetensors"), ("run-b", "released-3.safetensors")):
+        for _ in range(2):  # the second time, the file is the run's own
+            assert export.claim_export(tmp_path, "released", run_id, overwrite=False) == tmp_path / name
+            written = export.export_weights(tmp_path, "released", model.state_dict(), run_record(model, run_id))
+            assert written == tmp_path / name
+    assert (tmp_path / "released.safetensors").read_bytes() == before
+    assert export.claim_export(tmp_path, "released", "run-a", overwrite=True) == tmp_path / "released.safetensors"
 
 
 def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:

@@ -249,3 +249,11 @@ def test_the_data_of_a_skipped_step_is_not_read(tmp_path):
 def test_what_is_no_range_of_steps_is_refused(folder, words):
     _, err = run_pretraining("train_ar.py", folder, code=2, **FLAGS, skip_steps=words)
     assert err.startswith("error: --skip_steps ") and "such as 5120-5130" in err
+
+
+def test_the_speed_after_a_resume_is_of_the_steps_since(folder):
+    flags = FLAGS | {"save_interval": 6, "log_interval": 3}
+    run_pretraining("train_ar.py", folder, **flags)
+    run_pretraining("train_ar.py", folder, **flags, resume=checkpoints(folder)[6])
+    row = next(row for row in read_metrics(folder) if row["step"] == "9")
+    assert float(row["throughput/tokens_per_sec"]) * float(row["time/train"]) == pytest.approx(3 * 8 * 32, rel=1e-3)
