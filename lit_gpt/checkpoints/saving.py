@@ -29,6 +29,7 @@ from lit_gpt.checkpoints.run_files import (
     open_torch_file,
     remove_older,
 )
+from lit_gpt.checkpoints.tensor_checks import check_finite, check_state
 from lit_gpt.files import FileStamp, SaveError, read_json_object, write_file, write_json
 
 if TYPE_CHECKING:
@@ -151,8 +152,9 @@ def load_checkpoint(fabric: Fabric, checkpoint: CheckpointInfo | Path, state: di
         raise ValueError(f"{path} is no checkpoint: its model or its step count is of another kind")
     module = _module(state["model"])
     optimizer = getattr(state["optimizer"], "optimizer", state["optimizer"])
-    model_state = clean_names(content["model"])
+    model_state = clean_names(content["model"], path)
     check_state(path, model_state, {name: tuple(value.shape) for name, value in module.state_dict().items()})
+    check_finite(path, model_state)
     optimizer_state = read_optimizer_state(path, content["optimizer"], module, optimizer, content["step_count"])
     if _is_sharded(module):
         before = [dict(group) for group in optimizer.param_groups]
@@ -165,26 +167,6 @@ def load_checkpoint(fabric: Fabric, checkpoint: CheckpointInfo | Path, state: di
             entries.update({name: value.clone() for name, value in entries.items()})
         optimizer.load_state_dict(optimizer_state)
     return {key: value for key, value in content.items() if key not in ("model", "optimizer")}
-
-
-def check_state(source: Path | str, state: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
-    """Compare a file's parameters with a model's.
-
-    Raises:
-        ValueError: a parameter is missing, unknown or of another shape; the first is named.
-    """
-    for name, shape in expected.items():
-        if name not in state:
-            raise ValueError(f"{source} does not fit the model: {name} is missing (another model or kind?)")
-        if tuple(state[name].shape) != shape:
-            raise ValueError(
-                f"{source} does not fit the model: {name} has shape {list(state[name].shape)}, expected {list(shape)}"
-            )
-        if not state[name].is_floating_point():
-            raise ValueError(f"{source} does not fit the model: {name} has {state[name].dtype}, expected floats")
-    unknown = [name for name in state if name not in expected]
-    if unknown:
-        raise ValueError(f"{source} does not fit the model: {len(unknown)} unknown parameters, the first {unknown[0]}")
 
 
 def _module(model: Any) -> nn.Module:
