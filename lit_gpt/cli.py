@@ -127,7 +127,9 @@ def fail(line: str) -> NoReturn:
 
 def warn(line: str) -> None:
     """Print a warning that does not stop the work."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    # Nor does a full disk behind stderr.
+    with contextlib.suppress(OSError):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def show_warnings() -> None:
@@ -144,7 +146,8 @@ class _Console(logging.Handler):
     """Writes to what is stderr at the moment of writing."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(self.format(record), file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:
@@ -152,8 +155,9 @@ def leave(code: int) -> NoReturn:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         # A failing rank must not wait in a collective for ranks that failed elsewhere.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         if code:
             os._exit(code)
         distributed.destroy_process_group()

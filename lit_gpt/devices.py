@@ -213,12 +213,29 @@ def on_rank_zero(fabric: Fabric, work: Callable[[], Any]) -> Any:
     return result
 
 
+def say(fabric: Fabric, line: str) -> None:
+    """Print a line on the first process, at once; a full disk or a lost terminal behind standard output is no error."""
+    if fabric.is_global_zero:
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            raise  # who reads the output has had enough
+        except OSError:
+            pass
+
+
 class StopSignals:
-    """Notes SIGTERM and Ctrl-C for the loop, which looks between two steps; a second Ctrl-C raises KeyboardInterrupt."""
+    """Notes SIGTERM, Ctrl-C and a lost terminal for the loop, which looks between two steps.
+
+    A second Ctrl-C raises KeyboardInterrupt. A lost terminal (SIGHUP) that `nohup` ignores stays ignored.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     @property
     def came(self) -> bool:

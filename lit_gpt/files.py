@@ -13,20 +13,24 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
 import socket
+import stat
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 LOCK_NAME = "run.lock"
 TEMPORARY_SUFFIX = ".tmp"
 _READ_BYTES = 1 << 22
+# Nothing of this project is nested so deep, and recursion over it would not end well.
+_DEEPEST_JSON = 100
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What file systems without flock answer (some network file systems).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -135,29 +139,109 @@ def cannot_write(path: Path, error: OSError) -> SaveError:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file durably.
-
-    Raises:
-        SaveError: as `write_file`.
-    """
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n"
+    """Write a JSON file as `write_file` does; a number that is not finite, which JSON cannot hold, becomes null."""
+    text = json.dumps(_with_finite_numbers(value), indent=1, sort_keys=True, allow_nan=False) + "\n"
     write_file(path, lambda file: file.write(text.encode()))
 
 
+def _with_finite_numbers(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _with_finite_numbers(item) for key, item in value.items()}
+    return [_with_finite_numbers(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file that holds an object; bounds as `read_json`.
 
     Raises:
         ValueError: it is not JSON, or something else than an object.
         OSError: it cannot be read.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def read_json(path: Path, largest: int = 1 << 26) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: a regular file.
+        largest: bytes; the manifest of 300,000 packed files has half of the default.
+
+    Raises:
+        ValueError: it is larger, no regular file, or not JSON as `parse_json` reads it.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > largest:
+            raise ValueError(f"{path} is too large to be read as JSON: {size:,} bytes, at most {largest:,}")
+        content = file.read()
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+
+
+def parse_json(text: bytes | str) -> Any:
+    """A JSON value, whatever a file or a request may hold in its place.
+
+    Args:
+        text: UTF-8, -16 or -32 if it is bytes.
+
+    Raises:
+        ValueError: it is not JSON; a number is not finite (NaN, Infinity, 1e999); it is nested deeper than 100 times.
+    """
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        deep = True
+    else:  # Only a text with so many brackets can be so deep.
+        deep = text.count("[") + text.count("{") > _DEEPEST_JSON and _is_deeper(value, _DEEPEST_JSON)
+    if deep:
+        raise ValueError(f"it is nested deeper than {_DEEPEST_JSON} times")
+    return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested more often."""
+    layer = [value]
+    for _ in range(levels):
+        nested = [one.values() if isinstance(one, dict) else one for one in layer if isinstance(one, dict | list)]
+        layer = [item for items in nested for item in items]
+    return any(isinstance(one, dict | list) for one in layer)
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds the number {text[:20]}, which is not finite")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite_number, parse_constant=_finite_number)
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a file for reading where a pipe or a device, which may keep the reader waiting for ever, is refused.
+
+    Raises:
+        ValueError: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise ValueError(f"{path} is no regular file but a pipe, a socket or a device")
+    return os.fdopen(descriptor, "rb")
 
 
 def make_folder(path: Path) -> None:
@@ -307,7 +391,7 @@ def _acquire(path: Path, descriptor: int, wait_s: float) -> None:
 def _holder(descriptor: int) -> dict[str, Any]:
     """What the holder wrote down; empty while it has not."""
     try:
-        value = json.loads(os.pread(descriptor, 4096, 0))
+        value = parse_json(os.pread(descriptor, 4096, 0))
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lit_gpt.checkpoints.run_files import clean_names
 from lit_gpt.config import Config
-from lit_gpt.files import SaveError, cannot_write, make_folder, sync_folder
+from lit_gpt.files import SaveError, cannot_write, make_folder, open_regular, parse_json, sync_folder
 from lit_gpt.tokenizer import Tokenizer
 
 METADATA_KEY = "smdm"
@@ -62,13 +62,21 @@ class WeightsRecord:
         """Read a run's record, a marker's or an export's.
 
         Raises:
-            ValueError: kind or config is missing or unknown.
+            ValueError: kind or config is missing or unknown, or a value is of another type.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"the record is a {type(values).__name__}, expected an object")
         kind, config = values.get("kind"), values.get("config")
         if kind not in KINDS or not isinstance(config, dict):
-            raise ValueError(f"the record names no known kind and config (kind {kind!r})")
+            raise ValueError(f"the record names no known kind and config (kind {str(kind)[:40]!r})")
         run = {key: value for key, value in values.items() if key not in _OWN_KEYS}
         tokenizer, files = (values.get(key) or {} for key in ("tokenizer", "tokenizer_files"))
+        if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
+            raise ValueError("the record's tokenizer_files are no object of texts")
+        if not isinstance(tokenizer, dict) or not _are_texts(tokenizer, ("source", "fingerprint")):
+            raise ValueError("the record's tokenizer is no object with a source and a fingerprint")
+        if not _are_texts(run, ("run_id", "name")):
+            raise ValueError("the record's run_id and name are no texts")
         return cls(kind, Config.from_dict(config), tokenizer, run, files)
 
     @property
@@ -105,6 +113,11 @@ class WeightsRecord:
         return tokenizer
 
 
+def _are_texts(values: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether named values are texts, or not there."""
+    return all(isinstance(values.get(name), str | None) for name in names)
+
+
 def read_record(path: Path | str) -> WeightsRecord | None:
     """An exported file's record; None for safetensors of other programs and released ones.
 
@@ -112,14 +125,14 @@ def read_record(path: Path | str) -> WeightsRecord | None:
         ValueError: the file is truncated or no safetensors, or its record is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_regular(path), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
     if METADATA_KEY not in metadata:
         return None
     try:
-        return WeightsRecord.from_dict(json.loads(metadata[METADATA_KEY]))
+        return WeightsRecord.from_dict(parse_json(metadata[METADATA_KEY]))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has a record that cannot be read: {error}") from error
 
@@ -134,7 +147,7 @@ def claim_export(models_dir: Path, name: str, run_id: str, overwrite: bool) -> P
         overwrite: whether another run's file may be replaced.
 
     Returns:
-        The file that the export will be.
+        The file that the export will be: under a name of its own where the name is a downloaded file's.
 
     Raises:
         ValueError: another run's file has that name.
@@ -144,12 +157,14 @@ def claim_export(models_dir: Path, name: str, run_id: str, overwrite: bool) -> P
     path = models_dir / f"{name}{SUFFIX}"
     for leftover in models_dir.glob(f"{path.name}.{_tag(run_id)}.tmp"):
         leftover.unlink(missing_ok=True)
-    if not overwrite and path.exists() and not _belongs_to(path, run_id):
-        raise ValueError(
-            f"{path} exists and is another run's: move it, give --overwrite true to replace it at the end of this run, "
-            "or another --models_dir"
-        )
-    return path
+    if overwrite or not path.exists() or _belongs_to(path, run_id):
+        return path
+    if _run_of(path) is None:
+        return _beside(path, run_id)
+    raise ValueError(
+        f"{path} exists and is another run's: move it, give --overwrite true to replace it at the end of this run, "
+        "or another --models_dir"
+    )
 
 
 def export_weights(
@@ -220,11 +235,24 @@ def _give_name(temporary: Path, target: Path, run_id: str, overwrite: bool) -> P
 
 def _belongs_to(path: Path, run_id: str) -> bool:
     """Whether an exported file is a run's own."""
+    return bool(run_id) and _run_of(path) == run_id
+
+
+def _run_of(path: Path) -> str | None:
+    """The run that made a file; None for what was downloaded, made by another program, or is damaged."""
     try:
         record = read_record(path)
     except ValueError:
-        return False
-    return bool(run_id) and record is not None and record.run_id == run_id
+        return None
+    return None if record is None else record.run_id or ""
+
+
+def _beside(path: Path, run_id: str) -> Path:
+    """The first of `NAME-2`, `NAME-3` ... that is free or the run's own."""
+    number = 2
+    while (other := path.with_name(f"{path.stem}-{number}{SUFFIX}")).exists() and not _belongs_to(other, run_id):
+        number += 1
+    return other
 
 
 def _tag(run_id: str) -> str:

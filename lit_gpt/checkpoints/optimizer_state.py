@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 _ENTRIES = ("step", "exp_avg", "exp_avg_sq")
-# Settings of a parameter group that decide how a step is computed, not what: the current ones may differ.
+# Settings of a parameter group that decide how a step is computed, not what: the current ones stay.
 _MATTERS_OF_SPEED = ("fused", "foreach")
 
 
@@ -64,6 +64,22 @@ def read_optimizer_state(
     return {"state": read, "param_groups": groups}
 
 
+def keep_speed(optimizer: torch.optim.Optimizer, before: Sequence[dict[str, Any]]) -> None:
+    """Give an optimizer back, after its state was loaded elsewhere, what made its steps fast.
+
+    Args:
+        optimizer: restored.
+        before: its parameter groups before that.
+    """
+    for group, earlier in zip(optimizer.param_groups, before, strict=True):
+        group.update({key: earlier[key] for key in _MATTERS_OF_SPEED if key in earlier})
+        for parameter in group["params"]:
+            entries = optimizer.state.get(parameter)
+            if entries and group.get("fused"):
+                # A fused step counts its steps on the device.
+                entries["step"] = entries["step"].to(parameter.device, torch.float32)
+
+
 def _numbered_groups(saved: Any, ordered: list[str], current: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved parameter groups, checked, with parameters by number."""
     if not isinstance(saved, dict) or not isinstance(saved.get("state", None), dict):
@@ -83,7 +99,8 @@ def _numbered_groups(saved: Any, ordered: list[str], current: Sequence[dict[str,
             raise ValueError("a parameter group names other parameters")
         first += count
         _check_settings(group, now)
-        result.append({**group, "params": sorted(number[key] for key in keys)})
+        speed = {key: now[key] for key in _MATTERS_OF_SPEED if key in now}
+        result.append({**group, **speed, "params": sorted(number[key] for key in keys)})
     return result
 
 

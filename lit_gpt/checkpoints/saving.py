@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lit_gpt import devices
-from lit_gpt.checkpoints.optimizer_state import read_optimizer_state
+from lit_gpt.checkpoints.optimizer_state import keep_speed, read_optimizer_state
 from lit_gpt.checkpoints.run_files import (
     PUBLISHED_KEYS,
     CheckpointInfo,
@@ -29,6 +29,7 @@ from lit_gpt.checkpoints.run_files import (
     open_torch_file,
     remove_older,
 )
+from lit_gpt.checkpoints.tensor_checks import check_finite, check_state
 from lit_gpt.files import FileStamp, SaveError, read_json_object, write_file, write_json
 
 if TYPE_CHECKING:
@@ -38,9 +39,14 @@ if TYPE_CHECKING:
 
 
 def save_checkpoint(
-    fabric: Fabric, run_dir: Path, state: dict[str, Any], record: dict[str, Any], keep: int | None = None
+    fabric: Fabric,
+    run_dir: Path,
+    state: dict[str, Any],
+    record: dict[str, Any],
+    keep: int | None = None,
+    alone: bool = False,
 ) -> Path:
-    """Write a checkpoint, then delete older ones; every process calls it.
+    """Write a checkpoint, then delete older ones; every process calls it, or with `alone` the first one.
 
     Args:
         fabric: one device, DDP, or FSDP2 (ModelParallelStrategy).
@@ -50,16 +56,20 @@ def save_checkpoint(
         record: what the run is, as JSON values (kind, config, tokenizer, run_id, settings ...); it goes into the file
             and into the marker.
         keep: how many checkpoints up to this one stay; None or 0 keeps all.
+        alone: the other processes do not take part (they may be gone).
 
     Returns:
         The .pth file.
 
     Raises:
+        ValueError: alone, while the others have parts of the model.
         SaveError: the disk is full, not writable ...; on every process. Earlier checkpoints are untouched and no
             temporary file is left.
     """
     missing = [key for key in PUBLISHED_KEYS if key not in state]
     assert not missing, f"state lacks {missing}"
+    if alone and fabric.world_size > 1 and _is_sharded(_module(state["model"])):
+        raise ValueError("the model is sharded over processes that may be gone")
     content = {**_gather(fabric, state), "record": record}
 
     def work() -> Path:
@@ -69,7 +79,7 @@ def save_checkpoint(
             remove_older(path, keep)
         return path
 
-    path = devices.on_rank_zero(fabric, work)
+    path = work() if alone else devices.on_rank_zero(fabric, work)
     assert isinstance(path, Path)
     return path
 
@@ -142,11 +152,14 @@ def load_checkpoint(fabric: Fabric, checkpoint: CheckpointInfo | Path, state: di
         raise ValueError(f"{path} is no checkpoint: its model or its step count is of another kind")
     module = _module(state["model"])
     optimizer = getattr(state["optimizer"], "optimizer", state["optimizer"])
-    model_state = clean_names(content["model"])
+    model_state = clean_names(content["model"], path)
     check_state(path, model_state, {name: tuple(value.shape) for name, value in module.state_dict().items()})
+    check_finite(path, model_state)
     optimizer_state = read_optimizer_state(path, content["optimizer"], module, optimizer, content["step_count"])
     if _is_sharded(module):
+        before = [dict(group) for group in optimizer.param_groups]
         fabric.load(path, {"model": state["model"], "optimizer": state["optimizer"]}, weights_only=True)
+        keep_speed(optimizer, before)
     else:
         module.load_state_dict(model_state)
         # torch keeps tensors that need no conversion as they are: copies, lest they hang on the mapped file.
@@ -154,26 +167,6 @@ def load_checkpoint(fabric: Fabric, checkpoint: CheckpointInfo | Path, state: di
             entries.update({name: value.clone() for name, value in entries.items()})
         optimizer.load_state_dict(optimizer_state)
     return {key: value for key, value in content.items() if key not in ("model", "optimizer")}
-
-
-def check_state(source: Path | str, state: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
-    """Compare a file's parameters with a model's.
-
-    Raises:
-        ValueError: a parameter is missing, unknown or of another shape; the first is named.
-    """
-    for name, shape in expected.items():
-        if name not in state:
-            raise ValueError(f"{source} does not fit the model: {name} is missing (another model or kind?)")
-        if tuple(state[name].shape) != shape:
-            raise ValueError(
-                f"{source} does not fit the model: {name} has shape {list(state[name].shape)}, expected {list(shape)}"
-            )
-        if not state[name].is_floating_point():
-            raise ValueError(f"{source} does not fit the model: {name} has {state[name].dtype}, expected floats")
-    unknown = [name for name in state if name not in expected]
-    if unknown:
-        raise ValueError(f"{source} does not fit the model: {len(unknown)} unknown parameters, the first {unknown[0]}")
 
 
 def _module(model: Any) -> nn.Module:

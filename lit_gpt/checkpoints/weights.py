@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, read_record
 from lit_gpt.checkpoints.run_files import clean_names, marker_path, open_checkpoint, open_torch_file
-from lit_gpt.checkpoints.saving import check_state
+from lit_gpt.checkpoints.tensor_checks import check_finite, check_state
 from lit_gpt.config import SIZES, Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
@@ -51,7 +52,7 @@ def load_weights(
 
     Raises:
         FileNotFoundError: there is no such file, or no checkpoint in the folder.
-        ValueError: it is damaged, or holds something else.
+        ValueError: it is damaged, holds something else, or weights that are NaN or infinite.
     """
     path = Path(path)
     from_folder = path.is_dir()
@@ -61,13 +62,24 @@ def load_weights(
         raise FileNotFoundError(f"no checkpoint {path}: no such file{_neighbours(path)}")
     if path.suffix == SUFFIX:
         record = read_record(path)
-        return of_family(path, clean_names(load_file(path))), record
+        state = of_family(path, clean_names(_load_safetensors(path), path))
+        check_finite(path, state)
+        return state, record
     # What a folder gave has been checked against its marker already: hashing a large file twice takes a while.
     if not from_folder and marker_path(path).exists() and path.name.startswith("iter-"):
         open_checkpoint(path)
     state, record = weights_of(path, open_torch_file(path), warn)
+    check_finite(path, state)
     # Copies: a mapped tensor would die with a file that is replaced in place.
     return {name: value.clone() for name, value in of_family(path, state).items()}, record
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    """A file's tensors, after `read_record` has found its header good."""
+    try:
+        return load_file(path)
+    except (SafetensorError, LookupError, ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} holds tensors that torch cannot take: {str(error).splitlines()[0][:120]}") from error
 
 
 def weights_of(
@@ -81,7 +93,7 @@ def weights_of(
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict or a checkpoint")
     container = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)), content)
-    return clean_names(container), _record_of(path, content, warn)
+    return clean_names(container, path), _record_of(path, content, warn)
 
 
 def read_model(

@@ -10,8 +10,8 @@ B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -171,18 +171,21 @@ def _collate(samples: list[Sample], groups: list[Group], rows: range, groups_per
 
 
 def prefetched_steps(
-    dataset: Dataset, rule: GroupRule, layout: StepLayout, steps: range
+    dataset: Dataset, rule: GroupRule, layout: StepLayout, steps: Iterable[int]
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """`step_batches` of each step, read by a thread one step ahead of training.
 
     A sample costs microseconds (memory-mapped), so one thread is enough; it hides a slow disk.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader") as reader:
-        ahead = None
+        reading: tuple[int, Future[list[MicroBatch]]] | None = None
         for step in steps:
-            current = ahead or reader.submit(step_batches, dataset, rule, layout, step)
-            ahead = reader.submit(step_batches, dataset, rule, layout, step + 1) if step + 1 < steps.stop else None
-            yield step, current.result()
+            ahead = step, reader.submit(step_batches, dataset, rule, layout, step)
+            if reading is not None:
+                yield reading[0], reading[1].result()
+            reading = ahead
+        if reading is not None:
+            yield reading[0], reading[1].result()
 
 
 def validation_batches(

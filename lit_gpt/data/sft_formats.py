@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.files import parse_json, read_json
 from lit_gpt.tokenizer import Tokenizer
+
+# ShareGPT's file has 0.7 GB.
+_LARGEST_LIST = 1 << 32
 
 CHAT_TEMPLATE = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -71,10 +75,7 @@ def json_items(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         ValueError: the file is no JSON list; the line says where it breaks.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+    content = read_json(path, _LARGEST_LIST)
     if not isinstance(content, list):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected a list of dialogues")
     for number, item in enumerate(content, start=1):
@@ -96,7 +97,7 @@ def gsm8k_examples(line: str, tokenizer: Tokenizer) -> list[Example]:
 
 def sharegpt_examples(item: str, tokenizer: Tokenizer) -> list[Example]:
     """The first round of a dialogue: learn the answer from the question in the chat template."""
-    dialogue = json.loads(item)
+    dialogue = parse_json(item)
     turns = dialogue.get("conversations") if isinstance(dialogue, dict) else None
     if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
         raise Malformed('expected {"conversations": [{"from": "human", "value": "..."}, ...]}')
@@ -112,7 +113,7 @@ def sharegpt_examples(item: str, tokenizer: Tokenizer) -> list[Example]:
 def reverse_examples(line: str, tokenizer: Tokenizer) -> list[Example]:
     """A prompt and its completion as one text: nothing is given, everything is learnt."""
     try:
-        fact = json.loads(line)
+        fact = parse_json(line)
     except ValueError:
         fact = None
     if not isinstance(fact, dict) or not all(isinstance(fact.get(name), str) for name in ("prompt", "completion")):

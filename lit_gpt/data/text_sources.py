@@ -10,12 +10,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from lit_gpt.files import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 # Raw bytes of a batch: large enough that handing it to another process costs little, small enough to balance the cores.
@@ -290,7 +291,7 @@ def _parquet_batches(source: TextFile, index: int, rules: DocumentRules, begin: 
 def _json_text(line: bytes, rules: DocumentRules, where: str) -> str | None:
     """The text of a record, None for one of a skipped subset."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from error
     text = record.get(rules.text_field) if isinstance(record, dict) else None

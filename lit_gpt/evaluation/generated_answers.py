@@ -24,6 +24,7 @@ from lit_gpt.cli import warn
 from lit_gpt.devices import join_processes
 from lit_gpt.evaluation.result_file import EXISTING, ResultFile
 from lit_gpt.evaluation.settings import AnswerFlags
+from lit_gpt.files import parse_json
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import valid_text
 
@@ -107,7 +108,7 @@ def read_json_questions(path: Path, fields: Sequence[str]) -> list[JsonQuestion]
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
+                value = parse_json(line)
             except ValueError as error:
                 raise ValueError(f"{path}:{number} is not JSON ({error}): {expected}") from error
             if not isinstance(value, dict):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from lit_gpt.files import make_folder
+from lit_gpt.files import make_folder, parse_json
 
 Value = TypeVar("Value")
 DEFAULT_FOLDER = Path("~/.cache/smdm/evaluation")
@@ -91,7 +91,7 @@ class EvalCache:
     def _read(self, path: Path) -> None:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
             except ValueError:
                 continue
             if isinstance(entry, list) and len(entry) == 2:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from lit_gpt.files import cannot_write, lock_file, make_folder, read_json_object, write_file, write_json
+from lit_gpt.files import cannot_write, lock_file, make_folder, parse_json, read_json_object, write_file, write_json
 
 EXISTING = ("continue", "refuse", "overwrite")
 """What to do with a file that is there already: the values of the scripts' `--existing`."""
@@ -147,7 +147,7 @@ class ResultFile:
             if not line.strip():
                 continue
             try:
-                result = json.loads(line)
+                result = parse_json(line)
                 self._results[self._key(result)] = result
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise ValueError(f"{self.path}:{number} is no result ({error!r}): mend or remove that line") from error

@@ -72,7 +72,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     fabric = devices.start_fabric(flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision)
     data = _data(recipe, flags, path, tokenizer, row_length)
     for line in sft_dataset.left_out_lines(data.info, row_length):
-        fabric.print(line)
+        devices.say(fabric, line)
     steps = flags.max_steps or _steps(data, flags)
     warmup = flags.warmup_steps
     if warmup is None:

@@ -1,4 +1,7 @@
-"""Where a run's metrics are written: a CSV that a resumed run continues, TensorBoard and W&B when they are asked for."""
+"""Where a run's metrics are written: a CSV that a resumed run continues, TensorBoard and W&B when they are asked for.
+
+A log never ends a run: what cannot be written (a full disk, a service that does not answer) is said once.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ import importlib.util
 import io
 import math
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lit_gpt import cli
 from lit_gpt.files import write_file
 
 LOGGERS = ("csv", "tensorboard", "wandb")
@@ -36,11 +42,30 @@ class MetricsCsv:
         writer.writeheader()
         writer.writerows(rows)
         write_file(path, lambda file: file.write(text.getvalue().encode()))
+        self._waiting = b""
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Append a row; columns without a value stay empty."""
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns, extrasaction="ignore").writerow({"step": step, **metrics})
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Append a row; columns without a value stay empty. Rows that could not be written are tried again with the next.
+
+        Raises:
+            OSError: they cannot be written; the file ends with its last whole row.
+        """
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, extrasaction="ignore").writerow({"step": step, **metrics})
+        self._waiting += text.getvalue().encode()
+        with self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                written = file.write(self._waiting)
+                if written < len(self._waiting):  # a disk that is nearly full takes a part
+                    file.write(self._waiting[written:])
+            except OSError:
+                file.truncate(end)
+                raise
+        self._waiting = b""
+
+    def finalize(self, status: str) -> None:
+        """Nothing is left to write."""
 
 
 class WandbLogger:
@@ -67,31 +92,75 @@ def next_version(folder: Path) -> Path:
     return folder / f"version_{max(used, default=-1) + 1}"
 
 
-def extra_loggers(names: Sequence[str], folder: Path, run_name: str, settings: dict[str, Any]) -> list[Any]:
-    """TensorBoard and W&B loggers, if asked for.
-
-    Args:
-        names: of LOGGERS; `csv` is always on.
-        folder: the run's log folder.
-        run_name: the name in W&B's project `scaling`.
-        settings: shown beside the run.
+def check_names(names: Sequence[str]) -> None:
+    """Refuse loggers that cannot be had.
 
     Raises:
         ValueError: an unknown name, or a package that is not installed.
     """
-    loggers: list[Any] = []
     for name in names:
         if name not in LOGGERS:
             raise ValueError(f"--logger {name} is unknown: choose from {', '.join(LOGGERS)}")
         if name != "csv" and not importlib.util.find_spec(name):
             raise ValueError(f"--logger {name}: the package is not installed; pip install 'smdm[loggers]'")
-        if name == "tensorboard":
-            from lightning_fabric.loggers import TensorBoardLogger
 
-            loggers.append(TensorBoardLogger(root_dir=folder, name="tensorboard", version=""))
-        elif name == "wandb":
-            loggers.append(WandbLogger(folder, run_name, settings))
-    return loggers
+
+class RunLoggers:
+    """A run's loggers, none of which can end it: the first failure of each is a warning."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._loggers: dict[str, Any] = {}
+        self._failed: set[str] = set()
+
+    def add(self, name: str, make: Callable[[], Any]) -> None:
+        """Open a logger with `log_metrics` and `finalize`; goes on without it where that fails."""
+        logger = self._guard(name, make)
+        if logger is not None:
+            self._loggers[name] = logger
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Write the metrics of a step to every logger."""
+        for name, logger in self._loggers.items():
+            self._guard(name, partial(logger.log_metrics, metrics, step))
+
+    def close(self) -> None:
+        """Write what is left."""
+        for name, logger in self._loggers.items():
+            self._guard(name, partial(logger.finalize, "success"))
+
+    def _guard(self, name: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        # Whatever a logger's package raises is no reason to lose a run.
+        except Exception as error:
+            if name not in self._failed:
+                self._failed.add(name)
+                cli.warn(f"the {name} log in {self.folder} cannot be written: {_reason(error)}; the run goes on")
+            return None
+
+
+def _reason(error: BaseException) -> str:
+    """What first went wrong, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def tensorboard_logger(folder: Path) -> Any:
+    """TensorBoard's files in a run's log folder."""
+    from lightning_fabric.loggers import TensorBoardLogger
+
+    show = threading.excepthook
+
+    def show_others(args: threading.ExceptHookArgs) -> None:
+        # Its writing thread ends with the first error, which the next call raises.
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            show(args)
+
+    threading.excepthook = show_others
+    return TensorBoardLogger(root_dir=folder, name="tensorboard", version="")
 
 
 def perplexity(loss: float) -> float:

@@ -61,7 +61,7 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
         budget = float(f"{spent:.3g}")
     fabric = devices.start_fabric(flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision)
     if validation is None:
-        fabric.print(f"no validation* files in {flags.data_dir}: training without validation")
+        devices.say(fabric, f"no validation* files in {flags.data_dir}: training without validation")
     kind = recipe.model_class.kind
     model = recipe.model_class(config)
     start_hash = None

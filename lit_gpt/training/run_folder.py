@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lit_gpt import cli, devices, files
 from lit_gpt.checkpoints import export, run_files, saving, weights
-from lit_gpt.training import loggers, speed_monitor
+from lit_gpt.training import loggers, skipped_steps, speed_monitor
 from lit_gpt.training.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ METRICS = (
 # In `run.json`, from a run's being taken back (--resume PATH) or replaced (--resume never) to its first save: the micro
 # step whose checkpoint it starts from, -1 for none. Later checkpoints stay until then, but do not count.
 VALID_UNTIL = "checkpoints_valid_until"
+# In the record of the run, its checkpoints and its export: the ranges of steps whose data is passed over.
+SKIPPED = "skip_steps"
 
 
 class RunFolder:
@@ -47,7 +49,7 @@ class RunFolder:
         self.finished: dict[str, Any] | None = None
         # Checkpoints of later micro steps than this one are not this run's any more; the first save deletes them.
         self._valid_until: int | None = None
-        self._loggers: list[Any] = []
+        self._loggers: loggers.RunLoggers | None = None
 
     @classmethod
     @contextlib.contextmanager
@@ -63,9 +65,8 @@ class RunFolder:
             prepared = devices.on_rank_zero(fabric, lambda: folder._prepare(stack))
             folder.record, folder.start, folder.finished = prepared
             if folder.finished is not None:
-                fabric.print(
-                    f"run {experiment.name} is finished ({path}): nothing to do; --resume never --overwrite true starts it anew"
-                )
+                line = "nothing to do; --resume never --overwrite true starts it anew"
+                devices.say(fabric, f"run {experiment.name} is finished ({path}): {line}")
             elif fabric.is_global_zero:
                 folder._open_logs()
             yield folder
@@ -75,17 +76,32 @@ class RunFolder:
         """The CSV with the run's metrics."""
         return Path(self.record["log_path"])
 
+    @property
+    def skipped_steps(self) -> skipped_steps.Ranges:
+        """The steps whose data is passed over."""
+        return self.record.get(SKIPPED, [])
+
     def _prepare(self, stack: contextlib.ExitStack) -> tuple[dict[str, Any], Any, dict[str, Any] | None]:
         """The first process's part of `open`: (record, checkpoint to start from, result if finished)."""
         path, config, experiment = self.path, self.config, self.experiment
+        loggers.check_names(config.logger)
         files.make_folder(path)
         stack.enter_context(files.folder_lock(path))
         run_files.remove_temporary(path)
         start = self._choose_start()
         record = run_files.read_run_record(path) if start else {}
         record.pop(VALID_UNTIL, None)
+        passed_over = start.record.get(SKIPPED, []) if start else []
+        skipped = skipped_steps.union(
+            record.get(SKIPPED, []), passed_over, skipped_steps.parse_ranges(config.skip_steps)
+        )
         if start is not None:
             self._check_settings(start)
+            if (step := skipped_steps.first_outside(skipped, passed_over, start.step)) is not None:
+                raise ValueError(
+                    f"--skip_steps: {start.path} (step {start.step}) has learnt from step {step} already; "
+                    "--resume PATH goes back to an earlier checkpoint"
+                )
             if record.get("finished") and config.resume == "auto" and start.step == experiment.max_steps:
                 return record, start, record.get("result", {})
         if not record:
@@ -102,7 +118,15 @@ class RunFolder:
                 **experiment.record,
             }
         record["finished"] = False
-        export.claim_export(Path(config.models_dir), experiment.export_name, record["run_id"], config.overwrite)
+        if skipped:
+            record[SKIPPED] = skipped
+        target = export.claim_export(
+            Path(config.models_dir), experiment.export_name, record["run_id"], config.overwrite
+        )
+        if target.stem != experiment.export_name:
+            cli.warn(
+                f"{experiment.export_name}{target.suffix} is there and no run's: this one will be exported as {target}"
+            )
         self._write_record(record)
         return record, start, None
 
@@ -148,11 +172,15 @@ class RunFolder:
             )
 
     def _open_logs(self) -> None:
+        """Open the loggers; only the first process has them."""
         step = self.start.step if self.start else None
-        self._loggers = [loggers.MetricsCsv(self.log_path, METRICS, step)]
-        self._loggers += loggers.extra_loggers(
-            self.config.logger, self.log_path.parent, self.experiment.name, self.experiment.settings
-        )
+        folder, experiment = self.log_path.parent, self.experiment
+        self._loggers = loggers.RunLoggers(folder)
+        self._loggers.add("csv", lambda: loggers.MetricsCsv(self.log_path, METRICS, step))
+        if "tensorboard" in self.config.logger:
+            self._loggers.add("tensorboard", lambda: loggers.tensorboard_logger(folder))
+        if "wandb" in self.config.logger:
+            self._loggers.add("wandb", lambda: loggers.WandbLogger(folder, experiment.name, experiment.settings))
 
     def restore(self, fabric: Fabric, model: Any, optimizer: Any) -> int:
         """Load the checkpoint to start from into model and optimizer; returns its step, or 0 without one."""
@@ -169,23 +197,28 @@ class RunFolder:
         return run.get("micro_batch_size") if run.get("world_size") == world_size else None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Write metrics to every logger (the first process has them, the others none)."""
-        for index, logger in enumerate(self._loggers):
-            if index == 0:
-                logger.log(metrics, step)
-            else:
-                logger.log_metrics(metrics, step)
+        """Write metrics to every logger."""
+        if self._loggers is not None:
+            self._loggers.log(metrics, step)
 
-    def save(self, fabric: Fabric, state: dict[str, Any], micro_batch_size: int) -> None:
-        """Write a checkpoint; every process calls it. The final one does not count among those that are kept."""
+    def save(self, fabric: Fabric, state: dict[str, Any], micro_batch_size: int, alone: bool = False) -> None:
+        """Write a checkpoint; every process calls it, or the first one alone. The final one does not count as kept.
+
+        Raises:
+            SaveError: it could not be written.
+            ValueError: alone, and the model is sharded over processes.
+        """
         run = {"micro_batch_size": micro_batch_size, "world_size": fabric.world_size}
         record = {**self.record, "settings": self.experiment.settings, "run": run}
         keep = self.config.keep_checkpoints
         if keep and state["step_count"] == self.experiment.max_steps:
             keep += 1
-        path = saving.save_checkpoint(fabric, self.path, state, record, keep or None)
-        devices.on_rank_zero(fabric, lambda: self._discard_later(path))
-        fabric.print(f"saved {path}")
+        path = saving.save_checkpoint(fabric, self.path, state, record, keep or None, alone)
+        if alone:
+            self._discard_later(path)
+        else:
+            devices.on_rank_zero(fabric, lambda: self._discard_later(path))
+        devices.say(fabric, f"saved {path}")
 
     def _discard_later(self, saved: Path) -> None:
         """After the first save of a run that was taken back: delete what it was taken back from."""
@@ -202,9 +235,9 @@ class RunFolder:
     def finish(self, fabric: Fabric, result: dict[str, Any]) -> dict[str, Any]:
         """Export the final checkpoint's weights and mark the run finished; returns the result with the export's path."""
         record = devices.on_rank_zero(fabric, lambda: self._finish(result))
-        fabric.print(f"exported {record['result']['export']}")
-        for logger in self._loggers[1:]:
-            logger.finalize("success")
+        devices.say(fabric, f"exported {record['result']['export']}")
+        if self._loggers is not None:
+            self._loggers.close()
         return dict(record["result"])
 
     def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +252,7 @@ class RunFolder:
             self.experiment.tokenizer,
         )
         if target.stem != self.experiment.export_name:
-            cli.warn(f"{self.experiment.export_name} was taken by another run meanwhile: exported as {target}")
+            cli.warn(f"{self.experiment.export_name} is taken: exported as {target}")
         record = {**self.record, "finished": True, "result": {**result, "export": str(target)}}
         run_files.write_run_record(self.path, record)
         return record
@@ -233,11 +266,23 @@ class RunFolder:
             signal_number,
         )
 
-    def not_finite(self, step: int, loss: float, grad_norm: float) -> str:
-        """What to tell when a step's loss or gradient is not a number."""
+    def bad_gradient(self, step: int, loss: float, grad_norm: float) -> str:
+        """What to tell when a step's loss or gradient is not a number, or a loss has no gradient."""
         found = run_files.newest_complete(self.path, lambda line: None)
         last = f"the last good checkpoint is {found.path}" if found else "there is no checkpoint yet"
+        if grad_norm == 0:
+            what, remedy = (
+                "no weight would learn",
+                "Weights that are all 0 do that; otherwise it is a fault of this code",
+            )
+        else:
+            what, remedy = (
+                "not finite",
+                (
+                    f"The same command with --skip_steps {step} passes over that step's data; a new run may take a lower "
+                    "--learning_rate or --precision 32-true"
+                ),
+            )
         return (
-            f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, stopped before the update; {last}. "
-            "Try a lower --learning_rate or --precision 32-true"
+            f"step {step}: loss {loss}, gradient norm {grad_norm}: {what}, stopped before the update; {last}. {remedy}"
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from lit_gpt.training import skipped_steps
+
 STRATEGIES = ("auto", "ddp", "fsdp")
 SHAPE_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
 PRECISIONS = ("auto", "bf16-mixed", "bf16-true", "32-true")
@@ -22,7 +24,7 @@ class TrainConfig:
         "max_steps", "warmup_steps", "accelerator", "devices", "nodes_num", "strategy", "precision", "compile",
         "attention_kernel", "micro_batch_size", "activation_checkpointing", "log_interval", "save_interval",
         "keep_checkpoints", "val_interval", "val_samples", "val_draws", "logger", "log_dir", "models_dir", "resume",
-        "overwrite",
+        "overwrite", "skip_steps",
     })  # fmt: skip
 
     batch_size: int = 256
@@ -47,6 +49,10 @@ class TrainConfig:
     """Largest norm of the gradient; 0 turns clipping off."""
     seed: int = 3407
     """Decides weights, data order and noise."""
+
+    skip_steps: list[str] = field(default_factory=list)
+    """Steps whose data is passed over without an update, such as 5123 or 5120-5130, several as 7,5120-5130: after a loss that
+    is not finite. The run keeps them in mind: they need not be given again."""
 
     accelerator: str = "auto"
     """auto, cpu or cuda."""
@@ -105,6 +111,10 @@ class TrainConfig:
         for name in ("micro_batch_size", "max_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 found.append(f"--{name} {value}: at least 1")
+        try:
+            skipped_steps.parse_ranges(self.skip_steps)
+        except ValueError as error:
+            found.append(str(error))
         if self.warmup_steps is not None and self.warmup_steps < 0:
             found.append(f"--warmup_steps {self.warmup_steps}: at least 0")
         if not 0 <= self.min_lr <= self.learning_rate:

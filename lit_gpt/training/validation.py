@@ -124,7 +124,7 @@ def validate(
             return None
         if (now := time.perf_counter()) - shown > _PROGRESS_S:
             shown, done = now, (number + 1) / rounds
-            fabric.print(f"validation: {done:.0%}, {(now - started) * (1 / done - 1):.0f} s left")
+            devices.say(fabric, f"validation: {done:.0%}, {(now - started) * (1 / done - 1):.0f} s left")
     model.train()
     nats, tokens, text_bytes = devices.all_reduce_sum(fabric, [nats, tokens, text_bytes])
     bits = nats / (math.log(2) * text_bytes) if text_bytes else None

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_gpt.files import parse_json
 from lit_gpt.ui.page import Generation, PageModels, form_controls
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ async def _read_request(request: Request) -> dict[str, Any]:
         if len(body) > _MAX_REQUEST_BYTES:
             raise ValueError(f"the request is longer than {_MAX_REQUEST_BYTES:,} bytes: shorten the prompt")
     try:
-        wanted = json.loads(body)
-    except (ValueError, RecursionError):
+        wanted = parse_json(body)
+    except ValueError:
         wanted = None
     if not isinstance(wanted, dict) or request.headers.get("content-type") != "application/json":
         raise ValueError("expected a JSON object with checkpoint, prompt and sampling, of type application/json")

@@ -40,13 +40,13 @@ def fabric() -> Any:
     return devices.start_fabric("cpu", "1", 1, "auto", "32-true")
 
 
-def make_state(fabric: Any, seed: int = 1, steps: int = 2) -> dict[str, Any]:
+def make_state(fabric: Any, seed: int = 1, steps: int = 2, fused: bool = True) -> dict[str, Any]:
     """A model and an optimizer that have made some steps."""
     module = TransEncoder(TINY)
     module.init_weights(seed)
     model = fabric.setup_module(module)
     model.mark_forward_method("weighted_nll")
-    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True))
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused))
     state = {"model": model, "optimizer": optimizer, "hparams": {"batch_size": 8}, "iter_num": 0, "step_count": 0}
     for _ in range(steps):
         train_step(fabric, state)
@@ -244,6 +244,16 @@ def test_published_file_without_marker(fabric: Any, tmp_path: Path) -> None:
     torch.save({"model": {}}, tmp_path / "iter-000020-ckpt.pth")
     assert newest(tmp_path)[0] == info
     assert any("lacks optimizer, hparams, iter_num, step_count" in line for line in newest(tmp_path)[1])
+
+
+def test_an_optimizer_stays_as_fast_as_it_is(fabric: Any, tmp_path: Path) -> None:
+    """Published optimizers were not fused, and torch's take that from the file."""
+    save(fabric, tmp_path, make_state(fabric, fused=False))
+    for fused in (True, False):
+        restored = make_state(fabric, seed=7, steps=0, fused=fused)
+        saving.load_checkpoint(fabric, tmp_path, restored)
+        assert [group["fused"] for group in restored["optimizer"].param_groups] == [fused]
+        train_step(fabric, restored)
 
 
 class Malicious:
@@ -550,6 +560,8 @@ try:
     save(fabric, folder / "file" / "run", state)
 except files.SaveError as error:
     print("refused", fabric.global_rank, flush=True)
+saving.load_checkpoint(fabric, folder / "slow", state)
+assert all(group["fused"] for group in state["optimizer"].param_groups)
 """
 
 
@@ -561,8 +573,9 @@ def test_one_strategys_checkpoint_is_anothers(fabric: Any, tmp_path: Path, strat
     on both, and none hangs.
     """
     (tmp_path / "file").write_text("")
-    for folder in ("one", "again", "after"):
+    for folder in ("one", "again", "after", "slow"):
         (tmp_path / folder).mkdir()
+    save(fabric, tmp_path / "slow", make_state(fabric, fused=False))
     unbroken = make_state(fabric, steps=2)
     save(fabric, tmp_path / "one", unbroken)
     before = weights_of(unbroken)

@@ -206,6 +206,29 @@ def test_a_records_numbers_are_not_believed(tmp_path: Path, change: dict[str, ob
     fails(message, path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": ["tok"]}, "tokenizer is no object with a source"),
+        ({"tokenizer": {"source": 3}}, "tokenizer is no object with a source"),
+        ({"tokenizer_files": {"tokenizer.model": 3}}, "tokenizer_files are no object of texts"),
+        ({"tokenizer_files": "rubbish"}, "tokenizer_files are no object of texts"),
+        ({"run_id": 7}, "run_id and name are no texts"),
+        ({"kind": ["arm"]}, "names no known kind"),
+        ({"config": 3}, "names no known kind and config"),
+    ],
+    ids=str,
+)
+def test_a_record_of_other_types_is_one_line(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    model = make_model(GPT)
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path, {"smdm": json.dumps({**run_record(model), **change})})
+    fails(message, path)
+    for text in ("[1]", "3", "{", "[" * 5000, '{"kind": NaN}'):
+        save_file(model.state_dict(), path, {"smdm": text})
+        fails("has a record that cannot be read", path)
+
+
 @pytest.mark.parametrize("value", [torch.zeros(()), torch.zeros(64), torch.zeros(1, 64, 16), torch.zeros(0, 16)])
 def test_an_embedding_of_another_form(tmp_path: Path, value: torch.Tensor) -> None:
     state = make_model(GPT).state_dict()
@@ -271,9 +294,20 @@ def test_another_runs_name_is_refused_before_the_first_step(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="n.safetensors exists and is another run's: .* --overwrite"):
         export.claim_export(folder, "n", "run-b", overwrite=False)
     export.claim_export(folder, "n", "run-b", overwrite=True)
-    save_file(model.state_dict(), folder / "released.safetensors")
-    with pytest.raises(ValueError, match="another run's"):
-        export.claim_export(folder, "released", "run-a", overwrite=False)
+
+
+def test_a_downloaded_files_name_gets_a_number(tmp_path: Path) -> None:
+    """It is not replaced, and keeps nobody from training."""
+    model = make_model(GPT)
+    save_file(model.state_dict(), tmp_path / "released.safetensors")
+    before = (tmp_path / "released.safetensors").read_bytes()
+    for run_id, name in (("run-a", "released-2.safetensors"), ("run-b", "released-3.safetensors")):
+        for _ in range(2):  # the second time, the file is the run's own
+            assert export.claim_export(tmp_path, "released", run_id, overwrite=False) == tmp_path / name
+            written = export.export_weights(tmp_path, "released", model.state_dict(), run_record(model, run_id))
+            assert written == tmp_path / name
+    assert (tmp_path / "released.safetensors").read_bytes() == before
+    assert export.claim_export(tmp_path, "released", "run-a", overwrite=True) == tmp_path / "released.safetensors"
 
 
 def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:

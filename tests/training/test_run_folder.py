@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
+import shutil
+import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+import torch
 
-from tests.support.training_runs import final_state, make_packed_data, run_pretraining
+from lit_gpt.data.packed_format import PackedDatasetBuilder
+from tests.support.training_runs import (
+    final_state,
+    make_packed_data,
+    one_thread_environment,
+    pretraining_command,
+    read_losses,
+    read_metrics,
+    run_pretraining,
+    run_pretraining_process,
+    start_pretraining,
+)
 
 
 @pytest.fixture
 def folder(tmp_path):
     make_packed_data(tmp_path / "data")
     return tmp_path
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a megabyte."""
+    place, mount = tmp_path / "disk", shutil.which("mount")
+    place.mkdir()
+    command = [mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if mount is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
 
 
 def checkpoints(folder):
@@ -70,3 +101,159 @@ def test_a_rewind_deletes_later_checkpoints_with_its_first_save(finished):
     assert list(checkpoints(finished)) == [3, 7, 12]
     assert all((final_state(finished)[name] == state[name]).all() for name in state)
     assert "checkpoints_valid_until" not in json.loads(record.read_text())
+
+
+# --- whatever fails, what was computed is kept --------------------------------------------------------------------
+
+
+def make_one_large_file(folder):
+    """Data in one file whose middle no fingerprint covers."""
+    builder = PackedDatasetBuilder(folder, "train_slim", chunk_size=33 * 240, sep_token=1, vocab_size=64)
+    builder.add_array(np.arange(33 * 239) % 62 + 2)
+    builder.write_reminder()
+    return next(folder.glob("train_slim*.bin"))
+
+
+def edit_middle(path, value):
+    """Write something else into the middle of a file; returns what was there."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    before = bytes(content[middle : middle + len(value)])
+    content[middle : middle + len(value)] = value
+    path.write_bytes(content)
+    return before
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_between_two_checkpoints_saves_the_last_whole_step(tmp_path, tmp_path_factory, processes):
+    """A file on the disk goes bad while it is read; when it is whole again, the run goes on as if nothing had been."""
+    flags = {"max_steps": 30, "save_interval": 5000, "log_interval": 1, "val_samples": 0, "devices": processes}
+    run = run_pretraining if processes == 1 else run_pretraining_process
+    whole = tmp_path_factory.mktemp("whole")
+    make_one_large_file(whole / "data")
+    run("train_mdm.py", whole, **flags)
+    data = make_one_large_file(tmp_path / "data")
+    before = edit_middle(data, b"\xe7\x03" * 10)
+    _, err = run("train_mdm.py", tmp_path, code=2, **flags)
+    assert "the model's vocabulary has 64 tokens" in err
+    edit_middle(data, before)
+    (saved,) = checkpoints(tmp_path)
+    assert 0 < saved < 30
+    out, _ = run("train_mdm.py", tmp_path, **flags)
+    assert f"resumed at step {saved} of 30" in out
+    states = final_state(whole), final_state(tmp_path)
+    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
+    assert read_losses(whole) == read_losses(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_not_saved(folder):
+    flags = {"max_steps": 30, "save_interval": 5000, "learning_rate": 1e30, "grad_clip": 0, "val_samples": 0}
+    _, err = run_pretraining("train_ar.py", folder, code=2, **flags)
+    assert "not finite, stopped before the update" in err and "with --skip_steps 2 passes over" in err
+    assert not checkpoints(folder)
+
+
+def test_a_full_disk_under_the_logs_does_not_end_a_run(folder, small_disk):
+    """The CSV's disk fills up, and has room again later: the run goes on, and the rows are all there."""
+    flags = {"max_steps": 1500, "save_interval": 5000, "log_interval": 1, "val_samples": 0}
+    process = start_pretraining("train_ar.py", folder, **flags, logger="csv,tensorboard", log_dir=small_disk)
+    ballast, warned = small_disk / "ballast", ""
+    for line in process.stdout:
+        if "step 10:" in line:
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 512)
+        if "step 900:" in line:
+            ballast.unlink()
+    warned = process.stderr.read()
+    assert process.wait(60) == 0, warned
+    lines = [line for line in warned.splitlines() if "No space left on device" in line]
+    assert 1 <= len(lines) <= 2 and all(line.startswith("warning: the ") for line in lines), warned
+    assert f"warning: the csv log in {small_disk}" in warned
+    with next(small_disk.glob("*/version_0/metrics.csv")).open(newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 1501))
+
+
+def test_a_full_disk_under_standard_output_does_not_end_a_run(folder):
+    command = pretraining_command("train_ar.py", folder, max_steps=30, log_interval=1, val_samples=0)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=folder, env=one_thread_environment(), stdout=full, stderr=full, timeout=200
+        )
+    assert list(checkpoints(folder)) == [30] and list(folder.glob("models/*.safetensors")), done.returncode
+
+
+def test_a_lost_terminal_saves(folder):
+    process = start_pretraining("train_ar.py", folder, max_steps=20000, save_interval=50000, val_samples=0)
+    for line in process.stdout:
+        if "step 20:" in line:
+            break
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGHUP, err
+    assert "SIGHUP: stopped at step" in err and checkpoints(folder)
+
+
+# --- steps that are passed over -----------------------------------------------------------------------------------
+
+
+def differing(one, other):
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def test_skipped_steps_change_nothing_but_the_schedule_and_stay_skipped(folder, tmp_path_factory):
+    flags = FLAGS | {"save_interval": 4, "log_interval": 1}
+    unskipped = tmp_path_factory.mktemp("unskipped")
+    make_packed_data(unskipped / "data")
+    run_pretraining("train_mdm.py", unskipped, **flags)
+    out, _ = run_pretraining("train_mdm.py", folder, **flags, skip_steps="3,6-7,12")
+    assert [line for line in out.splitlines() if "passed over" in line] == [
+        f"passed over the data of step {first} to {last}, without an update"
+        for first, last in ((3, 3), (6, 7), (12, 12))
+    ]
+    rows, full = ({int(row["step"]): row for row in read_metrics(place)} for place in (folder, unskipped))
+    assert list(rows) == [1, 2, 4, 5, 8, 9, 10, 11]
+    for step in (1, 2):
+        assert rows[step]["metric/train_loss"] == full[step]["metric/train_loss"]
+    assert rows[4]["metric/train_loss"] != full[4]["metric/train_loss"]
+    assert [rows[step]["learning_rate"] for step in rows] == [full[step]["learning_rate"] for step in rows]
+    assert int(full[11]["total_tokens"]) - int(rows[11]["total_tokens"]) == 3 * 8 * 32
+    # Back to step 4, without the flag: the same run.
+    state = final_state(folder)
+    run_pretraining("train_mdm.py", folder, **flags, resume=checkpoints(folder)[4])
+    assert differing(state, final_state(folder)) == []
+    for path in (checkpoints(folder)[12].with_suffix(".json"), next(folder.glob("workdir/*/*/run.json"))):
+        record = json.loads(path.read_text())
+        assert record.get("record", record)["skip_steps"] == [[3, 3], [6, 7], [12, 12]]
+
+
+def test_a_step_that_was_learnt_from_is_not_skipped(finished):
+    _, err = run_pretraining("train_ar.py", finished, code=2, **FLAGS, skip_steps="4-5")
+    assert "(step 12) has learnt from step 4 already" in err
+    resume = checkpoints(finished)[3]
+    run_pretraining("train_ar.py", finished, **FLAGS, skip_steps="4-5", resume=resume)
+    assert list(checkpoints(finished)) == [3, 6, 9, 12]
+
+
+def test_the_data_of_a_skipped_step_is_not_read(tmp_path):
+    path = make_one_large_file(tmp_path / "data")
+    edit_middle(path, b"\xe7\x03" * 4)
+    flags = {"max_steps": 30, "save_interval": 5000, "val_samples": 0}
+    run_pretraining("train_mdm.py", tmp_path, code=2, **flags)
+    (saved,) = checkpoints(tmp_path)
+    run_pretraining("train_mdm.py", tmp_path, **flags, skip_steps=saved + 1)
+    assert max(checkpoints(tmp_path)) == 30
+
+
+@pytest.mark.parametrize("words", ["0", "7-5", "a", "3-", "1,,2"])
+def test_what_is_no_range_of_steps_is_refused(folder, words):
+    _, err = run_pretraining("train_ar.py", folder, code=2, **FLAGS, skip_steps=words)
+    assert err.startswith("error: --skip_steps ") and "such as 5120-5130" in err
+
+
+def test_the_speed_after_a_resume_is_of_the_steps_since(folder):
+    flags = FLAGS | {"save_interval": 6, "log_interval": 3}
+    run_pretraining("train_ar.py", folder, **flags)
+    run_pretraining("train_ar.py", folder, **flags, resume=checkpoints(folder)[6])
+    row = next(row for row in read_metrics(folder) if row["step"] == "9")
+    assert float(row["throughput/tokens_per_sec"]) * float(row["time/train"]) == pytest.approx(3 * 8 * 32, rel=1e-3)

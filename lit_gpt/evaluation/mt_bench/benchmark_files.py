@@ -6,13 +6,14 @@ counts, as after a killed run; what a line lacks is said with file and line.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from lit_gpt.files import parse_json
 
 MODES = ("single", "pairwise-baseline", "pairwise-all")
 """Rate each answer by itself, compare each model's with a baseline's, or compare all models with each other."""
@@ -106,7 +107,7 @@ def read_json_lines(
             if not line.strip():
                 continue
             try:
-                values.append(build(json.loads(line)))
+                values.append(build(parse_json(line)))
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 if may_be_torn and not line.endswith(b"\n"):
                     break
