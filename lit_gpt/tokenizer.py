@@ -35,6 +35,8 @@ _SENTENCEPIECE = "tokenizer.model"
 _TOKENIZERS = "tokenizer.json"
 _TOKENIZERS_CONFIG = "tokenizer_config.json"
 _SPACE = "\u2581"
+# What is kept for each id must stay in proportion to the file; models leave a few ids out at most.
+_MOST_IDS_PER_PIECE = 100
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -223,22 +225,28 @@ class _TokenizersBackend:
 
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
-            description = parse_json(content)
-            names = parse_json(settings)
-        # The library raises bare Exception for any content it cannot use.
-        except Exception as error:
-            raise ValueError(f"{path}: not a tokenizer of the tokenizers library ({error}); copy it again") from error
-        self._model.no_truncation()
-        self._model.no_padding()
-        self._model.encode_special_tokens = True
-        vocabulary = self._model.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        self._pieces = vocabulary
-        added = description.get("added_tokens") or []
-        self.special_ids = frozenset(token["id"] for token in added if token["special"])
-        self._added = {token["id"]: token["content"] for token in added}
-        self._byte_level = "ByteLevel" in json.dumps(description.get("decoder") or {})
-        self._byte_fallback = bool(description["model"].get("byte_fallback"))
+            self._model.no_truncation()
+            self._model.no_padding()
+            self._model.encode_special_tokens = True
+            self.encode("Some models fail with their first text: \U0001f600")
+            description, names = _object(parse_json(content)), _object(parse_json(settings))
+            added = [
+                (token["id"], token["content"], token["special"]) for token in description.get("added_tokens") or []
+            ]
+            self._byte_level = "ByteLevel" in json.dumps(description.get("decoder") or {})
+            self._byte_fallback = bool(_object(description["model"]).get("byte_fallback"))
+        # The library raises bare Exception for any content it cannot use, and worse where its own code fails.
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{path}: not a tokenizer of the tokenizers library ({reason}); copy it again") from error
+        self._pieces = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._pieces.values(), default=-1) + 1
+        if self.vocab_size > _MOST_IDS_PER_PIECE * len(self._pieces):
+            raise ValueError(f"{path}: {len(self._pieces)} pieces have ids up to {self.vocab_size - 1}; copy it again")
+        self.special_ids = frozenset(number for number, _, special in added if special)
+        self._added = {number: text for number, text, _ in added}
         self.eos_id = _end_token(path, self._special(names, "eos_token", "</s>"))
         bos_id = self._special(names, "bos_token", "<s>")
         self.bos_id = bos_id if bos_id >= 0 else self.eos_id
@@ -267,7 +275,15 @@ class _TokenizersBackend:
 
     def _special(self, names: dict[str, Any], role: str, usual: str) -> int:
         name = names.get(role) or usual
-        return self._pieces.get(name["content"] if isinstance(name, dict) else name, -1)
+        if isinstance(name, dict):
+            name = name.get("content")
+        return self._pieces.get(name, -1) if isinstance(name, str) else -1
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a JSON {type(value).__name__} where an object is expected")
+    return value
 
 
 def _end_token(path: str, number: int) -> int:

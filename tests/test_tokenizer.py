@@ -153,3 +153,55 @@ def test_import_loads_nothing_compiled():
     script = f"import sys, lit_gpt, lit_gpt.tokenizer; print([m for m in {libraries} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def set_in(value: object, *names: str):
+    """Change one value of a tokenizer.json."""
+
+    def change(description: dict) -> object:
+        inner = description
+        for name in names[:-1]:
+            inner = inner[name]
+        inner[names[-1]] = value
+        return description
+
+    return change
+
+
+DAMAGED = {
+    "a list": (lambda description: [description], "not a tokenizer of the tokenizers library"),
+    "no model": (set_in(None, "model"), "not a tokenizer of the tokenizers library"),
+    "model's type": (set_in([1], "model"), "not a tokenizer of the tokenizers library"),
+    "vocabulary": (set_in(["a"], "model", "vocab"), "not a tokenizer of the tokenizers library"),
+    "no vocabulary": (lambda _: {"model": {"type": "BPE", "vocab": {}, "merges": []}}, "has no end-of-text token"),
+    "no pieces": (set_in({}, "model", "vocab"), "not a tokenizer of the tokenizers library"),
+    "a huge id": (set_in(4_000_000_000, "model", "vocab", "zebra"), "have ids up to 4000000000"),
+    "an id of text": (set_in("4", "model", "vocab", "zebra"), "not a tokenizer of the tokenizers library"),
+    "added": (set_in({"a": 1}, "added_tokens"), "not a tokenizer of the tokenizers library"),
+    "added numbers": (set_in([1, 2], "added_tokens"), "not a tokenizer of the tokenizers library"),
+    "byte_fallback": (set_in("yes", "model", "byte_fallback"), "not a tokenizer of the tokenizers library"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_tokenizer_json_of_other_types_is_one_line(folders, tmp_path, case):
+    change, message = DAMAGED[case]
+    description = json.loads((folders[1] / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(change(description)))
+    with pytest.raises(ValueError, match=message) as raised:
+        Tokenizer(tmp_path).token_bytes()
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "3", "null", "[" * 5000, '{"eos_token": ["a"]}', '{"eos_token": {"content": 3}}',
+     '{"eos_token": NaN}', '{"eos_token": 7}'],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_settings_of_other_types_are_one_line(folders, tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes((folders[1] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match="not a tokenizer of the tokenizers library|no end-of-text token") as raised:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500

@@ -62,13 +62,21 @@ class WeightsRecord:
         """Read a run's record, a marker's or an export's.
 
         Raises:
-            ValueError: kind or config is missing or unknown.
+            ValueError: kind or config is missing or unknown, or a value is of another type.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"the record is a {type(values).__name__}, expected an object")
         kind, config = values.get("kind"), values.get("config")
         if kind not in KINDS or not isinstance(config, dict):
-            raise ValueError(f"the record names no known kind and config (kind {kind!r})")
+            raise ValueError(f"the record names no known kind and config (kind {str(kind)[:40]!r})")
         run = {key: value for key, value in values.items() if key not in _OWN_KEYS}
         tokenizer, files = (values.get(key) or {} for key in ("tokenizer", "tokenizer_files"))
+        if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
+            raise ValueError("the record's tokenizer_files are no object of texts")
+        if not isinstance(tokenizer, dict) or not _are_texts(tokenizer, ("source", "fingerprint")):
+            raise ValueError("the record's tokenizer is no object with a source and a fingerprint")
+        if not _are_texts(run, ("run_id", "name")):
+            raise ValueError("the record's run_id and name are no texts")
         return cls(kind, Config.from_dict(config), tokenizer, run, files)
 
     @property
@@ -103,6 +111,11 @@ class WeightsRecord:
         if tokenizer.fingerprint != self.tokenizer.get("fingerprint", tokenizer.fingerprint):
             raise ValueError(f"the tokenizer inside {path} is not the one that its record names: the file is damaged")
         return tokenizer
+
+
+def _are_texts(values: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether named values are texts, or not there."""
+    return all(isinstance(values.get(name), str | None) for name in names)
 
 
 def read_record(path: Path | str) -> WeightsRecord | None:

@@ -206,6 +206,29 @@ def test_a_records_numbers_are_not_believed(tmp_path: Path, change: dict[str, ob
     fails(message, path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": ["tok"]}, "tokenizer is no object with a source"),
+        ({"tokenizer": {"source": 3}}, "tokenizer is no object with a source"),
+        ({"tokenizer_files": {"tokenizer.model": 3}}, "tokenizer_files are no object of texts"),
+        ({"tokenizer_files": "rubbish"}, "tokenizer_files are no object of texts"),
+        ({"run_id": 7}, "run_id and name are no texts"),
+        ({"kind": ["arm"]}, "names no known kind"),
+        ({"config": 3}, "names no known kind and config"),
+    ],
+    ids=str,
+)
+def test_a_record_of_other_types_is_one_line(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    model = make_model(GPT)
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path, {"smdm": json.dumps({**run_record(model), **change})})
+    fails(message, path)
+    for text in ("[1]", "3", "{", "[" * 5000, '{"kind": NaN}'):
+        save_file(model.state_dict(), path, {"smdm": text})
+        fails("has a record that cannot be read", path)
+
+
 @pytest.mark.parametrize("value", [torch.zeros(()), torch.zeros(64), torch.zeros(1, 64, 16), torch.zeros(0, 16)])
 def test_an_embedding_of_another_form(tmp_path: Path, value: torch.Tensor) -> None:
     state = make_model(GPT).state_dict()

@@ -18,7 +18,6 @@ import torch
 from evaluate_gsm8k import Flags, main
 from lit_gpt import cli
 from lit_gpt.checkpoints.export import WeightsRecord, export_weights
-from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.config import Config
 from lit_gpt.diffusion import forward_process, masking_probability
 from lit_gpt.evaluation.generated_answers import checkpoint_name, wilson_interval
@@ -404,19 +403,21 @@ def test_answers_of_other_settings_are_not_mixed(evaluating, tmp_path):
 def test_the_published_settings(folder, evaluating, tmp_path, monkeypatch):
     seen = []
 
-    def complete(self, prompts, rows, sampling, length):
-        seen.append((sampling, length, self.dtype))
-        return [[*prompt, 70] for prompt in prompts]
+    def sample(model, prompts, sampling, length, stop_id, rows):
+        in_bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        seen.append((sampling, length, stop_id, in_bfloat16))
+        return [torch.tensor([*prompt, 70]) for prompt in prompts]
 
-    monkeypatch.setattr(LoadedModel, "complete", complete)
+    monkeypatch.setattr("lit_gpt.checkpoints.loaded.sample", sample)
+    eos_id = Tokenizer(folder / "tokenizer").eos_id
     for model, scales in (("mdm", (0.1, 0.1)), ("arm", (0.0, 0.0))):
         assert evaluating(model, "--output", str(tmp_path / f"{model}.jsonl"))[0] == 0
         published = Sampling("greddy", steps=256, temperature=0.1, seed=1234)
-        assert seen == [(replace(published, cfg_scale=scale), LENGTH, "float32") for scale in scales]
+        assert seen == [(replace(published, cfg_scale=scale), LENGTH, eos_id, False) for scale in scales]
         seen.clear()
     words = ("--cfg1", "0.3", "--cfg2", "0.4", "--dtype", "bfloat16", "--output", str(tmp_path / "other.jsonl"))
     assert evaluating("mdm", *words)[0] == 0
-    assert [(sampling.cfg_scale, dtype) for sampling, _, dtype in seen] == [(0.3, "bfloat16"), (0.4, "bfloat16")]
+    assert [(sampling.cfg_scale, in_bfloat16) for sampling, _, _, in_bfloat16 in seen] == [(0.3, True), (0.4, True)]
     assert Flags().length == 256 and Flags().data == "data/gsm8k/test.jsonl"
 
 

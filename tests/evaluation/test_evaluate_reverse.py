@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaluate_reverse import Flags, main
 from lit_gpt import cli
@@ -235,14 +236,15 @@ def test_answers_of_other_settings_are_not_mixed(evaluating, tmp_path):
 def test_the_published_settings(models, evaluating, tmp_path, monkeypatch):
     seen = []
 
-    def complete(self, prompts, rows, sampling, length):
-        seen.append((sampling, length))
-        return [None] * len(prompts)
+    def sample(model, prompts, sampling, length, stop_id, rows):
+        seen.append((sampling, length, stop_id))
+        return [torch.tensor([*prompt, 70]) for prompt in prompts]
 
-    monkeypatch.setattr(LoadedModel, "complete", complete)
+    monkeypatch.setattr("lit_gpt.checkpoints.loaded.sample", sample)
+    eos_id = Tokenizer(models["tokenizer"]).eos_id
     for kind, scale in (("mdm", 0.8), ("arm", 0.0)):
         assert evaluating(kind, "--length", "52", "--output", str(tmp_path / f"{kind}.jsonl"))[0] == 0
-        assert seen == [(Sampling("greddy", 32, 0.0, scale, 1234), 52)]
+        assert set(seen) == {(Sampling("greddy", 32, 0.0, scale, 1234), 52, eos_id)}
         seen.clear()
     assert Flags().length == 52 and Flags().data_dir == DATA_DIR
 
