@@ -24,6 +24,8 @@ from typing import Any, NoReturn, TypeVar
 
 FlagsT = TypeVar("FlagsT")
 USER_ERROR_CODE = 2
+_LOST_PROCESS_CODE = 1
+_LOST_PROCESS = "another process of this run has ended, or does not answer; the same command goes on from what is saved"
 # How long a process other than the first waits before it reports an error of its own.
 _OTHERS_WAIT_S = 3.0
 # YAML 1.1's words, in any case.
@@ -87,7 +89,8 @@ def run(main: Callable[[], Any]) -> NoReturn:
     """Run a script's main; the user's mistakes and interrupts end in one line on stderr, without a traceback.
 
     ValueError and OSError (which the package raises for users, with what, where, expected and remedy) end with code 2,
-    `Interrupted` and Ctrl-C with 128 + the signal. Anything else is a mistake of ours and shows its traceback.
+    `Interrupted` and Ctrl-C with 128 + the signal; a distributed run that lost one of its processes with code 1. Anything
+    else is a mistake of ours and shows its traceback.
     """
     show_warnings()
     try:
@@ -107,6 +110,12 @@ def run(main: Callable[[], Any]) -> NoReturn:
         if _speaks():
             print(f"error: {_one_line(_describe(error))}", file=sys.stderr, flush=True)
         leave(USER_ERROR_CODE)
+    except RuntimeError as error:
+        if os.environ.get("SMDM_TRACEBACK") or not _lost_a_process(error):
+            raise
+        if _speaks():
+            print(f"error: {_LOST_PROCESS}", file=sys.stderr, flush=True)
+        leave(_LOST_PROCESS_CODE)
     leave(0)
 
 
@@ -153,6 +162,14 @@ def leave(code: int) -> NoReturn:
             os._exit(code)
         distributed.destroy_process_group()
     sys.exit(code)
+
+
+def _lost_a_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another process; gloo says so in words only, by the place in its source."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return False
+    return isinstance(error, distributed.DistError) or "gloo/transport/" in str(error)
 
 
 def _rank() -> int:

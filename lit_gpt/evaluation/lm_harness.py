@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import glob
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from typing import Any
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import DEFAULT_FOLDER
 from lit_gpt.evaluation.settings import ModelArgs, read_model_args, usage
+from lit_gpt.files import SaveError, make_folder
 
 HARNESS_MODEL_KINDS = {"ar": "arm", "mdlm": "mdm"}
 
@@ -88,6 +91,10 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
         raise ValueError(
             f"lm-evaluation-harness is missing ({error}): ./setup.sh eval, or pip install 'smdm[eval]'"
         ) from None
+    results_before = _result_files(known.output_path)
+    if known.output_path is not None:
+        # Before the work: the harness itself only warns when it cannot write, and ends with code 0.
+        make_folder(_output_folder(known.output_path))
     run = HarnessRun(_cache_folder(known.use_cache, known.output_path), [sys.argv[0], *argv])
     for model_class in registered_models():
         model_class.run = run
@@ -99,6 +106,10 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
         cli_evaluate()
     for adapter in run.built:
         adapter.close()
+    if known.output_path is not None and os.environ.get("RANK", "0") == "0":
+        written = _result_files(known.output_path) - results_before
+        if not any(path.stat().st_size for path in written):
+            raise SaveError(f"the results could not be written below {known.output_path}")
 
 
 def _cache_folder(use_cache: str | None, output_path: str | None) -> Path | None:
@@ -107,8 +118,21 @@ def _cache_folder(use_cache: str | None, output_path: str | None) -> Path | None
         return None if use_cache == "off" else Path(use_cache)
     if output_path is None:
         return DEFAULT_FOLDER.expanduser()
+    return _output_folder(output_path) / "cache"
+
+
+def _output_folder(output_path: str) -> Path:
+    """Where the harness writes: `--output_path`, or for a file's name its folder."""
     path = Path(output_path)
-    return (path.parent if path.suffix == ".json" else path) / "cache"
+    return path.parent if path.suffix == ".json" else path
+
+
+def _result_files(output_path: str | None) -> set[Path]:
+    """What the harness has written so far; it adds the time to a name."""
+    if output_path is None:
+        return set()
+    name = f"{glob.escape(Path(output_path).stem)}_*.json" if output_path.endswith(".json") else "results_*.json"
+    return set(_output_folder(output_path).rglob(name))
 
 
 @contextlib.contextmanager

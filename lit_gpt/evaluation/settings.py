@@ -167,7 +167,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seed", "mc_num", "budget", "max_length", "mask_id", "steps"), (int,)),
     **dict.fromkeys(("cfg", "temperature"), (int, float)),
     **dict.fromkeys(("greedy", "padding"), (bool,)),
+    **dict.fromkeys(("ckpt_path", "tokenizer", "device", "dtype", "nll_type", "alg"), (str,)),
+    **dict.fromkeys(("model_name", "batch_size"), (str, int)),
 }
+# What a number of torch's can hold.
+_LONGEST_NUMBER_BITS = 63
 
 
 def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
@@ -195,6 +199,8 @@ def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
         value = values.get(name)
         if value is not None and (not isinstance(value, types) or isinstance(value, bool) != (bool in types)):
             raise ValueError(f"--model_args: {name}={value}: expected {' or '.join(kind.__name__ for kind in types)}")
+        if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER_BITS:
+            raise ValueError(f"--model_args: {name} is a number of {value.bit_length()} bits: too large")
     arguments = ModelArgs(**values)
     if not arguments.ckpt_path:
         raise ValueError(

@@ -8,31 +8,33 @@ number, and a resumed run computes bit for bit what an unbroken one does.
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lit_gpt import cli, devices
 from lit_gpt.data import batching
 from lit_gpt.data.batching import MicroBatch, StepLayout
-from lit_gpt.model import kernels
-from lit_gpt.model.layers import Transformer
 from lit_gpt.model.loss_terms import LossTerms
-from lit_gpt.training import loggers, micro_batch, objectives, schedule, skipped_steps, speed_monitor
+from lit_gpt.training import loggers, schedule, skipped_steps, speed_monitor
+from lit_gpt.training.attempts import Outcome
 from lit_gpt.training.experiment import Experiment
+from lit_gpt.training.prepared_model import PreparedModel
 from lit_gpt.training.run_folder import RunFolder
 from lit_gpt.training.settings import PRECISIONS, TrainConfig
+from lit_gpt.training.speed_monitor import MicroBatchWork
 from lit_gpt.training.validation import Validation, ValidationSize, validate
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# Shorter runs do not earn back the 10 to 20 s of compilation.
-_COMPILE_FROM_STEPS = 200
+# Steps of a process in which memory may run out without ending the run: from the second on the optimizer's state is there.
+_TRIAL_STEPS = 2
 
 
 def fit(fabric: Fabric, experiment: Experiment, config: TrainConfig, run_dir: Path) -> dict[str, Any]:
@@ -76,6 +78,15 @@ def _layout(fabric: Fabric, experiment: Experiment, config: TrainConfig) -> Step
     return StepLayout(batch, group, micro, fabric.global_rank * rows, rows)
 
 
+class _Accumulated(NamedTuple):
+    """What a step's forward and backward passes gave, beside the gradients."""
+
+    loss: Tensor
+    """Of this device's rows, float64."""
+    work: list[MicroBatchWork]
+    """A micro batch each."""
+
+
 class _Trainer:
     """The state of one `fit`."""
 
@@ -83,9 +94,10 @@ class _Trainer:
         self, fabric: Fabric, experiment: Experiment, config: TrainConfig, layout: StepLayout, folder: RunFolder
     ) -> None:
         self.fabric, self.experiment, self.config, self.layout, self.folder = fabric, experiment, config, layout, folder
-        self.block_size = experiment.train_data.block_length - 1
-        self.model, self.optimizer = self._setup()
-        self.step = folder.restore(fabric, self.model, self.optimizer)
+        self.prepared = PreparedModel(fabric, experiment, config, folder, layout.device_rows)
+        self._take_micro_batch()
+        self.step = folder.restore(fabric, self.prepared.model, self.prepared.optimizer)
+        self._trials_left = _TRIAL_STEPS
         self.tokens = folder.total_tokens
         # The step that is on the disk, and whether the weights are a whole step's (false while they are updated).
         self._saved_step, self._whole = self.step, True
@@ -94,81 +106,9 @@ class _Trainer:
         )
         self.validated: Validation | None = None
 
-    # --- set-up ---------------------------------------------------------------------------------------------------
-
-    def _setup(self) -> tuple[Any, Any]:
-        """Place the model, choose kernels, compile, find the micro batch."""
-        fabric, config, module = self.fabric, self.config, self.experiment.model
-        module.checkpoint_blocks = config.activation_checkpointing
-        compiled = self._wants_compile()
-        dtype = torch.float32 if self.folder.precision == "32-true" else torch.bfloat16
-        kernels.choose(config.attention_kernel, fabric.device, dtype, compiled)
-        model = fabric.setup_module(module)
-        model.mark_forward_method("weighted_nll")
-        module.compile_blocks(compiled)
-        adamw = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=1e-8,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        optimizer = fabric.setup_optimizers(adamw)
-        compiled = self._warm_up(model, module, optimizer, compiled)
-        devices.say(fabric, kernels.choose(config.attention_kernel, fabric.device, dtype, compiled))
-        return model, optimizer
-
-    def _wants_compile(self) -> bool:
-        choice = self.config.compile
-        if choice == "auto":
-            tools = shutil.which("g++") or shutil.which("clang++") if self.fabric.device.type == "cpu" else True
-            long_enough = self.experiment.max_steps >= _COMPILE_FROM_STEPS
-            # A group of another length would run uncompiled anyway.
-            return bool(tools) and long_enough and not self.experiment.varying_length
-        return choice == "on"
-
-    def _warm_up(self, model: Any, module: Transformer, optimizer: Any, compiled: bool) -> bool:
-        """Run a step's arithmetic on made-up tokens at full size: compiles, and finds the largest micro batch that fits."""
-
-        def attempt(micro_batch_size: int) -> None:
-            started = time.perf_counter()
-            self.fabric.backward(objectives.weighted_nll(self.fabric, model, self._largest_terms(micro_batch_size))[0])
-            optimizer.zero_grad(set_to_none=True)
-            if compiled and (seconds := time.perf_counter() - started) > 2:
-                devices.say(self.fabric, f"torch.compile: {seconds:.0f} s")
-
-        known = self.config.micro_batch_size or self.folder.micro_batch_size(self.fabric.world_size)
-        rows, device = self.layout.device_rows, self.fabric.device
-        candidates = (
-            [min(known, rows)] if known else micro_batch.sizes_to_try(module, self._largest_terms(1), rows, device)
-        )
-        try:
-            size = micro_batch.largest_that_fits(candidates, attempt)
-        except Exception as error:
-            if not compiled or self.config.compile == "on" or not _is_compiler_error(error):
-                raise
-            devices.say(self.fabric, f"torch.compile does not work here ({type(error).__name__}): going on without it")
-            module.compile_blocks(False)
-            return self._warm_up(model, module, optimizer, False)
-        self.layout = batching.with_micro_batch(self.layout, size)
-        # Odd shapes (a cut group, validation) run eagerly from here on: what is compiled must not depend on history.
-        torch.compiler.set_stance("eager_on_recompile")
-        return compiled
-
-    def _largest_terms(self, rows: int) -> LossTerms:
-        """What the objective makes of `rows` made-up full rows, with every position scored that may be."""
-        batch = MicroBatch(
-            tokens=torch.zeros((rows, self.block_size + 1), dtype=torch.int64),
-            lengths=torch.full((rows,), self.block_size + 1),
-            prompt_lengths=torch.zeros(rows, dtype=torch.int64),
-            cuts=torch.full((rows,), self.block_size),
-            rows=torch.arange(rows),
-            row_weights=torch.ones(rows, dtype=torch.float64),
-            step=0,
-        )
-        terms = self.experiment.objective.training(batch.to(self.fabric.device))
-        return terms._replace(weights=terms.in_denominator.float())
+    def _take_micro_batch(self) -> None:
+        """Lay the steps out in the micro batches that fit."""
+        self.layout = batching.with_micro_batch(self.layout, self.prepared.micro_batch_size)
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -190,9 +130,7 @@ class _Trainer:
 
     def _steps(self, signals: devices.StopSignals) -> None:
         """From the first step, or the checkpoint's, to the last one, which is saved."""
-        steps = skipped_steps.others(self.folder.skipped_steps, range(self.step, self.experiment.max_steps))
-        rule = self.experiment.objective.group
-        for step, batches in batching.prefetched_steps(self.experiment.train_data, rule, self.layout, steps):
+        for step, batches in self._step_batches():
             self._pass_over(step)
             started = time.perf_counter()
             loss, grad_norm, stop = self._train_step(step, batches, signals)
@@ -210,6 +148,17 @@ class _Trainer:
             self._pass_over(self.experiment.max_steps)
             self._save()
 
+    def _step_batches(self) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """The steps that are left, with their micro batches; read anew where these became smaller."""
+        data, rule, layout = self.experiment.train_data, self.experiment.objective.group, None
+        while layout is not self.layout:
+            layout = self.layout
+            steps = skipped_steps.others(self.folder.skipped_steps, range(self.step, self.experiment.max_steps))
+            for step, batches in batching.prefetched_steps(data, rule, layout, steps):
+                yield step, batches
+                if layout is not self.layout:
+                    break
+
     def _pass_over(self, step: int) -> None:
         """Count the steps before this one as done; they are the skipped ones."""
         if self.step < step:
@@ -225,44 +174,61 @@ class _Trainer:
             The step's loss (mean over groups), the gradient's norm before clipping, and the signal that came, or 0.
         """
         fabric, config = self.fabric, self.config
-        loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
-        tokens = 0
-        for index, batch in enumerate(batches):
-            with fabric.no_backward_sync(self.model, enabled=index + 1 < len(batches)):
-                terms = self.experiment.objective.training(batch.to(fabric.device))
-                total, nll, _ = objectives.weighted_nll(fabric, self.model, terms)
-                # Data-parallel gradients are averaged over devices, while the loss is a sum over them.
-                fabric.backward(total * fabric.world_size if fabric.world_size > 1 else total)
-                loss += total.detach()
-            tokens += self._count(batch, terms, nll.numel())
-        value, stop = devices.all_reduce_sum(fabric, [float(loss), float(signals.came)])
+        self._trials_left -= 1
+        done = self._accumulate(batches) if self._trials_left < 0 else self._accumulate_or_halve(step, batches)
+        for work in done.work:
+            self.speed.add_micro_batch(*work)
+        tokens = sum(work.tokens for work in done.work) * fabric.world_size
+        value, stop = devices.all_reduce_sum(fabric, [float(done.loss), float(signals.came)])
         limit = config.grad_clip or math.inf
-        norm = fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        norm = fabric.clip_gradients(
+            self.prepared.model, self.prepared.optimizer, max_norm=limit, error_if_nonfinite=False
+        )
         grad_norm = float(norm)  # type: ignore[arg-type]
         self._whole = False
-        if not math.isfinite(value) or not math.isfinite(grad_norm):
-            raise ValueError(self.folder.not_finite(step + 1, value, grad_norm))
-        for group in self.optimizer.param_groups:
+        # Where nothing was scored, loss and gradient are both 0, rightly; a loss without a gradient is a fault.
+        if not math.isfinite(value) or not math.isfinite(grad_norm) or (grad_norm == 0 and value != 0):
+            raise ValueError(self.folder.bad_gradient(step + 1, value, grad_norm))
+        for group in self.prepared.optimizer.param_groups:
             group["lr"] = schedule.learning_rate(
                 step + 1, self.experiment.max_steps, self.experiment.warmup_steps, config.learning_rate, config.min_lr
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.prepared.optimizer.step()
+        self.prepared.optimizer.zero_grad(set_to_none=True)
         self.step, self.tokens, self._whole = step + 1, self.tokens + tokens, True
         return value, grad_norm, (signals.received or signal.SIGTERM) if stop else 0
 
-    def _count(self, batch: MicroBatch, terms: LossTerms, scored: int) -> int:
-        """Count a micro batch's FLOPs and tokens; an objective may put more columns into a row than it has tokens.
+    def _accumulate_or_halve(self, step: int, batches: list[MicroBatch]) -> _Accumulated:
+        """`_accumulate`; where memory runs out on any device, again in smaller micro batches on all of them."""
+        done: list[_Accumulated] = []
 
-        Returns:
-            The tokens, over all devices.
-        """
-        samples, tokens = len(batch.rows), batch.tokens[:, 1:].numel()
+        def accumulate() -> None:
+            done[:] = [self._accumulate(batches)]
+
+        while self.prepared.attempt(accumulate) != Outcome.DONE:
+            self.prepared.halve()
+            self._take_micro_batch()
+            data, rule = self.experiment.train_data, self.experiment.objective.group
+            batches = batching.step_batches(data, rule, self.layout, step)
+        return done[0]
+
+    def _accumulate(self, batches: list[MicroBatch]) -> _Accumulated:
+        """Loss and gradients of a step's micro batches."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
+        work = []
+        for index, batch in enumerate(batches):
+            terms = self.experiment.objective.training(batch.to(self.fabric.device))
+            total, scored = self.prepared.train_pass(terms, last=index + 1 == len(batches))
+            loss += total
+            work.append(self._work(batch, terms, scored))
+        return _Accumulated(loss, work)
+
+    def _work(self, batch: MicroBatch, terms: LossTerms, scored: int) -> MicroBatchWork:
+        """Tokens and FLOPs of a micro batch; an objective may put more columns into a row than it has tokens."""
         module = self.experiment.model
         visibility = terms.visibility or module.visibility
         flops = speed_monitor.training_flops(module.config, terms, visibility, scored)
-        self.speed.add_micro_batch(samples, tokens, flops)
-        return tokens * self.fabric.world_size
+        return MicroBatchWork(len(batch.rows), batch.tokens[:, 1:].numel(), flops)
 
     # --- console, log, checkpoints ------------------------------------------------------------------------------------
 
@@ -272,7 +238,7 @@ class _Trainer:
         epochs = experiment.train_data.epochs(steps * layout.global_batch_size)
         lines = [
             f"run {experiment.name}: {experiment.model.config.size_in_millions:.4g}M non-embedding parameters, "
-            f"{steps} steps of {layout.global_batch_size} x {self.block_size} tokens",
+            f"{steps} steps of {layout.global_batch_size} x {self.prepared.block_size} tokens",
             f"data: {experiment.train_data.describe()}; {epochs:.3g} epochs"
             + (" (the corpus is repeated)" if epochs > 1 else ""),
             f"device: {self.fabric.world_size} x {self.fabric.device.type}, {self.folder.precision}, micro batch "
@@ -294,7 +260,7 @@ class _Trainer:
                 "metric/train_loss": loss,
                 "metric/train_ppl": loggers.perplexity(loss),
                 "metric/grad_norm": grad_norm,
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "learning_rate": self.prepared.optimizer.param_groups[0]["lr"],
                 "samples": samples,
                 "total_tokens": self.tokens,
                 **rates,
@@ -326,7 +292,7 @@ class _Trainer:
             return 0
         started = time.perf_counter()
         size = ValidationSize(count, config.val_draws, self.layout.micro_batch_size)
-        result = validate(self.fabric, self.model, self.experiment, size, signals)
+        result = validate(self.fabric, self.prepared.model, self.experiment, size, signals)
         self.speed.add_validation(time.perf_counter() - started)
         if result is None:
             return signals.received or signal.SIGTERM
@@ -337,8 +303,8 @@ class _Trainer:
 
     def _save(self, alone: bool = False) -> None:
         state = {
-            "model": self.model,
-            "optimizer": self.optimizer,
+            "model": self.prepared.model,
+            "optimizer": self.prepared.optimizer,
             "hparams": self.experiment.settings,
             "iter_num": self._iter_num(),
             "step_count": self.step,
@@ -366,8 +332,3 @@ class _Trainer:
         if self.validated is not None:
             result.update(self.validated.record())
         return self.folder.finish(self.fabric, result)
-
-
-def _is_compiler_error(error: BaseException) -> bool:
-    """Whether torch.compile itself failed (no compiler, no headers), not the arithmetic."""
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))

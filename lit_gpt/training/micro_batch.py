@@ -1,66 +1,101 @@
-"""How many rows a device reads at once: candidates for the micro batch, and the largest one that fits into memory."""
+"""How many rows a device reads at once: on a CPU by estimate, on a GPU from the memory that small micro batches take."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from lit_gpt.devices import is_out_of_memory
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.loss_terms import LossTerms
 
+TOO_LARGE = "not even one sequence fits into memory: use --activation_checkpointing true or a smaller model"
 # Memory that a micro batch may fill on a CPU, of what the machine has; the rest is for weights, files and other programs.
 _CPU_MEMORY_SHARE = 0.4
 # Tokens in a CPU's micro batch beyond which nothing gets faster (its caches are long exceeded).
 _CPU_MICRO_BATCH_TOKENS = 8192
+# Of the memory that a GPU has for us: tensors leave gaps between them, and collectives and libraries take buffers of
+# their own. Ours; a guess from the safe side, since a wrong one costs a new compilation.
+_GPU_MEMORY_SHARE = 0.9
 
 
-def largest_that_fits(candidates: Iterable[int], attempt: Callable[[int], object]) -> int:
-    """The last of ascending sizes for which `attempt` does not run out of memory.
+class MemoryReading(NamedTuple):
+    """Memory of a device, in bytes."""
+
+    peak: int
+    """The most that tensors filled since the last reading."""
+    available: int
+    """What they may fill: what they have, and what is free."""
+
+
+def read_memory(device: torch.device) -> MemoryReading | None:
+    """What tensors filled at most since the last reading; None on a CPU, where nobody counts it."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    reading = MemoryReading(torch.cuda.max_memory_allocated(device), free + torch.cuda.memory_reserved(device))
+    torch.cuda.reset_peak_memory_stats(device)
+    return reading
+
+
+def size_by_measurement(measure: Callable[[int], MemoryReading | None], device_rows: int, reserved: int) -> int:
+    """The largest micro batch that should fit, on the line through the peaks of one row and of two.
+
+    The loss's logits grow up to a bound only (`kernels.chunk_elements`), so the line errs on the safe side.
+
+    Args:
+        measure: makes two micro batches of so many rows, the second on top of the first one's gradients, and reads the
+            memory; None if it did not suffice.
+        device_rows: the device's rows of a step.
+        reserved: bytes that training will need besides, the same for any micro batch.
 
     Raises:
-        ValueError: not even the first fits.
+        ValueError: not even one row fits.
     """
-    best = 0
-    for size in candidates:
-        try:
-            attempt(size)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            torch.cuda.empty_cache()
-            break
-        best = size
-    if not best:
-        raise ValueError(
-            "not even one sequence fits into memory: use --activation_checkpointing true or a smaller model"
-        )
-    return best
+    one = measure(1)
+    if one is None:
+        raise ValueError(TOO_LARGE)
+    two = measure(2) if device_rows > 1 else None
+    if two is None:
+        return 1
+    per_row = max(1, two.peak - one.peak)
+    fixed = one.peak - per_row + reserved
+    fits = int(_GPU_MEMORY_SHARE * two.available - fixed) // per_row
+    return largest_divisor(device_rows, fits)
 
 
-def sizes_to_try(model: Transformer, terms: LossTerms, device_rows: int, device: torch.device) -> list[int]:
-    """Divisors of a device's rows, ascending, that are worth trying.
+def optimizer_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Memory of AdamW's two moments for this process's share of the parameters."""
+    total = 0
+    for parameter in parameters:
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        total += 2 * own.numel() * own.element_size()
+    return total
 
-    On a GPU all of them (memory is found by trying); on a CPU the largest whose activations fit a share of the machine's
-    memory by estimate, since running out of it would not raise but end the process, up to the size where speed levels
-    off. It depends on the machine, not on its load, so that the same command makes the same choice.
+
+def size_by_estimate(model: Transformer, terms: LossTerms, device_rows: int) -> int:
+    """The largest micro batch whose activations fit a share of the machine's memory, up to where speed levels off.
+
+    Estimated, since a CPU that runs out of memory would not raise but end the process. It depends on the machine, not
+    on its load, so that the same command makes the same choice.
 
     Args:
         model: for the sizes.
         terms: what the objective makes of a full row.
         device_rows: the device's rows of a step.
-        device: where they are computed.
     """
-    divisors = [size for size in range(1, device_rows + 1) if device_rows % size == 0]
-    if device.type == "cuda":
-        return divisors
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     fits = int(memory * _CPU_MEMORY_SHARE / processes / _activation_bytes(model, terms))
-    limit = max(1, min(fits, _CPU_MICRO_BATCH_TOKENS // terms.input_ids.size(1)))
-    return [max(size for size in divisors if size <= limit)]
+    return largest_divisor(device_rows, min(fits, _CPU_MICRO_BATCH_TOKENS // terms.input_ids.size(1)))
+
+
+def largest_divisor(device_rows: int, limit: int) -> int:
+    """The largest divisor of a device's rows that is at most `limit`, and at least 1."""
+    return next(size for size in range(max(1, min(limit, device_rows)), 0, -1) if device_rows % size == 0)
 
 
 def _activation_bytes(model: Transformer, terms: LossTerms) -> float:

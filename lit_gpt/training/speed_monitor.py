@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +29,14 @@ def training_flops(config: Config, terms: LossTerms, visibility: Visibility, sco
     head = config.padded_vocab_size * config.n_embd * scored
     attention = 12 * config.n_layer * config.n_embd * rows * visibility.pairs(length)
     return 6.0 * (config.non_embedding_params * rows * length + head) + attention
+
+
+class MicroBatchWork(NamedTuple):
+    """What a device did in a micro batch."""
+
+    samples: int
+    tokens: int
+    flops: float
 
 
 @dataclass

@@ -250,6 +250,17 @@ MISTAKES = {
     "device": (["--device", "gpu"], {}, "--device gpu: expected cpu, cuda"),
     "batch": (["--batch_size", "0"], {}, "--batch_size 0: expected a number"),
     "tokenizer": ([], {"tokenizer": "nowhere/at/all"}, "nowhere/at/all: no such tokenizer"),
+    "tokenizer's type": ([], {"tokenizer": 500}, "tokenizer=500: expected str"),
+    "a list": ([], {"tokenizer": "[1]"}, "tokenizer=.*: expected str|no such tokenizer"),
+    "size's type": ([], {"model_name": 1.5}, "model_name=1.5: expected str or int"),
+    "path's type": ([], {"ckpt_path": 7}, "ckpt_path=7: expected str"),
+    "switch for a path": ([], {"device": True}, "device=True: expected str"),
+    "huge": ([], {"seed": 2**70}, "seed is a number of 71 bits: too large"),
+    "no draws": ([], {"mc_num": -5}, "mc_num"),
+    "guidance": ([], {"cfg": "nan"}, "cfg is nan: it must be a number"),
+    "endless guidance": ([], {"cfg": "1e999"}, "cfg is inf: it must be"),
+    "folder": (["--output_path", "README.md/out"], {}, "cannot write into the folder README.md/out: Not a directory"),
+    "file": (["--output_path", "README.md/out.json"], {}, "cannot write into the folder README.md: "),
 }
 
 
@@ -268,6 +279,23 @@ def test_mistakes_are_one_line(models, name, capsys, monkeypatch):
     last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(last) == 1
     assert re.search(message, last[0]), last
+
+
+def test_results_that_could_not_be_written_are_an_error(models, tmp_path, monkeypatch, capsys):
+    """The harness itself only warns; here the disk is full when it writes."""
+    from lm_eval.loggers import EvaluationTracker
+
+    def save(self, *args: object, **kwargs: object) -> None:
+        (Path(self.output_path) / "results_2026.json").touch()
+
+    monkeypatch.setattr(EvaluationTracker, "save_results_aggregated", save)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["evaluate_ar.py"])
+    words = [*TASKS, "--limit", "1", "--model_args", f"ckpt_path={models['arm']}", "-o", str(tmp_path)]
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: lm_harness.evaluate("ar", words))
+    assert end.value.code == 2
+    assert f"error: the results could not be written below {tmp_path}" in capsys.readouterr().err
 
 
 def test_an_arm_refuses_what_only_an_mdm_has():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -95,6 +96,19 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, number):
     process.kill()
     process.communicate()
     assert f"resumed at step {stopped} of 2000" in resumed
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_what_is_left_of_a_killed_pair_says_one_line_at_most(folder, killed):
+    process = start_pretraining("train_mdm.py", folder, max_steps=100_000, devices=2)
+    while "step 20:" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    (other,) = psutil.Process(process.pid).children(recursive=True)
+    os.kill(other.pid if killed else process.pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
+    assert err.count("\n") <= 1 and (not killed or "another process of this run has ended" in err), err
+    assert process.returncode == (1 if killed else -signal.SIGKILL)
 
 
 def test_a_broken_checkpoint_is_skipped_by_name(folder):
