@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,13 @@ def test_lines_that_are_no_objects(tmp_path: Path, line: str) -> None:
 def test_a_cache_serves_results_only(tmp_path: Path) -> None:
     """What a cache holds besides is computed again: NaN was once served as a likelihood."""
     cache = EvalCache(tmp_path, {"a": 1})
-    cache.add([("good", [1.5, 0.0])])
+    cache.add([("good", [1.5, 0.0]), ("no error", [2.5, math.nan])])
     cache.close()
     assert cache.path is not None
     bad = {
         "nan": "[NaN, 0.0]",
         "inf": "[1e999, 0]",
+        "huge": "[1, Infinity]",
         "text": '["1", 0]',
         "short": "[1]",
         "number": "3",
@@ -95,6 +97,8 @@ def test_a_cache_serves_results_only(tmp_path: Path) -> None:
         file.write('[["a"], 3]\n[{}, 1]\n' + "[" * 3000 + "\n")
     again = EvalCache(tmp_path, {"a": 1})
     assert again.get("good", is_estimate) == [1.5, 0.0]
+    # Estimators that cannot tell their error say NaN.
+    assert again.get("no error", is_estimate)[0] == 2.5 and math.isnan(again.get("no error", is_estimate)[1])
     assert [again.get(key, is_estimate) for key in bad] == [None] * len(bad)
     again.close()
     os.mkfifo(cache.path.with_suffix(".9.jsonl").with_name(cache.path.name.replace(".0.", ".9.")))
