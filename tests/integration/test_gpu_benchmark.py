@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_parts
 from benchmarks.training_steps import STEPS, Batch, Cell
 from tests.support.gpus import DEVICES
 
 
-def machine() -> gpu.Machine:
-    return gpu.Machine(torch.device("cpu"), bf16=False, compiled=False, matrix_rate=1e9, peak=None)
+def machine() -> gpu_parts.Machine:
+    return gpu_parts.Machine(torch.device("cpu"), bf16=False, compiled=False, matrix_rate=1e9, peak=None)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -51,13 +51,13 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch):
 
         return step
 
-    workload = dataclasses.replace(gpu.TOY, rounds=1, steps=2)
+    workload = dataclasses.replace(gpu_parts.TOY, rounds=1, steps=2)
     monkeypatch.setitem(STEPS, "ours", hungry)
-    cell, seconds = gpu.step_seconds("ours", Cell("arm", 6, 8, 16), machine(), workload)
+    cell, seconds = gpu_parts.step_seconds("ours", Cell("arm", 6, 8, 16), machine(), workload)
     assert cell.batch == 2 and seconds > 0 and tried == [8, 4, 2, 2, 2]
     monkeypatch.setitem(STEPS, "ours", lambda cell, bf16: hungry(cell, bf16, fits=0))
     with pytest.raises(ValueError, match=r"one sequence of arm 6M \(ours\) does not fit"):
-        gpu.step_seconds("ours", Cell("arm", 6, 4, 16), machine(), workload)
+        gpu_parts.step_seconds("ours", Cell("arm", 6, 4, 16), machine(), workload)
 
 
 def test_only_a_full_run_on_a_gpu_writes_the_results(tmp_path: Path):
