@@ -174,7 +174,8 @@ def _lost_a_process(error: RuntimeError) -> bool:
 
 def _rank() -> int:
     """This process's number in a distributed run."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    return int(next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), 0))
 
 
 def _speaks() -> bool:

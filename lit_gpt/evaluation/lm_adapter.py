@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt import versions
 from lit_gpt.checkpoints.loaded import load_model
 from lit_gpt.cli import warn
 from lit_gpt.devices import join_processes
+from lit_gpt.evaluation import versions
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key
 from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.likelihood.estimators import make_estimator
