@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import functools
 import logging
 import os
 import re
@@ -242,6 +243,21 @@ def all_reduce_sum(fabric: Fabric, values: Sequence[float]) -> list[float]:
     return [float(value) for value in total.tolist()]  # type: ignore[union-attr]
 
 
+def any_process(fabric: Fabric, flag: bool) -> bool:
+    """Whether the flag is set on a process; asks the hosts, so that no GPU is waited for."""
+    if fabric.world_size == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_hosts())
+    return bool(flags)
+
+
+@functools.cache
+def _hosts() -> Any:
+    """All processes, connected for tensors in host memory."""
+    return torch.distributed.new_group(backend="gloo")
+
+
 def on_rank_zero(fabric: Fabric, work: Callable[[], Any]) -> Any:
     """Do file work on the first process; its result, or its error, is every process's."""
     outcome: tuple[Any, Exception | None] = (None, None)
@@ -280,10 +296,9 @@ class StopSignals:
             numbers.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
-    @property
-    def came(self) -> bool:
-        """Whether a signal came to this process."""
-        return self.received is not None
+    def agreed(self, fabric: Fabric) -> int:
+        """The signal that came to any process, the same for all to act upon; 0 where none did."""
+        return (self.received or signal.SIGTERM) if any_process(fabric, self.received is not None) else 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

@@ -276,7 +276,7 @@ def sync_folder(folder: Path) -> None:
 def file_sha256(path: Path | str) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from lit_gpt.cli import warn
 from lit_gpt.devices import join_processes
 from lit_gpt.evaluation.result_file import EXISTING, ResultFile
 from lit_gpt.evaluation.settings import AnswerFlags
-from lit_gpt.files import parse_json
+from lit_gpt.files import open_regular, parse_json
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import valid_text
 
@@ -103,7 +103,7 @@ def read_json_questions(path: Path, fields: Sequence[str]) -> list[JsonQuestion]
     """
     expected = "expected {" + ", ".join(f'"{field}": text' for field in fields) + "}"
     questions: list[JsonQuestion] = []
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
