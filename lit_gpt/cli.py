@@ -187,6 +187,12 @@ def leave(code: int) -> NoReturn:
         if code:
             os._exit(code)
         distributed.destroy_process_group()
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError:
+            # Python would try once more at its end, and make the exit code 120.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.exit(code)
 
 

@@ -446,7 +446,9 @@ def test_a_closed_pipe_is_no_error():
 def test_standard_streams_that_are_closed_or_full(body, streams, code, line):
     text = f"import sys\nfrom lit_gpt import cli\ndef main():\n    {body}\ncli.run(main)"
     command = f'"$0" -c "$1" {streams}'
-    done = subprocess.run(["bash", "-c", command, sys.executable, text], cwd=ROOT, capture_output=True, timeout=120)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = ["bash", "-c", command, sys.executable, text]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, timeout=120)
     assert (done.returncode, done.stderr.decode()) == (code, line)
 
 
