@@ -75,7 +75,7 @@ def _layout(fabric: Fabric, experiment: Experiment, config: TrainConfig) -> Step
     rows = batch // world
     group = batching.largest_group(batch, experiment.group_size)
     micro = min(config.micro_batch_size or rows, rows)
-    return StepLayout(batch, group, micro, fabric.global_rank * rows, rows)
+    return StepLayout(batch, group, micro, fabric.global_rank * rows, rows, experiment.objective.lengths_vary)
 
 
 class _Accumulated(NamedTuple):
@@ -269,7 +269,7 @@ class _Trainer:
         )
         rate = rates["throughput/samples_per_sec"]
         hours = (self.experiment.max_steps - step) * layout.global_batch_size / max(rate, 1e-9) / 3600
-        micro_ms = step_s * 1000 / layout.micro_batches
+        micro_ms = 1000 / max(rates["throughput/device/batches_per_sec"], 1e-9)
         devices.say(
             self.fabric,
             f"iter {self._iter_num()} step {step}: loss {loss:.4f}, iter time: {micro_ms:.2f}ms "
