@@ -46,8 +46,15 @@ def _serve(connection: Any, build: Callable[..., Callable[..., Any]], arguments:
             connection.send(work(*connection.recv()))
 
 
-def print_table(heads: list[str], body: list[list[str]]) -> None:
+def table(heads: list[str], body: list[list[str]]) -> str:
     """A Markdown table."""
     widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
-    for line in [heads, ["-" * width for width in widths], *body]:
-        print("| " + " | ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) + " |", flush=True)
+    lines = [heads, ["-" * width for width in widths], *body]
+    return "\n".join(
+        "| " + " | ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def print_table(heads: list[str], body: list[list[str]]) -> None:
+    """Print a `table`."""
+    print(table(heads, body), flush=True)

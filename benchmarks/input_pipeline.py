@@ -112,7 +112,7 @@ def read_steps(data: PackedMixture, rows: int, steps: int) -> None:
 
     layout = StepLayout(rows, group_size=1, micro_batch_size=8, first_row=0, device_rows=rows)
     block = Group(data.block_length - 1, 1.0)
-    for _ in prefetched_steps(data, lambda step, group, extents: block, layout, range(steps)):
+    for _ in prefetched_steps(data, lambda step, group, extents: block, layout, range(steps), lambda batch: batch):
         pass
 
 

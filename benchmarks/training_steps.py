@@ -1,4 +1,4 @@
-"""The training steps that `training_speed.py` compares, and what they all work on: one batch, one count of useful FLOPs.
+"""The training steps that `training_speed.py` and `gpu.py` compare, all on one batch with one count of useful FLOPs.
 
 Each step is forward, backward, clipping to norm 1 and AdamW on the same batch at the same shape, built as its own project
 builds it: ours as `lit_gpt.training.loop` does, litgpt's as its pretrain.py (compiled model, plain AdamW), transformers' as its
@@ -30,7 +30,8 @@ from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.randomness import Stream, uniform_grid
 
 Batch = tuple[Tensor, Tensor, Tensor]
-Step = Callable[[Batch], float]
+Step = Callable[[Batch], Tensor | float]
+"""Takes one step; returns its loss, on the device where that need not be waited for."""
 LEARNING_RATE = 2e-4
 SEED = 3407
 
@@ -47,6 +48,8 @@ class Cell:
     """Sequences."""
     length: int
     """Tokens of a sequence."""
+    device: str = "cpu"
+    """Where it is trained; the baseline and the matrix products run on the CPU only."""
 
     @property
     def config(self) -> Config:
@@ -62,13 +65,17 @@ class Cell:
         generator = torch.Generator().manual_seed(SEED + number)
         ids = torch.randint(config.vocab_size, (self.batch, self.length + 1), generator=generator)
         if self.kind == "arm":
-            return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.full(ids[:, 1:].shape, 1 / self.tokens)
+            weights = torch.full((self.batch, self.length), 1 / self.tokens)
+            return self._placed(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights)
         rows = torch.arange(self.batch)
         p_mask = diffusion.masking_probability(diffusion.diffusion_times(SEED, number, rows, self.batch))
         uniforms = uniform_grid(SEED, Stream.MASK, number, rows, self.length)
         noisy_input, mask = diffusion.forward_process(ids[:, :-1], p_mask, uniforms, config.mask_id)
         weights = diffusion.loss_weights(mask, p_mask, torch.full((self.batch,), 1 / self.tokens))
-        return noisy_input, ids[:, :-1].contiguous(), weights
+        return self._placed(noisy_input, ids[:, :-1].contiguous(), weights)
+
+    def _placed(self, input_ids: Tensor, targets: Tensor, weights: Tensor) -> Batch:
+        return input_ids.to(self.device), targets.to(self.device), weights.to(self.device)
 
     @property
     def scored(self) -> int:
@@ -101,18 +108,19 @@ class Cell:
 
 
 def build_model(cell: Cell) -> Transformer:
-    """Our model of a cell, with initial weights."""
+    """Our model of a cell on its device, with initial weights."""
     model: Transformer = (GPT if cell.kind == "arm" else TransEncoder)(cell.config)
     model.init_weights(SEED)
-    return model
+    return model.to(cell.device)
 
 
 def ours(cell: Cell, bf16: bool, compiled: bool = True) -> Step:
     """`lit_gpt`: scored rows only in the head, fused AdamW, compiled blocks."""
-    keep_freed_memory()
+    if cell.device == "cpu":
+        keep_freed_memory()
     model = build_model(cell)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    kernels.choose("auto", torch.device("cpu"), dtype, compiled)
+    kernels.choose("auto", torch.device(cell.device), dtype, compiled)
     model.compile_blocks(compiled)
     adamw = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
@@ -122,7 +130,7 @@ def ours(cell: Cell, bf16: bool, compiled: bool = True) -> Step:
         input_ids, targets, weights = batch
         return model.weighted_nll(LossTerms(input_ids, targets, weights, weights != 0))[0]
 
-    return _stepper(model, adamw, loss, bf16)
+    return _stepper(model, adamw, loss, torch.autocast(cell.device, torch.bfloat16, enabled=bf16))
 
 
 def ours_eager(cell: Cell, bf16: bool) -> Step:
@@ -145,25 +153,25 @@ def litgpt(cell: Cell, bf16: bool) -> Step:
     from litgpt.utils import chunked_cross_entropy
 
     config = cell.config
-    model = LitGPT(
-        LitConfig(
-            name="benchmark",
-            block_size=config.block_size,
-            vocab_size=config.vocab_size,
-            padded_vocab_size=config.padded_vocab_size,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            n_query_groups=config.n_query_groups,
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
-            norm_class_name="RMSNorm",
-            norm_eps=config.norm_eps,
-            mlp_class_name="LLaMAMLP",
-            intermediate_size=config.intermediate_size,
-        )
+    shape = LitConfig(
+        name="benchmark",
+        block_size=config.block_size,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=config.padded_vocab_size,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        n_query_groups=config.n_query_groups,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        norm_eps=config.norm_eps,
+        mlp_class_name="LLaMAMLP",
+        intermediate_size=config.intermediate_size,
     )
+    with torch.device(cell.device):
+        model = LitGPT(shape)
     model.max_seq_length = cell.length
     compiled = torch.compile(model)
     adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
@@ -171,7 +179,7 @@ def litgpt(cell: Cell, bf16: bool) -> Step:
     def loss(batch: Batch) -> Tensor:
         return chunked_cross_entropy(compiled(batch[0]), batch[1], chunk_size=0)  # type: ignore[no-any-return]
 
-    return _stepper(model, adamw, loss, bf16)
+    return _stepper(model, adamw, loss, torch.autocast(cell.device, torch.bfloat16, enabled=bf16))
 
 
 def transformers(cell: Cell, bf16: bool) -> Step:
@@ -179,40 +187,42 @@ def transformers(cell: Cell, bf16: bool) -> Step:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = cell.config
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.padded_vocab_size,
-            hidden_size=config.n_embd,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.n_layer,
-            num_attention_heads=config.n_head,
-            num_key_value_heads=config.n_query_groups,
-            max_position_embeddings=config.block_size,
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-    ).train()
+    shape = LlamaConfig(
+        vocab_size=config.padded_vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_query_groups,
+        max_position_embeddings=config.block_size,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    with torch.device(cell.device):
+        model = LlamaForCausalLM(shape).train()
     adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def loss(batch: Batch) -> Tensor:
         # It shifts the labels itself, so it scores one token per row fewer than the others.
         return model(input_ids=batch[0], labels=batch[0]).loss  # type: ignore[no-any-return]
 
-    return _stepper(model, adamw, loss, bf16)
+    return _stepper(model, adamw, loss, torch.autocast(cell.device, torch.bfloat16, enabled=bf16))
 
 
-def _stepper(model: nn.Module, adamw: torch.optim.AdamW, loss: Callable[[Batch], Tensor], bf16: bool) -> Step:
+def _stepper(
+    model: nn.Module, adamw: torch.optim.AdamW, loss: Callable[[Batch], Tensor], autocast: torch.autocast
+) -> Step:
     """Forward, backward, clip, AdamW."""
 
-    def step(batch: Batch) -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+    def step(batch: Batch) -> Tensor:
+        with autocast:
             total = loss(batch)
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
-        return total.item()
+        return total.detach()
 
     return step
 
@@ -263,7 +273,7 @@ def timed_step(name: str, cell: Cell, bf16: bool, threads: int, clock: str) -> C
 
     def run() -> tuple[float, float]:
         start = now()
-        loss = step(batch)
+        loss = float(step(batch))
         return now() - start, loss
 
     return run

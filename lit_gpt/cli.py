@@ -63,11 +63,12 @@ def parse(
     Raises:
         SystemExit: after `--help` (code 0) or a wrong flag or value (code 2, one line).
     """
+    given = sys.argv[1:] if argv is None else argv
+    for word in given:
+        if not _is_utf8(word):
+            fail(f"{ascii(word)[1:-1]}: expected UTF-8")
     # `--batch-size` is `--batch_size`; what follows a = stays.
-    words = [
-        re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
-        for word in (sys.argv[1:] if argv is None else argv)
-    ]
+    words = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in given]
     # The texts are read from the source, which takes longer than all the rest.
     helps = _help_texts(flags) if {"-h", "--help"} & set(words) else {}
     try:
@@ -92,6 +93,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     `Interrupted` and Ctrl-C with 128 + the signal; a distributed run that lost one of its processes with code 1. Anything
     else is a mistake of ours and shows its traceback.
     """
+    _use_utf8()
     show_warnings()
     try:
         main()
@@ -117,6 +119,14 @@ def run(main: Callable[[], Any]) -> NoReturn:
             print(f"error: {_LOST_PROCESS}", file=sys.stderr, flush=True)
         leave(_LOST_PROCESS_CODE)
     leave(0)
+
+
+def _use_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale is none of UTF-8: torch and others read no other paths."""
+    # Not a second time, should the mode be switched off on Python's own command line.
+    if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def fail(line: str) -> NoReturn:
@@ -174,7 +184,8 @@ def _lost_a_process(error: RuntimeError) -> bool:
 
 def _rank() -> int:
     """This process's number in a distributed run."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    return int(next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), 0))
 
 
 def _speaks() -> bool:
@@ -221,6 +232,15 @@ def _parser(flags: type, description: str, defaults: dict[str, Any], helps: dict
         text = f"{helps.get(field.name, '')} {about}".strip().replace("%", "%%")
         parser.add_argument(*(f"--{name}" for name in names), dest=field.name, help=text, **options)
     return parser
+
+
+def _is_utf8(word: str) -> bool:
+    """Whether a word of the command line, as Python decodes it, is text; libraries cannot open other files."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _help_texts(flags: type) -> dict[str, str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
+import functools
 import logging
 import os
 import re
@@ -20,6 +22,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from lit_gpt.processes import EVALUATION_TIMEOUT_S, LaunchedWorld, launched_world
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -53,6 +57,7 @@ def choose_device(name: str | None) -> torch.device:
     except RuntimeError:
         raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N") from None
     if device.type == "cuda":
+        launched_world()  # srun's tasks learn their LOCAL_RANK
         if not torch.cuda.is_available():
             raise ValueError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
         if device.index is None:
@@ -77,36 +82,34 @@ def start_fabric(accelerator: str, devices: str, num_nodes: int, strategy: str, 
         ValueError: CUDA asked for but absent, more devices than there are, or a flag contradicts the launcher.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
     # Its "Initializing distributed" lines would stand around our one-line errors.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    launched = os.environ.get("LT_CLI_USED") == "1"
+    through_fabric = os.environ.get("LT_CLI_USED") == "1"
     values = {"accelerator": accelerator, "devices": devices, "precision": precision}
-    if launched:
+    if through_fabric:
         values = {name: _launcher_value(name, value) for name, value in values.items()}
-        launched_nodes = int(os.environ.get("LT_NUM_NODES", "1"))
-        if num_nodes != launched_nodes:
-            raise ValueError(
-                f"--nodes_num {num_nodes} but the launcher started {launched_nodes} node(s): make them equal"
-            )
         # Fabric refuses a strategy object beside the launcher's word for it, so the word is taken away.
         launched_strategy = os.environ.pop("LT_STRATEGY", None)
         if strategy == "auto" and launched_strategy:
             strategy = launched_strategy
+    world = launched_world()
+    if world is not None:
+        values["devices"] = _world_devices(world, values["devices"])
+        num_nodes = _world_nodes(world, num_nodes)
     kind, count = _resolve_devices(values["accelerator"], values["devices"])
     if values["precision"] == "auto":
         values["precision"] = default_precision(kind)
-    world_size = count * num_nodes
-    if strategy == "auto" and world_size > 1:
-        strategy = "fsdp" if kind == "cuda" else "ddp"
     fabric = Fabric(
-        accelerator=kind if not launched or "LT_ACCELERATOR" not in os.environ else "auto",
-        devices=count if not launched or "LT_DEVICES" not in os.environ else "auto",
+        accelerator=kind if "LT_ACCELERATOR" not in os.environ or not through_fabric else "auto",
+        devices=count if "LT_DEVICES" not in os.environ or not through_fabric else "auto",
         num_nodes=num_nodes,
-        strategy=_sharded(world_size) if strategy == "fsdp" else strategy,
+        strategy=_strategy(strategy, kind, count * num_nodes),
         precision=values["precision"],  # type: ignore[arg-type]
+        plugins=[TorchElasticEnvironment() if world is not None else LightningEnvironment()],
     )
-    if not launched:
+    if not through_fabric:
         if "LOCAL_RANK" in os.environ:
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         fabric.launch()
@@ -117,6 +120,39 @@ def start_fabric(accelerator: str, devices: str, num_nodes: int, strategy: str, 
     else:
         keep_freed_memory()
     return fabric
+
+
+def _world_devices(world: LaunchedWorld, devices: str) -> str:
+    """How many devices of this machine the launcher's processes use, one each."""
+    count = str(len(devices.split(","))) if re.fullmatch(r"\d+(,\d+)+", devices) else devices
+    if count not in ("auto", "-1", str(world.local_size)):
+        raise ValueError(
+            f"--devices {devices} but {world.launcher} started {world.local_size} process(es) on this machine: leave it out"
+        )
+    return str(world.local_size)
+
+
+def _world_nodes(world: LaunchedWorld, num_nodes: int) -> int:
+    """How many machines the launcher's processes are on."""
+    if num_nodes not in (1, world.nodes):
+        raise ValueError(f"--nodes_num {num_nodes} but {world.launcher} started {world.nodes} node(s): leave it out")
+    return world.nodes
+
+
+def _strategy(name: str, kind: str, world_size: int) -> Any:
+    """Fabric's strategy: what `--strategy` says, or FSDP2 on GPUs and DDP elsewhere; `auto` for one process."""
+    from lightning_fabric.strategies import DDPStrategy
+
+    if name == "auto" and world_size > 1:
+        name = "fsdp" if kind == "cuda" else "ddp"
+    if name == "fsdp":
+        return _sharded(world_size, group_backend(kind))
+    return DDPStrategy(process_group_backend=group_backend(kind)) if name == "ddp" else name
+
+
+def group_backend(device_type: str) -> str:
+    """What connects the processes of devices of a type: gloo for what is on CPUs, NCCL for what is on GPUs."""
+    return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
 
 
 def _end_with_parent(parent: int) -> None:
@@ -157,12 +193,16 @@ def _resolve_devices(accelerator: str, devices: str) -> tuple[str, int]:
     return kind, int(devices)
 
 
-def _sharded(world_size: int) -> Any:
+def _sharded(world_size: int, backend: str) -> Any:
     """FSDP2: every block and the rest of the model are sharded over all processes."""
     from lightning_fabric.strategies import ModelParallelStrategy
 
     return ModelParallelStrategy(
-        parallelize_fn=_shard, data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
+        parallelize_fn=_shard,
+        data_parallel_size=world_size,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,
+        process_group_backend=backend,
     )
 
 
@@ -179,11 +219,15 @@ def _shard(model: Any, mesh: Any) -> Any:
 
 
 def join_processes() -> tuple[int, int]:
-    """This process's number and how many there are, as a launcher (torchrun, `lightning run model`) says, connected."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return int(os.environ.get("RANK", "0")), world_size
+    """This process's number and how many there are, as a launcher (torchrun, srun, `lightning run model`) says, connected."""
+    world = launched_world()
+    if world is None:
+        return 0, 1
+    if world.size > 1 and not torch.distributed.is_initialized():
+        backend = group_backend("cuda" if torch.cuda.is_available() else "cpu")
+        timeout = datetime.timedelta(seconds=EVALUATION_TIMEOUT_S)
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    return world.rank, world.size
 
 
 def precision_name(fabric: Fabric) -> str:
@@ -197,6 +241,21 @@ def all_reduce_sum(fabric: Fabric, values: Sequence[float]) -> list[float]:
         return [float(value) for value in values]
     total = fabric.all_reduce(torch.tensor(values, dtype=torch.float64, device=fabric.device), reduce_op="sum")
     return [float(value) for value in total.tolist()]  # type: ignore[union-attr]
+
+
+def any_process(fabric: Fabric, flag: bool) -> bool:
+    """Whether the flag is set on a process; asks the hosts, so that no GPU is waited for."""
+    if fabric.world_size == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_hosts())
+    return bool(flags)
+
+
+@functools.cache
+def _hosts() -> Any:
+    """All processes, connected for tensors in host memory."""
+    return torch.distributed.new_group(backend="gloo")
 
 
 def on_rank_zero(fabric: Fabric, work: Callable[[], Any]) -> Any:
@@ -237,10 +296,9 @@ class StopSignals:
             numbers.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
-    @property
-    def came(self) -> bool:
-        """Whether a signal came to this process."""
-        return self.received is not None
+    def agreed(self, fabric: Fabric) -> int:
+        """The signal that came to any process, the same for all to act upon; 0 where none did."""
+        return (self.received or signal.SIGTERM) if any_process(fabric, self.received is not None) else 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

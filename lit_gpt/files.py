@@ -186,11 +186,12 @@ def read_json(path: Path, largest: int = 1 << 26) -> Any:
         raise ValueError(f"{path} is not readable as JSON: {error}") from error
 
 
-def parse_json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str, finite: bool = True) -> Any:
     """A JSON value, whatever a file or a request may hold in its place.
 
     Args:
         text: UTF-8, -16 or -32 if it is bytes.
+        finite: refuse NaN and infinity; without, whoever reads the value has to.
 
     Raises:
         ValueError: it is not JSON; a number is not finite (NaN, Infinity, 1e999); it is nested deeper than 100 times.
@@ -198,7 +199,7 @@ def parse_json(text: bytes | str) -> Any:
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text), "surrogatepass")
     try:
-        value = _DECODER.decode(text)
+        value = (_FINITE_DECODER if finite else _ANY_DECODER).decode(text)
     except RecursionError:
         deep = True
     else:  # Only a text with so many brackets can be so deep.
@@ -224,7 +225,8 @@ def _finite_number(text: str) -> float:
     return number
 
 
-_DECODER = json.JSONDecoder(parse_float=_finite_number, parse_constant=_finite_number)
+_ANY_DECODER = json.JSONDecoder()
+_FINITE_DECODER = json.JSONDecoder(parse_float=_finite_number, parse_constant=_finite_number)
 
 
 def open_regular(path: Path | str) -> BinaryIO:
@@ -274,7 +276,7 @@ def sync_folder(folder: Path) -> None:
 def file_sha256(path: Path | str) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()

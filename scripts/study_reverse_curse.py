@@ -241,9 +241,9 @@ def write_report(flags: Flags, results: dict[str, dict[str, Any]], console: Cons
     """A table, a picture and the commands, for people."""
     from lit_gpt.evaluation.generated_answers import wilson_interval
     from lit_gpt.evaluation.invented_people import DESCRIPTION_FIRST, NAME_FIRST
+    from lit_gpt.evaluation.versions import commit
     from lit_gpt.files import make_folder
     from lit_gpt.ui.plots import plot_accuracies
-    from lit_gpt.versions import commit
 
     curves = {kind: result["curve"] for kind, result in results.items()}
     folder = Path(flags.docs)

@@ -37,6 +37,7 @@ def test_what_is_nested_as_deep_as_it_may_be_is_read() -> None:
 def test_numbers_that_are_not_finite_are_refused(number: str) -> None:
     with pytest.raises(ValueError, match="is not finite|the number"):
         files.parse_json(f'{{"a": [{number}]}}')
+    assert not math.isfinite(files.parse_json(number, finite=False))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"{", b"[1,]", b"\x80", b"1" * 5000, b'{"a": }'], ids=repr)

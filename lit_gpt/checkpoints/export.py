@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,11 @@ def export_weights(
     make_folder(models_dir)
     temporary = target.with_name(f"{target.name}.{_tag(run_id)}.tmp")
     try:
+        # safetensors gives its files to their owner alone: a new file of our own has what the umask leaves.
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         target = _give_name(temporary, target, run_id, overwrite)

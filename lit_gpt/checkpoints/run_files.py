@@ -161,12 +161,18 @@ def _read_marker(path: Path) -> list[dict[str, Any]]:
             if one["format"] != FORMAT_VERSION:
                 raise _BrokenError(f"its marker has format {one['format']}, expected {FORMAT_VERSION} (a later one?)")
             for key, kind in {"step": int, "iter_num": int, "size": int, "sha256": str, "record": dict}.items():
-                if not isinstance(one[key], kind):
-                    raise _BrokenError(f"its marker {marker_path(path).name} is damaged: {key} is {one[key]!r}")
+                value = one[key]
+                if type(value) is not kind or (kind is int and not _is_count(value)):
+                    raise _BrokenError(
+                        f"its marker {marker_path(path).name} is damaged: {key} is {_shown(repr(value))}"
+                    )
+            _check_record(one["record"])
     except _BrokenError:
         raise
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise _BrokenError(f"its marker {marker_path(path).name} is damaged: {error} is missing") from error
+    except (AttributeError, TypeError) as error:
+        raise _BrokenError(f"its marker {marker_path(path).name} is damaged: a part of it is no object") from error
     except ValueError as error:
         raise _BrokenError(f"its marker {marker_path(path).name} is damaged: {error}") from error
     return found
@@ -189,15 +195,30 @@ def _examine_unmarked(path: Path, size: int) -> CheckpointInfo:
     missing = [key for key in PUBLISHED_KEYS if not isinstance(content, dict) or key not in content]
     if missing:
         raise _BrokenError(f"it has no completion marker and lacks {', '.join(missing)}")
-    record = content.get("record")
-    return CheckpointInfo(
-        path,
-        int(content["step_count"]),
-        int(content["iter_num"]),
-        size,
-        None,
-        record if isinstance(record, dict) else {},
-    )
+    record = content.get("record") if isinstance(content.get("record"), dict) else {}
+    _check_record(record)
+    step, iter_num = content["step_count"], content["iter_num"]
+    if not _is_count(step) or not _is_count(iter_num):
+        raise _BrokenError("it has no completion marker, and its step_count or iter_num is no number of steps")
+    return CheckpointInfo(path, step, iter_num, size, None, record)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Refuse what a resumed run would trip over.
+
+    Raises:
+        _BrokenError: settings or run are no objects, or the run's numbers are none.
+    """
+    for key in ("settings", "run"):
+        if not isinstance(record.get(key) or {}, dict):
+            raise _BrokenError(f"its record is damaged: {key} is {_shown(repr(record[key]))}")
+    for key, value in (record.get("run") or {}).items():
+        if not _is_count(value) or value < 1:
+            raise _BrokenError(f"its record is damaged: {_shown(str(key))} is {_shown(repr(value))}")
 
 
 # --- deleting ------------------------------------------------------------------------------------------------------
@@ -312,14 +333,25 @@ def clean_names(state: dict[str, Any], source: Path | str = "the model") -> dict
 # --- the run's record ---------------------------------------------------------------------------------------------
 
 
-def read_run_record(run_dir: Path) -> dict[str, Any]:
+def read_run_record(run_dir: Path, texts: tuple[str, ...] = ()) -> dict[str, Any]:
     """What `run.json` says; empty where there is none.
+
+    Args:
+        run_dir: the run's folder.
+        texts: what it must have to go on with the run.
 
     Raises:
         ValueError: it is damaged.
     """
     path = Path(run_dir) / RUN_RECORD_NAME
-    return read_json_object(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    record = read_json_object(path)
+    wrong = [name for name in texts if not isinstance(record.get(name), str)]
+    wrong += [name for name in ("result", "settings", "config") if not isinstance(record.get(name, {}), dict)]
+    if wrong:
+        raise ValueError(f"{path} is damaged: it has no {wrong[0]}; delete it, and the run goes on under a new id")
+    return record
 
 
 def write_run_record(run_dir: Path, record: dict[str, Any]) -> None:

@@ -150,6 +150,10 @@ def load_checkpoint(fabric: Fabric, checkpoint: CheckpointInfo | Path, state: di
         raise ValueError(f"{path} is no checkpoint: it lacks {', '.join(missing)}")
     if not isinstance(content["model"], dict) or type(content["step_count"]) is not int:
         raise ValueError(f"{path} is no checkpoint: its model or its step count is of another kind")
+    if isinstance(checkpoint, CheckpointInfo) and content["step_count"] != checkpoint.step:
+        raise ValueError(
+            f"{path} is of step {content['step_count']}, its marker says {checkpoint.step}: one is damaged"
+        )
     module = _module(state["model"])
     optimizer = getattr(state["optimizer"], "optimizer", state["optimizer"])
     model_state = clean_names(content["model"], path)

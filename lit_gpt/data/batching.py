@@ -11,10 +11,10 @@ B rows, T tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lit_gpt.data.packed_dataset import Extent, Sample
+
+Prepared = TypeVar("Prepared")
+"""What training makes of a micro batch before a device sees it."""
 
 
 class Dataset(Protocol):
@@ -88,11 +91,6 @@ class MicroBatch:
     """(B,) float64: 1 / (denominator * groups in the step)."""
     step: int
     """Optimizer step, from 0."""
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same batch with its tensors on a device."""
-        names = ("tokens", "lengths", "prompt_lengths", "rows", "row_weights")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True)
@@ -200,16 +198,24 @@ def _collate(
 
 
 def prefetched_steps(
-    dataset: Dataset, rule: GroupRule, layout: StepLayout, steps: Iterable[int]
-) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """`step_batches` of each step, read by a thread one step ahead of training.
+    dataset: Dataset,
+    rule: GroupRule,
+    layout: StepLayout,
+    steps: Iterable[int],
+    prepare: Callable[[MicroBatch], Prepared],
+) -> Iterator[tuple[int, list[Prepared]]]:
+    """`step_batches` of each step, read and prepared by a thread one step ahead of training.
 
     A sample costs microseconds (memory-mapped), so one thread is enough; it hides a slow disk.
     """
+
+    def read(step: int) -> list[Prepared]:
+        return [prepare(batch) for batch in step_batches(dataset, rule, layout, step)]
+
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader") as reader:
-        reading: tuple[int, Future[list[MicroBatch]]] | None = None
+        reading: tuple[int, Future[list[Prepared]]] | None = None
         for step in steps:
-            ahead = step, reader.submit(step_batches, dataset, rule, layout, step)
+            ahead = step, reader.submit(read, step)
             if reading is not None:
                 yield reading[0], reading[1].result()
             reading = ahead

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lit_gpt.files import open_regular
+
 MAGIC = b"LITPKDS"
 _VERSION = 1
 _HEADER = struct.Struct("<7sQBQ")
@@ -53,7 +55,7 @@ def read_header(path: Path) -> Chunk:
     Raises:
         ValueError: not a packed file, or a truncated one; says file, offset, what was found and expected.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         raw = file.read(HEADER_BYTES)
         found = os.fstat(file.fileno()).st_size
     if len(raw) < HEADER_BYTES or raw[: len(MAGIC)] != MAGIC:

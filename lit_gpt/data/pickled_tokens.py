@@ -20,6 +20,8 @@ from typing import NoReturn
 
 import numpy as np
 
+from lit_gpt.files import open_regular
+
 # A few hundred thousand opcodes: large enough for arrays to pay, small enough to stay in the cache.
 _BLOCK_BYTES = 1 << 20
 # LONG1 (1 + 1) with the 8 bytes of an int64.
@@ -72,7 +74,7 @@ def read_token_list(path: Path, progress: Callable[[float], None] | None = None)
         ValueError: anything but such a list; names the file, the offset, what is there and what was expected.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         reader = _Reader(path, size)
         rest = file.read(_LONGEST_BEGINNING)

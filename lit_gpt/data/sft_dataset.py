@@ -168,19 +168,25 @@ def prepare_examples(plan: ExamplePreparation) -> Path:
 def _prepare(plan: ExamplePreparation, folder: Path, info: dict[str, Any]) -> None:
     """The pipeline: records, examples, what is left out, then the folder under its name."""
     from datasets import Dataset, Features, List, Value
+    from datasets.exceptions import DatasetGenerationError
 
     # The pipeline has no word for it.
     if next(plan.data_format.records(plan.path), None) is None:
         raise ValueError(f"{plan.path} gives no example: it is empty")
     building = folder.with_suffix(".tmp")
     shutil.rmtree(building, ignore_errors=True)
-    read = Dataset.from_generator(
-        _records,
-        features=Features({"position": Value("int64"), "record": Value("string")}),
-        gen_kwargs={"name": plan.data_format.name, "path": str(plan.path)},
-        cache_dir=str(building / "records"),
-        fingerprint=info["fingerprint"],
-    )
+    try:
+        read = Dataset.from_generator(
+            _records,
+            features=Features({"position": Value("int64"), "record": Value("string")}),
+            gen_kwargs={"name": plan.data_format.name, "path": str(plan.path)},
+            cache_dir=str(building / "records"),
+            fingerprint=info["fingerprint"],
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):  # what the file's reader said
+            raise error.__cause__ from None
+        raise
     assert isinstance(read, Dataset)
     workers = max(1, min(plan.workers, len(read) // _RECORDS_FOR_A_WORKER))
     examples = read.map(

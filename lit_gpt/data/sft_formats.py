@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.files import parse_json, read_json
+from lit_gpt.files import open_regular, parse_json, read_json
 from lit_gpt.tokenizer import Tokenizer
 
 # ShareGPT's file has 0.7 GB.
@@ -63,8 +63,13 @@ class SftFormat:
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     r"""The lines of a text file with their numbers, split at `\n` only (texts hold U+2028 and the like)."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
+    with open_regular(path) as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode()
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{raw[error.start]:02x}: {error.reason}"
+                raise ValueError(f"{path}: line {number}: not UTF-8 ({byte}); convert the file") from error
             if line.strip():
                 yield number, line
 

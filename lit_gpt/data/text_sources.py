@@ -22,8 +22,11 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 # Raw bytes of a batch: large enough that handing it to another process costs little, small enough to balance the cores.
 _BATCH_BYTES = 1 << 20
 _PARQUET_ROWS = 256
-# Compressed bytes that are decompressed at once.
-_ZSTD_BYTES = 1 << 17
+# No document in one line is so long; a compressed line may be, in a small file.
+_LONGEST_LINE = 1 << 26
+# Compressed bytes that are decompressed at once. A block of them has 4 bytes or more and gives 128 KiB or less
+# (RFC 8878), so that this much gives at most 64 MiB.
+_ZSTD_BYTES = 1 << 11
 # Files up to this many bytes are compared whole when two runs' sources are compared, larger ones by size and both ends.
 _SMALL_FILE_BYTES = 1 << 21
 _END_BYTES = 1 << 14
@@ -133,6 +136,8 @@ def find_sources(paths: Sequence[str], share: float = 1.0) -> list[TextFile]:
             files = sorted(p for p in path.rglob("*") if _is_text(p) and not _hidden(p.relative_to(path)))
             sources = [TextFile(p, p.relative_to(path).as_posix()) for p in files]
         elif path.exists():
+            if not path.is_file():
+                raise ValueError(f"--source_path {given}: no regular file but a pipe, a socket or a device")
             sources = [TextFile(path, path.name)]
         else:
             matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
@@ -186,13 +191,34 @@ def _line_batches(source: TextFile, index: int, begin: ReadPosition) -> Iterator
         lines = _decompressed(source, raw)
         _skip(lines, begin.offset)
         record, offset, done = begin.record, begin.offset, raw.tell() if source.kind == ".jsonl.zst" else begin.offset
-        while records := lines.readlines(_BATCH_BYTES):
+        while records := _some_lines(lines, source.path, record + 1):
             size = sum(map(len, records))
             offset += size
             on_disk = raw.tell() if source.kind == ".jsonl.zst" else offset
             end = ReadPosition(index, record + len(records), offset)
             yield RawRecords(source.path, source.kind, record + 1, tuple(records), end, on_disk - done)
             record, done = end.record, on_disk
+
+
+def _some_lines(lines: IO[bytes], path: Path, first: int) -> list[bytes]:
+    """The next lines, up to the one that exceeds a batch's bytes.
+
+    Args:
+        lines: the rest of the file.
+        path: of the file, for messages.
+        first: number of the next line.
+
+    Raises:
+        ValueError: a line is longer than any document.
+    """
+    found: list[bytes] = []
+    room = _BATCH_BYTES
+    while room >= 0 and (line := lines.readline(_LONGEST_LINE + 1)):
+        if len(line) > _LONGEST_LINE:
+            raise ValueError(f"{path}: line {first + len(found)}: longer than {_LONGEST_LINE:,} bytes; split it")
+        found.append(line)
+        room -= len(line)
+    return found
 
 
 def _decompressed(source: TextFile, raw: IO[bytes]) -> IO[bytes]:

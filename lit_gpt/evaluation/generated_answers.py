@@ -24,7 +24,7 @@ from lit_gpt.cli import warn
 from lit_gpt.devices import join_processes
 from lit_gpt.evaluation.result_file import EXISTING, ResultFile
 from lit_gpt.evaluation.settings import AnswerFlags
-from lit_gpt.files import parse_json
+from lit_gpt.files import open_regular, parse_json
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import valid_text
 
@@ -103,7 +103,7 @@ def read_json_questions(path: Path, fields: Sequence[str]) -> list[JsonQuestion]
     """
     expected = "expected {" + ", ".join(f'"{field}": text' for field in fields) + "}"
     questions: list[JsonQuestion] = []
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -223,12 +223,14 @@ class AnswerFile:
             ValueError, SaveError: as `ResultFile`; on every process.
         """
         rank, processes = join_processes()
+        asked = {self._key(question): question for question in questions}
         with contextlib.ExitStack() as stack:
             file: ResultFile | None = None
             outcome: list[Any] = [[], None]
             if rank == 0:
                 try:
-                    file = stack.enter_context(ResultFile(self.path, self.settings, self._key_of_answer, self.existing))
+                    opened = ResultFile(self.path, self.settings, lambda one: self._key_of(one, asked), self.existing)
+                    file = stack.enter_context(opened)
                     outcome[0] = [n for n, question in enumerate(questions) if self._key(question) not in file]
                 except (ValueError, OSError) as error:
                     outcome[1] = error
@@ -274,11 +276,27 @@ class AnswerFile:
     def _key(self, question: JsonQuestion) -> tuple[Any, ...]:
         return tuple(question[name] for name in self.key)
 
-    def _key_of_answer(self, answer: JsonQuestion) -> tuple[Any, ...]:
-        """The key of a line that was read; the KeyError of one that is no answer is `ResultFile`'s to report."""
+    def _key_of(self, answer: JsonQuestion, asked: Mapping[tuple[Any, ...], JsonQuestion]) -> tuple[Any, ...]:
+        """The key of an answer; what a line that was read lacks is `ResultFile`'s to report.
+
+        Raises:
+            KeyError, TypeError: it is no answer.
+            ValueError: a verdict is none, or the answer is to another question than is asked under its key.
+        """
+        key = self._key(answer)
+        if not all(type(part) in (int, str) for part in key):
+            raise ValueError(f"{', '.join(self.key)} {key}: expected numbers or texts")
         for name in self.verdict:
-            answer[name]
-        return self._key(answer)
+            value = answer[name]
+            share = type(value) in (int, float) and 0 <= value <= 1
+            if not isinstance(value, bool) and (name == "correct" or not share):
+                raise ValueError(f"{name} is {str(value)[:40]}, expected {_VERDICTS.get(name, 'a share from 0 to 1')}")
+        if other := [name for name, value in asked.get(key, {}).items() if name in answer and answer[name] != value]:
+            raise ValueError(f"its {other[0]} is not that of the question")
+        return key
+
+
+_VERDICTS = {"correct": "true or false"}
 
 
 def _everyones(own: list[JsonQuestion], processes: int) -> list[JsonQuestion]:

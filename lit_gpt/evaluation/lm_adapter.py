@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt import versions
 from lit_gpt.checkpoints.loaded import load_model
 from lit_gpt.cli import warn
 from lit_gpt.devices import join_processes
-from lit_gpt.evaluation.result_cache import EvalCache, request_key
+from lit_gpt.evaluation import versions
+from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key
 from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.likelihood.estimators import make_estimator
 from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings
@@ -141,7 +141,7 @@ class Adapter:
             # Repeated requests want other samples: each has a number of its own.
             seen[key] = number = seen.get(key, -1) + 1
             keys.append(f"{key}-{number}")
-            if self._cache.get(keys[-1]) is None:
+            if self._cache.get(keys[-1], _is_text) is None:
                 todo[keys[-1]] = self._generation_request(context, settings, number)
         texts = self._progress(self._generate(todo), len(todo), "generating", disable_tqdm)
         fresh = dict(self._cache.keep(texts, str, 1))
@@ -216,7 +216,7 @@ class Adapter:
         found: dict[str, Likelihood] = {}
         todo: dict[str, LikelihoodRequest] = {}
         for key, request in zip(keys, requests, strict=True):
-            known = self._cache.get(key)
+            known = self._cache.get(key, _is_likelihood)
             if not request.target:
                 found[key] = Likelihood(0.0, 0.0, True)
             elif known is not None:
@@ -309,3 +309,12 @@ class Adapter:
         from tqdm import tqdm
 
         return tqdm(work, total=total, desc=what, disable=disable or self._rank > 0 or not total)
+
+
+def _is_likelihood(value: Any) -> bool:
+    """Whether a stored value has the fields of a `Likelihood`."""
+    return isinstance(value, list) and len(value) == 3 and is_estimate(value[:2]) and isinstance(value[2], bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)

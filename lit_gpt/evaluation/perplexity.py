@@ -21,7 +21,7 @@ from lit_gpt.data.packed_dataset import open_validation
 from lit_gpt.data.pickled_tokens import read_token_list
 from lit_gpt.devices import join_processes
 from lit_gpt.diffusion import EPS
-from lit_gpt.evaluation.result_cache import DEFAULT_FOLDER, EvalCache, request_key
+from lit_gpt.evaluation.result_cache import DEFAULT_FOLDER, EvalCache, is_estimate, request_key
 from lit_gpt.evaluation.settings import PerplexityFlags
 from lit_gpt.likelihood.estimators import ESTIMATORS, make_estimator
 from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, LikelihoodSettings
@@ -53,8 +53,9 @@ def evaluate_perplexity(flags: PerplexityFlags) -> None:
         for start in range(0, len(own), _ROWS_AT_ONCE):
             requests = [_row_request(model.kind, row_of(n), n) for n in own[start : start + _ROWS_AT_ONCE]]
             keys = [request_key("row", request.stream, request.prefix, request.target) for request in requests]
-            todo = [number for number, key in enumerate(keys) if cache.get(key) is None]
-            found = [cache.get(key) for key in keys if cache.get(key) is not None]
+            cached = [cache.get(key, is_estimate) for key in keys]
+            todo = [number for number, value in enumerate(cached) if value is None]
+            found = [value for value in cached if value is not None]
             known += len(found)
             bar.update(len(found))
             results = model.likelihoods(

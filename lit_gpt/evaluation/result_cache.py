@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from lit_gpt.files import make_folder, parse_json
+from lit_gpt.files import make_folder, open_regular, parse_json
 
 Value = TypeVar("Value")
 DEFAULT_FOLDER = Path("~/.cache/smdm/evaluation")
@@ -48,9 +49,10 @@ class EvalCache:
         # A torn last line must not swallow the next one.
         self._file.write(f"\n{header}\n" if self._file.tell() else f"{header}\n")
 
-    def get(self, key: str) -> Any:
-        """What was stored under a key; None if nothing was."""
-        return self._values.get(key)
+    def get(self, key: str, is_valid: Callable[[Any], bool] = lambda value: True) -> Any:
+        """What was stored under a key; None if nothing was, or nothing that can be a result."""
+        value = self._values.get(key)
+        return value if is_valid(value) else None
 
     def add(self, results: Sequence[tuple[str, Any]]) -> None:
         """Store results and put them on the disk."""
@@ -89,13 +91,23 @@ class EvalCache:
             self._file.close()
 
     def _read(self, path: Path) -> None:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with open_regular(path) as file:
+            content = file.read().decode("utf-8", "replace")
+        for line in content.splitlines():
             try:
-                entry = parse_json(line)
+                entry = parse_json(line, finite=False)
             except ValueError:
                 continue
-            if isinstance(entry, list) and len(entry) == 2:
+            if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
                 self._values[entry[0]] = entry[1]
+
+
+def is_estimate(value: Any) -> bool:
+    """Whether a stored value is a finite negative log-likelihood and its standard error, NaN where that is unknown."""
+    if not isinstance(value, list) or len(value) != 2 or not all(type(one) in (int, float) for one in value):
+        return False
+    nll, error = value
+    return abs(nll) < math.inf and (0 <= error < math.inf or error != error)
 
 
 def request_key(kind: str, *parts: Any) -> str:

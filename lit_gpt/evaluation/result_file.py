@@ -148,6 +148,9 @@ class ResultFile:
                 continue
             try:
                 result = parse_json(line)
+                if not isinstance(result, dict):
+                    raise ValueError(f"it is a JSON {type(result).__name__}, expected an object")
                 self._results[self._key(result)] = result
             except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise ValueError(f"{self.path}:{number} is no result ({error!r}): mend or remove that line") from error
+                reason = str(error) if isinstance(error, ValueError) else repr(error)
+                raise ValueError(f"{self.path}:{number} is no result ({reason}): mend or remove that line") from error

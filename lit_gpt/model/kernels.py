@@ -225,7 +225,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grads[0]
         # Training calls backward on the sum itself: multiplying by one would cost a pass over the head's gradient.
-        if scale.is_cuda or scale.item() != 1.0:
+        # A GPU is not asked: the host would wait for it.
+        if scale.device.type != "cpu" or scale.numpy() != 1.0:
             grad_hidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
             grad_weight = None if grad_weight is None else grad_weight * scale
         return grad_hidden, grad_weight, None, None

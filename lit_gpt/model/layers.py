@@ -283,14 +283,12 @@ class Transformer(nn.Module):
             sum(weights * CE) as a differentiable scalar; the N cross-entropies in nats, detached float32; and the
             (N,) int64 indices of their positions in the flattened (B * T).
         """
-        hidden = self.hidden_states(terms.input_ids, terms.positions, terms.visibility)
-        scored = terms.weights.flatten().nonzero().squeeze(1)
-        total, nll = kernels.linear_cross_entropy(
-            hidden.flatten(0, 1)[scored],
-            self.lm_head.weight,
-            terms.targets.flatten()[scored],
-            terms.weights.flatten()[scored],
-        )
+        hidden = self.hidden_states(terms.input_ids, terms.positions, terms.visibility).flatten(0, 1)
+        targets, weights = terms.targets.flatten(), terms.weights.flatten()
+        scored = terms.scored if terms.scored is not None else weights.nonzero().squeeze(1)
+        if len(scored) < len(weights):
+            hidden, targets, weights = (rows.index_select(0, scored) for rows in (hidden, targets, weights))
+        total, nll = kernels.linear_cross_entropy(hidden, self.lm_head.weight, targets, weights)
         return total, nll, scored
 
 

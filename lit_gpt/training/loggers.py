@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt import cli
-from lit_gpt.files import write_file
+from lit_gpt.files import open_regular, write_file
 
 LOGGERS = ("csv", "tensorboard", "wandb")
 
@@ -27,15 +27,7 @@ class MetricsCsv:
 
     def __init__(self, path: Path, columns: Sequence[str], resume_step: int | None) -> None:
         self.path, self.columns = path, list(columns)
-        rows: list[dict[str, str]] = []
-        if resume_step is not None and path.exists():
-            with path.open(newline="") as file:
-                # A row that a kill cut short has no step or too few columns.
-                rows = [
-                    row
-                    for row in csv.DictReader(file)
-                    if None not in row.values() and (row["step"] or "x").isdigit() and int(row["step"]) <= resume_step
-                ]
+        rows = [] if resume_step is None or not path.exists() else _rows_up_to(path, resume_step)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
@@ -66,6 +58,23 @@ class MetricsCsv:
 
     def finalize(self, status: str) -> None:
         """Nothing is left to write."""
+
+
+def _rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
+    """The rows of a metrics file up to a step; one that a kill cut short has no step or too few columns.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        with open_regular(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if "step" not in (reader.fieldnames or ["step"]):
+                raise ValueError("its first line has no column step")
+            whole = [row for row in reader if None not in row.values() and (row["step"] or "x").isdecimal()]
+            return [row for row in whole if int(row["step"]) <= step]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is not the log of a run ({error}): move it away, and the log begins anew") from error
 
 
 class WandbLogger:

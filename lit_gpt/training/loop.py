@@ -28,6 +28,7 @@ from lit_gpt.training.prepared_model import PreparedModel
 from lit_gpt.training.run_folder import RunFolder
 from lit_gpt.training.settings import PRECISIONS, TrainConfig
 from lit_gpt.training.speed_monitor import MicroBatchWork
+from lit_gpt.training.step_guard import StepGuard, StepNumbers
 from lit_gpt.training.validation import Validation, ValidationSize, validate
 
 if TYPE_CHECKING:
@@ -78,13 +79,13 @@ def _layout(fabric: Fabric, experiment: Experiment, config: TrainConfig) -> Step
     return StepLayout(batch, group, micro, fabric.global_rank * rows, rows, experiment.objective.lengths_vary)
 
 
-class _Accumulated(NamedTuple):
-    """What a step's forward and backward passes gave, beside the gradients."""
+class _HostBatch(NamedTuple):
+    """A micro batch as the reader thread leaves it: everything that is known without asking a device."""
 
-    loss: Tensor
-    """Of this device's rows, float64."""
-    work: list[MicroBatchWork]
-    """A micro batch each."""
+    terms: LossTerms
+    """On the host."""
+    work: MicroBatchWork
+    """What a device does in it."""
 
 
 class _Trainer:
@@ -96,6 +97,8 @@ class _Trainer:
         self.fabric, self.experiment, self.config, self.layout, self.folder = fabric, experiment, config, layout, folder
         self.prepared = PreparedModel(fabric, experiment, config, folder, layout.device_rows)
         self._take_micro_batch()
+        self.guard = StepGuard(fabric.device)
+        self.prepared.optimizer.optimizer.found_inf = self.guard.skip
         self.step = folder.restore(fabric, self.prepared.model, self.prepared.optimizer)
         self._trials_left = _TRIAL_STEPS
         self.tokens = folder.total_tokens
@@ -130,17 +133,22 @@ class _Trainer:
 
     def _steps(self, signals: devices.StopSignals) -> None:
         """From the first step, or the checkpoint's, to the last one, which is saved."""
+        config = self.config
         for step, batches in self._step_batches():
             self._pass_over(step)
-            started = time.perf_counter()
-            loss, grad_norm, stop = self._train_step(step, batches, signals)
+            self._train_step(step, batches)
+            stop = signals.agreed(self.fabric)
             last = self.step == self.experiment.max_steps
-            if self.step % self.config.log_interval == 0 or last or self.step == 1:
-                self._log(loss, grad_norm, time.perf_counter() - started)
-            due = not last and self.config.val_interval and self.step % self.config.val_interval == 0
-            if due and not stop:
+            logs = last or self.step == 1 or self.step % config.log_interval == 0
+            validates = not last and not stop and config.val_interval and self.step % config.val_interval == 0
+            saves = last or stop or self.step % config.save_interval == 0
+            if logs or validates or saves:
+                numbers = self._checked_numbers()
+            if logs:
+                self._log(numbers)
+            if validates:
                 stop = self._validate(signals)
-            if last or stop or self.step % self.config.save_interval == 0:
+            if saves or stop:
                 self._save()
             if stop:
                 self.folder.interrupted(self.fabric, stop, self.step)
@@ -148,13 +156,13 @@ class _Trainer:
             self._pass_over(self.experiment.max_steps)
             self._save()
 
-    def _step_batches(self) -> Iterator[tuple[int, list[MicroBatch]]]:
+    def _step_batches(self) -> Iterator[tuple[int, list[_HostBatch]]]:
         """The steps that are left, with their micro batches; read anew where these became smaller."""
         data, rule, layout = self.experiment.train_data, self.experiment.objective.group, None
         while layout is not self.layout:
             layout = self.layout
             steps = skipped_steps.others(self.folder.skipped_steps, range(self.step, self.experiment.max_steps))
-            for step, batches in batching.prefetched_steps(data, rule, layout, steps):
+            for step, batches in batching.prefetched_steps(data, rule, layout, steps, self._prepare):
                 yield step, batches
                 if layout is not self.layout:
                     break
@@ -165,42 +173,48 @@ class _Trainer:
             devices.say(self.fabric, f"passed over the data of step {self.step + 1} to {step}, without an update")
             self.step = step
 
-    def _train_step(
-        self, step: int, batches: list[MicroBatch], signals: devices.StopSignals
-    ) -> tuple[float, float, int]:
-        """One optimizer step.
+    def _prepare(self, batch: MicroBatch) -> _HostBatch:
+        """Noise, masks and counts of a micro batch, on the host: a device that is asked for them is waited for."""
+        module = self.experiment.model
+        terms = self.experiment.objective.training(batch).prepared_for(self.fabric.device)
+        scored = 0 if terms.scored is None else len(terms.scored)
+        flops = speed_monitor.training_flops(module.config, terms, terms.visibility or module.visibility, scored)
+        # An objective may put more columns into a row than it has tokens.
+        return _HostBatch(terms, MicroBatchWork(len(batch.rows), batch.tokens[:, 1:].numel(), flops))
 
-        Returns:
-            The step's loss (mean over groups), the gradient's norm before clipping, and the signal that came, or 0.
-        """
-        fabric, config = self.fabric, self.config
+    def _train_step(self, step: int, batches: list[_HostBatch]) -> None:
+        """One optimizer step; nothing in it waits for the device, and `self.guard` has its numbers."""
+        fabric, config, optimizer = self.fabric, self.config, self.prepared.optimizer
         self._trials_left -= 1
-        done = self._accumulate(batches) if self._trials_left < 0 else self._accumulate_or_halve(step, batches)
-        for work in done.work:
-            self.speed.add_micro_batch(*work)
-        tokens = sum(work.tokens for work in done.work) * fabric.world_size
-        value, stop = devices.all_reduce_sum(fabric, [float(done.loss), float(signals.came)])
+        if self._trials_left >= 0:
+            loss, batches = self._accumulate_or_halve(step, batches)
+        else:
+            loss = self._accumulate(batches)
+        if fabric.world_size > 1:
+            # Not Fabric's: it has all processes wait for each other first.
+            torch.distributed.all_reduce(loss)
         limit = config.grad_clip or math.inf
-        norm = fabric.clip_gradients(
-            self.prepared.model, self.prepared.optimizer, max_norm=limit, error_if_nonfinite=False
-        )
-        grad_norm = float(norm)  # type: ignore[arg-type]
+        norm: Any = fabric.clip_gradients(self.prepared.model, optimizer, max_norm=limit, error_if_nonfinite=False)
         self._whole = False
-        # Where nothing was scored, loss and gradient are both 0, rightly; a loss without a gradient is a fault.
-        if not math.isfinite(value) or not math.isfinite(grad_norm) or (grad_norm == 0 and value != 0):
-            raise ValueError(self.folder.bad_gradient(step + 1, value, grad_norm))
-        for group in self.prepared.optimizer.param_groups:
+        self.guard.judge(step + 1, loss, norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(
                 step + 1, self.experiment.max_steps, self.experiment.warmup_steps, config.learning_rate, config.min_lr
             )
-        self.prepared.optimizer.step()
-        self.prepared.optimizer.zero_grad(set_to_none=True)
-        self.step, self.tokens, self._whole = step + 1, self.tokens + tokens, True
-        return value, grad_norm, (signals.received or signal.SIGTERM) if stop else 0
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for batch in batches:
+            self.speed.add_micro_batch(*batch.work)
+        self.tokens += sum(batch.work.tokens for batch in batches) * fabric.world_size
+        self.step, self._whole = step + 1, True
 
-    def _accumulate_or_halve(self, step: int, batches: list[MicroBatch]) -> _Accumulated:
-        """`_accumulate`; where memory runs out on any device, again in smaller micro batches on all of them."""
-        done: list[_Accumulated] = []
+    def _accumulate_or_halve(self, step: int, batches: list[_HostBatch]) -> tuple[Tensor, list[_HostBatch]]:
+        """`_accumulate`; where memory runs out on any device, again in smaller micro batches on all of them.
+
+        Returns:
+            The loss, and the micro batches that it was made of.
+        """
+        done: list[Tensor] = []
 
         def accumulate() -> None:
             done[:] = [self._accumulate(batches)]
@@ -209,26 +223,22 @@ class _Trainer:
             self.prepared.halve()
             self._take_micro_batch()
             data, rule = self.experiment.train_data, self.experiment.objective.group
-            batches = batching.step_batches(data, rule, self.layout, step)
-        return done[0]
+            batches = [self._prepare(batch) for batch in batching.step_batches(data, rule, self.layout, step)]
+        return done[0], batches
 
-    def _accumulate(self, batches: list[MicroBatch]) -> _Accumulated:
-        """Loss and gradients of a step's micro batches."""
+    def _accumulate(self, batches: list[_HostBatch]) -> Tensor:
+        """Gradients of a step's micro batches; the loss of this device's rows, float64."""
         loss = torch.zeros((), dtype=torch.float64, device=self.fabric.device)
-        work = []
         for index, batch in enumerate(batches):
-            terms = self.experiment.objective.training(batch.to(self.fabric.device))
-            total, scored = self.prepared.train_pass(terms, last=index + 1 == len(batches))
-            loss += total
-            work.append(self._work(batch, terms, scored))
-        return _Accumulated(loss, work)
+            loss += self.prepared.train_pass(batch.terms, last=index + 1 == len(batches))
+        return loss
 
-    def _work(self, batch: MicroBatch, terms: LossTerms, scored: int) -> MicroBatchWork:
-        """Tokens and FLOPs of a micro batch; an objective may put more columns into a row than it has tokens."""
-        module = self.experiment.model
-        visibility = terms.visibility or module.visibility
-        flops = speed_monitor.training_flops(module.config, terms, visibility, scored)
-        return MicroBatchWork(len(batch.rows), batch.tokens[:, 1:].numel(), flops)
+    def _checked_numbers(self) -> StepNumbers:
+        """The newest step's numbers; a bad step since the last look ends the run here."""
+        newest, bad = self.guard.read()
+        if bad is not None:
+            raise ValueError(self.folder.bad_gradient(*bad))
+        return newest
 
     # --- console, log, checkpoints ------------------------------------------------------------------------------------
 
@@ -250,9 +260,9 @@ class _Trainer:
         for line in lines:
             devices.say(self.fabric, line)
 
-    def _log(self, loss: float, grad_norm: float, step_s: float) -> None:
+    def _log(self, numbers: StepNumbers) -> None:
         """A line on the console and a row in the loggers."""
-        step, layout = self.step, self.layout
+        (step, loss, grad_norm), layout = numbers, self.layout
         samples = step * layout.global_batch_size
         rates = self.speed.rates()
         self.folder.log(
@@ -321,7 +331,9 @@ class _Trainer:
         if not self._whole or self.step == self._saved_step or not self.fabric.is_global_zero:
             return
         try:
-            self._save(alone=True)
+            # From a bad step on the weights are older than the step's number.
+            if self.guard.read()[1] is None:
+                self._save(alone=True)
         # The error that ends the run is the one to tell.
         except Exception as error:
             cli.warn(f"step {self.step} could not be saved: {error}")

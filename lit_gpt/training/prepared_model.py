@@ -59,14 +59,17 @@ class PreparedModel:
         self._attempts = Attempts(fabric)
         self._setup(config.micro_batch_size or folder.micro_batch_size(fabric.world_size))
 
-    def train_pass(self, terms: LossTerms, last: bool) -> tuple[Tensor, int]:
-        """Forward and backward of one micro batch, the step's last or not; its weighted sum, and the positions scored."""
+    def train_pass(self, terms: LossTerms, last: bool) -> Tensor:
+        """Forward and backward of one micro batch, the step's last or not; its weighted sum, detached.
+
+        Nothing in it waits for the device, if the terms were prepared for it.
+        """
         fabric = self.fabric
         with fabric.no_backward_sync(self.model, enabled=not last):
-            total, nll, _ = objectives.weighted_nll(fabric, self.model, terms)
+            total, _, _ = objectives.weighted_nll(fabric, self.model, terms.to(fabric.device))
             # Data-parallel gradients are averaged over devices, while the loss is a sum over them.
             fabric.backward(total * fabric.world_size if fabric.world_size > 1 else total)
-        return total.detach(), nll.numel()
+        return total.detach()
 
     def attempt(self, work: Callable[[], object], compiler_may_fail: bool = False) -> Outcome:
         """Do forward and backward passes; if they fail on any device, be ready for others on all of them."""
@@ -196,5 +199,5 @@ class PreparedModel:
             row_weights=torch.ones(rows, dtype=torch.float64),
             step=0,
         )
-        terms = self.experiment.objective.training(batch.to(self.fabric.device))
-        return terms._replace(weights=terms.in_denominator.float())
+        terms = self.experiment.objective.training(batch)
+        return terms._replace(weights=terms.in_denominator.float()).prepared_for(self.fabric.device)

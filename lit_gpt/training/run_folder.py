@@ -89,7 +89,7 @@ class RunFolder:
         stack.enter_context(files.folder_lock(path))
         run_files.remove_temporary(path)
         start = self._choose_start()
-        record = run_files.read_run_record(path) if start else {}
+        record = run_files.read_run_record(path, ("run_id", "log_path")) if start else {}
         record.pop(VALID_UNTIL, None)
         passed_over = start.record.get(SKIPPED, []) if start else []
         skipped = skipped_steps.union(

@@ -104,28 +104,31 @@ def validate(
     assert data is not None and isinstance(objective, ValidatedObjective)
     count, micro_batch_size = size.samples, size.micro_batch_size
     draws = objective.fixed_draws or size.draws
-    lengths = None if experiment.token_bytes is None else torch.as_tensor(experiment.token_bytes, device=fabric.device)
-    nats = tokens = text_bytes = 0.0
+    lengths = None if experiment.token_bytes is None else torch.as_tensor(experiment.token_bytes)
+    device = fabric.device
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = text_bytes = 0.0
     started = shown = time.perf_counter()
     rounds = -(-count // (micro_batch_size * fabric.world_size))
     batches = batching.validation_batches(data, count, micro_batch_size, fabric.global_rank, fabric.world_size)
     model.eval()
     for number, batch in enumerate(batches):
-        batch = batch.to(fabric.device)
         for draw in range(draws):
-            terms = objective.validation(batch, draw, draws)
+            # On the host while the device computes the draws before.
+            host_terms = objective.validation(batch, draw, draws).prepared_for(device)
+            terms = host_terms.to(device)
             _, nll, index = objectives.weighted_nll(fabric, model, terms)
-            nats += float(nll.double() @ terms.weights.flatten()[index].double()) / draws
-        counted = terms.targets[terms.in_denominator & (batch.row_weights > 0)[:, None]]
+            nats += nll.double() @ terms.weights.flatten().index_select(0, index).double() / draws
+        counted = host_terms.targets[host_terms.in_denominator & (batch.row_weights > 0)[:, None]]
         tokens += counted.numel()
         if lengths is not None:
             text_bytes += float(lengths[counted].sum())
-        if devices.all_reduce_sum(fabric, [float(signals.came)])[0]:
+        if signals.agreed(fabric):
             return None
         if (now := time.perf_counter()) - shown > _PROGRESS_S:
             shown, done = now, (number + 1) / rounds
             devices.say(fabric, f"validation: {done:.0%}, {(now - started) * (1 / done - 1):.0f} s left")
     model.train()
-    nats, tokens, text_bytes = devices.all_reduce_sum(fabric, [nats, tokens, text_bytes])
-    bits = nats / (math.log(2) * text_bytes) if text_bytes else None
-    return Validation(nats / tokens, bits, count, draws, objective.estimator, objective.is_bound)
+    total, tokens, text_bytes = devices.all_reduce_sum(fabric, [float(nats), tokens, text_bytes])
+    bits = total / (math.log(2) * text_bytes) if text_bytes else None
+    return Validation(total / tokens, bits, count, draws, objective.estimator, objective.is_bound)

@@ -17,7 +17,7 @@ from lit_gpt.checkpoints import run_files, weights
 from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, read_record
 from lit_gpt.checkpoints.run_files import RUN_RECORD_NAME, marker_path
 from lit_gpt.data import packed_format
-from lit_gpt.files import file_sha256, lock_holder, read_json_object
+from lit_gpt.files import file_sha256, lock_holder, open_regular, read_json_object
 from lit_gpt.tokenizer import Tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -47,7 +47,7 @@ def path_info(path: Path | str) -> dict[str, Any]:
         return _folder(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(len(packed_format.MAGIC))
     if start == packed_format.MAGIC or path.suffix == ".bin":
         return _packed_file(path)

@@ -112,8 +112,9 @@ def test_gaps_are_filled_and_the_rest_stays(models):
     model = models["mdm"]
     text = model.fill("The ___2 is my ___3.", steps=5, seed=2)
     assert re.fullmatch(r"The.* is my.*\.", text, re.DOTALL) and "_" not in text
-    row = infill_row("The ___2 is my ___3.", model.tokenizer, model.model.config.mask_id)
-    assert row.count(model.model.config.mask_id) == 5
+    config = model.model.config
+    row = infill_row("The ___2 is my ___3.", model.tokenizer, config.mask_id, config.block_size)
+    assert row.count(config.mask_id) == 5
     longer = model.fill("A ___ B", gap=20, steps=2)
     assert len(longer) > len(model.fill("A ___ B", gap=1, steps=2))
 

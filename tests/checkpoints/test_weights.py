@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_export_is_float32(tmp_path: Path) -> None:
     state, _ = weights.load_weights(path)
     assert {value.dtype for value in state.values()} == {torch.float32}
     assert next(weights.read_model(path, dtype=torch.bfloat16)[0].parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_an_exports_permissions_follow_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
+    model = make_model(GPT)
+    before = os.umask(mask)
+    try:
+        for _ in range(2):  # the second replaces the first
+            path = export.export_weights(tmp_path, "ar", model.state_dict(), run_record(model))
+            assert path.name == "ar.safetensors" and path.stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
 
 
 def test_run_folder_and_checkpoint(tmp_path: Path) -> None:

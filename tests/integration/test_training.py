@@ -98,6 +98,26 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, number):
     assert f"resumed at step {stopped} of 2000" in resumed
 
 
+def test_a_path_with_umlauts_in_a_terminal_without_any(folder):
+    """torch, safetensors and the tokenizers read UTF-8 paths only, whatever the locale."""
+    command = [
+        *pretraining_command("train_ar.py", folder, max_steps=4),
+        "--out_dir=Läufe",
+        "--models_dir=Läufe/öffentlich",
+    ]
+    ascii_only = {**one_thread_environment(), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=ascii_only, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    (export,) = (folder / "Läufe" / "öffentlich").glob("*.safetensors")
+    assert f"exported Läufe/öffentlich/{export.name}".encode() in done.stdout
+    # Bytes that are no UTF-8 at all are refused before the work.
+    done = subprocess.run(
+        [sys.executable, *command, b"--log_dir=L\xe4ufe"], cwd=folder, env=ascii_only, capture_output=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"error: --log_dir=L\\udce4ufe: expected UTF-8\n"
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_what_is_left_of_a_killed_pair_says_one_line_at_most(folder, killed):
     process = start_pretraining("train_mdm.py", folder, max_steps=100_000, devices=2)

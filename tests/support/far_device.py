@@ -69,13 +69,19 @@ class FarDevice(TorchDispatchMode):
             assert not any(far) or all(one or not own.dim() for one, own in zip(far, tensors, strict=True)), (
                 f"{name} of tensors on different devices"
             )
-        if any(far) and (name in _ASKED or name in _INDEXED and _has_mask(args[1])):
+        if any(far) and makes_the_host_wait(func, args):
             self.waits.append(name)
         if to_device:
             kwargs["device"] = torch.device("cpu")
         stays = to_device or (any(far) and "device" not in kwargs)
         result = func(*tree_map(_near, args), **tree_map(_near, kwargs))
         return tree_map(lambda leaf: FarTensor(leaf) if stays and isinstance(leaf, Tensor) else leaf, result)
+
+
+def makes_the_host_wait(func: Any, args: Any) -> bool:
+    """Whether an operation on a device's tensors asks for values: as numbers, or because they decide a shape."""
+    name = func.overloadpacket.__name__
+    return name in _ASKED or name in _INDEXED and _has_mask(args[1])
 
 
 def _near(leaf: Any) -> Any:

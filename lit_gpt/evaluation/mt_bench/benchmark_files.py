@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lit_gpt.files import parse_json
+from lit_gpt.files import open_regular, parse_json
 
 MODES = ("single", "pairwise-baseline", "pairwise-all")
 """Rate each answer by itself, compare each model's with a baseline's, or compare all models with each other."""
@@ -102,7 +102,7 @@ def read_json_lines(
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} (expected one {what} in each line)")
     values = []
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -20,7 +20,7 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of this code, with a + if tracked files differ from it; None outside a checkout."""
-    folder = Path(__file__).resolve().parents[1]
+    folder = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()

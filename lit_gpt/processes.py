@@ -1,0 +1,93 @@
+"""The processes of a run as a launcher started them: torchrun, `fabric run`, `lightning run model`, or Slurm's srun.
+
+torchrun says who a process is by RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, srun by variables of its own, which are
+put into torchrun's here, so that everything else (torch.distributed, Lightning) reads one spelling.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+# A day: one process's share of an evaluation may take hours longer than another's.
+EVALUATION_TIMEOUT_S = 24 * 3600
+# Where srun's tasks meet: this port and the last four digits of the job's number, as Lightning has it, so that two jobs
+# on a machine seldom take the same one.
+_LEAST_PORT = 15000
+
+
+@dataclass(frozen=True)
+class LaunchedWorld:
+    """What a launcher has started."""
+
+    launcher: str
+    """`torchrun` (or another that sets its variables) or `srun`."""
+    rank: int
+    """This process's number among all."""
+    size: int
+    """All processes."""
+    local_size: int
+    """Those on this machine; every machine has as many."""
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return self.size // self.local_size
+
+
+def launched_world() -> LaunchedWorld | None:
+    """The world that a launcher has set up around this process; None where there is none.
+
+    Where srun set it up, torchrun's variables are added to the environment.
+
+    Raises:
+        ValueError: the variables contradict each other, or the machines have different numbers of processes.
+    """
+    launcher = "torchrun" if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() else "srun"
+    if launcher == "srun":
+        if not _started_by_srun():
+            return None
+        _translate_srun()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not all(value.isdigit() for value in given.values()):
+        raise ValueError(f"the launcher's variables are no numbers: {given}")
+    rank, local_rank, size = (int(given[name]) for name in names[:3])
+    local_size = int(given.get("LOCAL_WORLD_SIZE", size))
+    if not rank < size or not local_rank < local_size <= size:
+        raise ValueError(f"the launcher's variables contradict each other: {given}")
+    if size % local_size:
+        raise ValueError(f"{size} processes, {local_size} of them on this machine: start as many on every machine")
+    return LaunchedWorld(launcher, rank, size, local_size)
+
+
+def _started_by_srun() -> bool:
+    """Whether this is one of several tasks that srun started; sbatch's own script looks like task 0 of a step."""
+    if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
+        return False
+    return {"SLURM_PROCID", "SLURM_LOCALID"} <= os.environ.keys() and _slurm_tasks() not in ("", "1")
+
+
+def _slurm_tasks() -> str:
+    """Tasks of the step, as text; the job may have more."""
+    return os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "")
+
+
+def _translate_srun() -> None:
+    """Say in torchrun's variables what srun said in its own."""
+    from lightning_fabric.plugins.environments import SLURMEnvironment
+
+    environ = os.environ
+    tasks = _slurm_tasks()
+    nodes = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES", "1")
+    if not tasks.isdigit() or not nodes.isdigit() or not int(nodes) or int(tasks) % int(nodes):
+        raise ValueError(
+            f"srun started {tasks} tasks on {nodes} nodes: start as many on every node, such as --ntasks-per-node=8"
+        )
+    environ["WORLD_SIZE"], environ["LOCAL_WORLD_SIZE"] = tasks, str(int(tasks) // int(nodes))
+    environ["RANK"], environ["LOCAL_RANK"] = environ["SLURM_PROCID"], environ["SLURM_LOCALID"]
+    environ["GROUP_RANK"] = environ.get("SLURM_NODEID", "0")
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", "127.0.0.1")
+    environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(hosts))
+    job = environ.get("SLURM_JOB_ID", "")
+    environ.setdefault("MASTER_PORT", str(_LEAST_PORT + int(job[-4:]) if job.isdigit() else _LEAST_PORT))

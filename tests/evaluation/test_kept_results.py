@@ -1,0 +1,106 @@
+"""Results that a file or a cache holds are believed only where they can be results."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_gpt.evaluation.generated_answers import AnswerFile
+from lit_gpt.evaluation.result_cache import EvalCache, is_estimate
+
+QUESTIONS = [{"index": number, "question": f"{number} + 1?", "target": str(number + 1)} for number in range(3)]
+
+
+def collected(path: Path, verdict: tuple[str, ...] = ("correct",)) -> list[dict[str, Any]]:
+    file = AnswerFile(path, {"steps": 4}, ("index",), "continue", 2, verdict)
+    return file.collect(QUESTIONS, lambda batch: [{**one, "correct": True, "bleu": 0.5} for one in batch])
+
+
+def test_whole_answers_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    lines = [
+        {**QUESTIONS[1], "correct": False, "bleu": 0.25},
+        {"index": 7, "question": "old", "correct": True, "bleu": 0},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = collected(path, ("correct", "bleu"))
+    assert [one["correct"] for one in found] == [True, False, True]
+    assert len(path.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"correct": 1.5}, "correct is 1.5, expected true or false"),
+        ({"correct": 1}, "correct is 1, expected true or false"),
+        ({"correct": [True]}, "correct is .True., expected true or false"),
+        ({"correct": None}, "correct is None"),
+        ({"correct": float("nan")}, "NaN, which is not finite"),
+        ({"bleu": 1.5}, "bleu is 1.5, expected a share from 0 to 1"),
+        ({"bleu": -0.1}, "bleu is -0.1"),
+        ({"bleu": "0.5"}, "bleu is 0.5"),
+        ({"bleu": float("inf")}, "not finite"),
+        ({"question": "another?"}, "its question is not that of the question"),
+        ({"target": "9"}, "its target is not that of the question"),
+        ({"index": True}, "expected numbers or texts"),
+        ({"index": [1]}, "index .*expected numbers or texts"),
+        ({"index": 1.0}, "expected numbers or texts"),
+    ],
+    ids=str,
+)
+def test_what_is_no_answer_is_refused_with_its_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    whole = {**QUESTIONS[0], "correct": True, "bleu": 0.5}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (whole, {**QUESTIONS[1], **whole_fields(), **change})))
+    with pytest.raises(ValueError, match=rf"answers.jsonl:2 is no result .*{message}") as raised:
+        collected(path, ("correct", "bleu"))
+    assert "\n" not in str(raised.value)
+
+
+def whole_fields() -> dict[str, Any]:
+    return {"correct": True, "bleu": 0.5}
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", "3", "null", '"text"', "[" * 3000 + "]" * 3000, "{"], ids=lambda line: line[:5]
+)
+def test_lines_that_are_no_objects(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match="answers.jsonl:1 is no result") as raised:
+        collected(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_cache_serves_results_only(tmp_path: Path) -> None:
+    """What a cache holds besides is computed again: NaN was once served as a likelihood."""
+    cache = EvalCache(tmp_path, {"a": 1})
+    cache.add([("good", [1.5, 0.0]), ("no error", [2.5, math.nan])])
+    cache.close()
+    assert cache.path is not None
+    bad = {
+        "nan": "[NaN, 0.0]",
+        "inf": "[1e999, 0]",
+        "huge": "[1, Infinity]",
+        "text": '["1", 0]',
+        "short": "[1]",
+        "number": "3",
+        "less": "[1, -1]",
+    }
+    with cache.path.open("a") as file:
+        file.writelines(f'["{key}", {value}]\n' for key, value in bad.items())
+        file.write('[["a"], 3]\n[{}, 1]\n' + "[" * 3000 + "\n")
+    again = EvalCache(tmp_path, {"a": 1})
+    assert again.get("good", is_estimate) == [1.5, 0.0]
+    # Estimators that cannot tell their error say NaN.
+    assert again.get("no error", is_estimate)[0] == 2.5 and math.isnan(again.get("no error", is_estimate)[1])
+    assert [again.get(key, is_estimate) for key in bad] == [None] * len(bad)
+    again.close()
+    os.mkfifo(cache.path.with_suffix(".9.jsonl").with_name(cache.path.name.replace(".0.", ".9.")))
+    with pytest.raises(ValueError, match="is no regular file but a pipe"):
+        EvalCache(tmp_path, {"a": 1})

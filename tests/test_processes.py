@@ -1,0 +1,193 @@
+"""The world that a launcher sets up is taken, by training and evaluation: torchrun's for real, srun's by its variables."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from lit_gpt import devices, processes
+from tests.support.training_runs import (
+    ROOT,
+    make_packed_data,
+    one_thread_environment,
+    pretraining_command,
+    read_losses,
+    run_pretraining,
+)
+
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {
+    "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4",
+    "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_NODELIST": "node[07-08]",
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_packed_data(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture
+def environ(monkeypatch):
+    """The environment, for changes that end with the test; no launcher's."""
+    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if not key.startswith("SLURM")})
+    return os.environ
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_who_a_process_is(environ):
+    assert processes.launched_world() is None
+    assert devices.join_processes() == (0, 1)
+    environ.update(TORCHRUN)
+    world = processes.launched_world()
+    assert world == processes.LaunchedWorld("torchrun", rank=3, size=4, local_size=2) and world.nodes == 2
+
+
+def test_sruns_words_are_translated(environ):
+    environ.update(SRUN)
+    assert processes.launched_world() == processes.LaunchedWorld("srun", rank=3, size=4, local_size=2)
+    assert {name: environ[name] for name in (*TORCHRUN, "GROUP_RANK")} == {**TORCHRUN, "GROUP_RANK": "1"}
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("node07", "18456")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"SLURM_STEP_ID": None},
+        {"SLURM_NTASKS": "1"},
+        {"SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_PROCID": None},
+    ],
+    ids=["sbatch's own script", "one task", "one task of a larger job", "salloc's shell"],
+)
+def test_what_is_no_task_of_several(environ, changes):
+    environ.update(SRUN)
+    for name, value in changes.items():
+        environ.pop(name, None)
+        environ.update({name: value} if value else {})
+    assert processes.launched_world() is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        (TORCHRUN | {"RANK": "4"}, "contradict each other"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "contradict each other"),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, "are no numbers"),
+        (TORCHRUN | {"WORLD_SIZE": "5"}, "start as many on every machine"),
+        (SRUN | {"SLURM_NTASKS": "5"}, "such as --ntasks-per-node=8"),
+    ],
+)
+def test_a_world_that_cannot_be_is_refused(environ, variables, line):
+    environ.update(variables)
+    with pytest.raises(ValueError, match=line):
+        processes.launched_world()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"devices": 3}, "--devices 3 but torchrun started 2 process(es) on this machine: leave it out"),
+        ({"nodes_num": 3}, "--nodes_num 3 but torchrun started 2 node(s): leave it out"),
+    ],
+)
+def test_flags_that_contradict_the_launcher_are_refused(folder, monkeypatch, flags, line):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, "0" if name == "RANK" else value)
+    _, err = run_pretraining("train_mdm.py", folder, code=2, max_steps=5, **flags)
+    assert err == f"error: {line}\n"
+
+
+FLAGS = {"max_steps": 12, "log_interval": 1, "val_samples": 0}
+
+
+def test_torchrun_starts_one_run(folder, tmp_path_factory):
+    single = tmp_path_factory.mktemp("single")
+    make_packed_data(single / "data")
+    run_pretraining("train_mdm.py", single, **FLAGS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += pretraining_command("train_mdm.py", folder, **FLAGS)
+    done = subprocess.run(
+        command, cwd=folder, env=one_thread_environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("device: 2 x cpu") == 1
+    assert read_losses(folder) == pytest.approx(read_losses(single), rel=1e-5)
+
+
+def start_tasks(command, folder):
+    """Two processes with the variables that srun gives its tasks."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PYTHONPATH": str(ROOT)}
+    common = {
+        **one_thread_environment(),
+        **SRUN,
+        **address,
+        "SLURM_NTASKS": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=folder,
+            env={**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_sruns_tasks_are_one_run(folder):
+    tasks = start_tasks(pretraining_command("train_mdm.py", folder, **FLAGS), folder)
+    results = [task.communicate(timeout=200) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], results
+    assert "device: 2 x cpu" in results[0][0] and results[1][0] == ""
+    assert 12 in read_losses(folder)
+
+
+LATE = """
+import datetime, json, sys, time
+from unittest import mock
+import torch.distributed as dist
+from lit_gpt import devices
+
+# torch's own time-out is half an hour, NCCL's ten minutes: here two seconds.
+with mock.patch("torch.distributed.distributed_c10d._get_default_timeout", lambda backend: datetime.timedelta(seconds=2)):
+    rank, size = devices.join_processes()
+    if rank == 1:
+        time.sleep(6)
+    parts = [None] * size
+    dist.all_gather_object(parts, rank)
+    print(json.dumps(parts))
+dist.destroy_process_group()
+"""
+
+
+def test_evaluation_waits_for_a_late_process(tmp_path):
+    tasks = start_tasks(["-c", LATE], tmp_path)
+    results = [task.communicate(timeout=100) for task in tasks]
+    assert [json.loads(out or "null") for out, _ in results] == [[0, 1], [0, 1]], results
+
+
+def test_gpus_processes_are_connected_for_both_kinds_of_memory():
+    """Counts and texts travel between hosts, whatever the model runs on."""
+    import torch
+
+    config = torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend(devices.group_backend("cuda")))
+    assert config.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
+    assert devices.group_backend("cpu") == "gloo"
+    strategies = [devices._strategy(name, "cuda", 2) for name in ("ddp", "fsdp", "auto")]
+    assert [strategy.process_group_backend for strategy in strategies] == ["cpu:gloo,cuda:nccl"] * 3
