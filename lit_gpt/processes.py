@@ -7,6 +7,7 @@ put into torchrun's here, so that everything else (torch.distributed, Lightning)
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
 # A day: one process's share of an evaluation may take hours longer than another's.
@@ -59,6 +60,21 @@ def launched_world() -> LaunchedWorld | None:
     if size % local_size:
         raise ValueError(f"{size} processes, {local_size} of them on this machine: start as many on every machine")
     return LaunchedWorld(launcher, rank, size, local_size)
+
+
+def launch_name() -> str | None:
+    """What stays the same when the launcher starts its processes again: Slurm's job, or torchrun's agent; None without."""
+    if "SLURM_JOB_ID" in os.environ:
+        return f"slurm job {os.environ['SLURM_JOB_ID']}"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"torchrun on {socket.gethostname()}, process {os.getppid()}"
+    return None
+
+
+def is_restart() -> bool:
+    """Whether the launcher has started these processes before: `torchrun --max-restarts`, `sbatch --requeue`."""
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(count.isdigit() and int(count) > 0 for count in counts)
 
 
 def _started_by_srun() -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lit_gpt import cli, devices, files
+from lit_gpt import cli, devices, files, processes
 from lit_gpt.checkpoints import export, run_files, saving, weights
 from lit_gpt.training import loggers, skipped_steps, speed_monitor
 from lit_gpt.training.settings import TrainConfig
@@ -34,6 +34,8 @@ METRICS = (
 # In `run.json`, from a run's being taken back (--resume PATH) or replaced (--resume never) to its first save: the micro
 # step whose checkpoint it starts from, -1 for none. Later checkpoints stay until then, but do not count.
 VALID_UNTIL = "checkpoints_valid_until"
+# In `run.json` while the run goes on: what started it, so that a restart by the launcher is told from a new start.
+LAUNCH = "launch"
 # In the record of the run, its checkpoints and its export: the ranges of steps whose data is passed over.
 SKIPPED = "skip_steps"
 
@@ -90,7 +92,7 @@ class RunFolder:
         run_files.remove_temporary(path)
         start = self._choose_start()
         record = run_files.read_run_record(path, ("run_id", "log_path")) if start else {}
-        record.pop(VALID_UNTIL, None)
+        record = {key: value for key, value in record.items() if key not in (VALID_UNTIL, LAUNCH)}
         passed_over = start.record.get(SKIPPED, []) if start else []
         skipped = skipped_steps.union(
             record.get(SKIPPED, []), passed_over, skipped_steps.parse_ranges(config.skip_steps)
@@ -133,6 +135,8 @@ class RunFolder:
     def _choose_start(self) -> run_files.CheckpointInfo | None:
         """The checkpoint to start from; also decides which ones the first save deletes (`_valid_until`)."""
         resume = self.config.resume
+        if processes.is_restart() and run_files.read_run_record(self.path).get(LAUNCH) == processes.launch_name():
+            resume = "auto"  # what was asked for was done when the launcher first started this run
         if resume not in ("auto", "never"):
             return self._start_from(run_files.open_checkpoint(Path(resume)))
         if resume == "auto":
@@ -228,9 +232,10 @@ class RunFolder:
             self._write_record(self.record)
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        """Write `run.json`, with what the first save will delete."""
+        """Write `run.json`, with what the first save will delete and what launched this."""
         pending = {} if self._valid_until is None else {VALID_UNTIL: self._valid_until}
-        run_files.write_run_record(self.path, {**record, **pending})
+        launch = {LAUNCH: name} if (name := processes.launch_name()) else {}
+        run_files.write_run_record(self.path, {**record, **pending, **launch})
 
     def finish(self, fabric: Fabric, result: dict[str, Any]) -> dict[str, Any]:
         """Export the final checkpoint's weights and mark the run finished; returns the result with the export's path."""

@@ -6,7 +6,6 @@ is its seed and a question's number chooses its random numbers, so that the batc
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from lit_gpt.evaluation.mt_bench.benchmark_files import (
 )
 from lit_gpt.evaluation.result_file import EXISTING
 from lit_gpt.evaluation.settings import MtBenchAnswerFlags
+from lit_gpt.processes import launched_world
 from lit_gpt.sampling.settings import Sampling
 
 
@@ -97,7 +97,7 @@ def check_answer_flags(flags: MtBenchAnswerFlags) -> None:
         raise ValueError("; ".join(problems))
     if flags.model_type == "arm" and flags.steps != MtBenchAnswerFlags.steps:
         warn("--steps has no effect on an ARM")
-    if (flags.num_gpus_total > 1 or flags.num_gpus_per_model > 1) and "WORLD_SIZE" not in os.environ:
+    if (flags.num_gpus_total > 1 or flags.num_gpus_per_model > 1) and launched_world() is None:
         count = max(1, flags.num_gpus_total // max(1, flags.num_gpus_per_model))
         warn(
             "--num-gpus-total and --num-gpus-per-model have no effect; for several GPUs: "
