@@ -320,7 +320,10 @@ def recorded_tokenizer(folder: Path, prefixes: Sequence[str]) -> dict[str, Any]:
     for prefix in prefixes:
         path = folder / f"{prefix}.manifest.json"
         if path.is_file():
-            found = dict(read_json_object(path).get("tokenizer", {}))
+            found = read_json_object(path).get("tokenizer", {})
+            if not isinstance(found, dict) or not isinstance(found.get("source"), str | None):
+                raise ValueError(f"{path}: its tokenizer is no object with a source; make it again or delete it")
+            found = dict(found)
             if (folder / str(found.get("source"))).exists():
                 found["source"] = str(folder / found["source"])
             return found

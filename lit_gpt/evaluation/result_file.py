@@ -21,6 +21,8 @@ from lit_gpt.files import cannot_write, lock_file, make_folder, parse_json, read
 EXISTING = ("continue", "refuse", "overwrite")
 """What to do with a file that is there already: the values of the scripts' `--existing`."""
 
+_SHOWN_CHARACTERS = 200
+
 _log = logging.getLogger("lit_gpt")
 
 
@@ -125,7 +127,7 @@ class ResultFile:
 
     def _check_settings(self, held: dict[str, Any], settings: dict[str, Any]) -> None:
         different = [
-            f"{name} {held.get(name)} there, {settings.get(name)} here"
+            f"{_shown(name)} {_shown(held.get(name))} there, {_shown(settings.get(name))} here"
             for name in sorted(held.keys() | settings.keys())
             if held.get(name) != settings.get(name)
         ]
@@ -154,3 +156,9 @@ class ResultFile:
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 reason = str(error) if isinstance(error, ValueError) else repr(error)
                 raise ValueError(f"{self.path}:{number} is no result ({reason}): mend or remove that line") from error
+
+
+def _shown(value: Any) -> str:
+    """A value of a user's file for one line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

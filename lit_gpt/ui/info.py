@@ -232,7 +232,11 @@ def _packed_folder(path: Path) -> dict[str, Any]:
             continue
         manifest = _manifest_of(file)
         entry["files"] += 1
-        entry["tokens"] += manifest.get("files", {}).get(file.name, {}).get("tokens", chunk.size)
+        try:
+            entry["tokens"] += int(manifest.get("files", {}).get(file.name, {}).get("tokens", chunk.size))
+        except (AttributeError, TypeError, ValueError):
+            entry["broken"] = f"its manifest has no number of tokens for {file.name}"
+            continue
         entry["size"] += file.stat().st_size
         entry["dtype"] = chunk.dtype.name
         entry["tokenizer"] = manifest.get("tokenizer", {})
@@ -267,12 +271,20 @@ def _json_file(path: Path) -> dict[str, Any]:
             "what": "manifest",
             "path": str(path),
             "files": len(value["files"]),
-            "tokens": sum(int(entry.get("tokens", 0)) for entry in entries),
+            "tokens": sum(_token_count(path, entry) for entry in entries),
             **rest,
         }
     if "model" in value and "added_tokens" in value:
         return _tokenizer(path)
     raise ValueError(f"{path} is JSON, but nothing that this project writes: expected {_EXPECTED}")
+
+
+def _token_count(path: Path, entry: Any) -> int:
+    """Tokens of a packed file, as its manifest says."""
+    count = entry.get("tokens", 0) if isinstance(entry, dict) else None
+    if type(count) is not int:
+        raise ValueError(f"{path}: a file's entry has no number of tokens")
+    return count
 
 
 def _tokenizer(path: Path) -> dict[str, Any]:

@@ -271,9 +271,13 @@ def read_judgments(path: Path, mode: str) -> list[JsonLine]:
 
 def _checked(line: JsonLine, mode: str) -> JsonLine:
     """A line of the mode's kind, or an error that says what it lacks."""
-    line_key(line)
+    number, *models, turn = line_key(line)
+    if type(number) is not int or type(turn) is not int or not all(isinstance(model, str) for model in models):
+        raise ValueError(f"question {number!r}, models {models!r}, turn {turn!r}: expected a number, names, a number")
+    if not all(isinstance(line.get(name), str | None) for name in _prompt_names(line)):
+        raise ValueError(f"{', '.join(_prompt_names(line))}: expected texts")
     if mode == "single":
-        if not isinstance(line["score"], int | float):
+        if type(line["score"]) not in (int, float):
             raise ValueError(f"score {line['score']!r}, expected a number")
         line["model"]
     elif not {line["g1_winner"], line["g2_winner"]} <= {"model_1", "model_2", "tie", "error"}:
