@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, then lint, format and type checks and the tests. Arguments go to pytest: ./test.sh -k schedule; ./test.sh -m slow
+# Set up, then lint, format and type checks and the tests. Arguments go to pytest: ./test.sh -k schedule; ./test.sh -m slow; ./test.sh -m gpu
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 ./setup.sh test

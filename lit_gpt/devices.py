@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt.processes import EVALUATION_TIMEOUT_S, LaunchedWorld, launched_world
+from lit_gpt.processes import EVALUATION_TIMEOUT_S, LaunchedWorld, connect_after_restart, launched_world
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -112,6 +112,8 @@ def start_fabric(accelerator: str, devices: str, num_nodes: int, strategy: str, 
     if not through_fabric:
         if "LOCAL_RANK" in os.environ:
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        if world is not None:
+            connect_after_restart(group_backend(kind))
         fabric.launch()
         # Everyone is connected before anyone may fail: who waits for a process that is gone waits for half an hour.
         fabric.barrier()

@@ -71,6 +71,25 @@ def launch_name() -> str | None:
     return None
 
 
+def connect_after_restart(backend: str) -> None:
+    """Connect processes that torchrun has started again; at their first start nothing happens.
+
+    Its store is shared by all starts and still holds the addresses of processes that are gone: keys of its own for each.
+    """
+    from torch import distributed
+
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count == "0" or int(os.environ["WORLD_SIZE"]) == 1 or distributed.is_initialized():
+        return
+    store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    distributed.init_process_group(
+        backend,
+        store=distributed.PrefixStore(f"start_{count}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+
+
 def is_restart() -> bool:
     """Whether the launcher has started these processes before: `torchrun --max-restarts`, `sbatch --requeue`."""
     counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))

@@ -32,6 +32,12 @@ settings.register_profile(
 settings.load_profile("reproducible")
 
 
+@pytest.fixture(autouse=True)
+def full_float32() -> None:
+    """On GPUs, products of float32 as exact as on CPUs, whatever a training in this process has set."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Any]:
     """Read a file of golden numbers: `golden("data_and_schedule")`."""

@@ -3,13 +3,14 @@
 Step s (from 0) trains on samples s * B ... s * B + B - 1 of the data set, in that order. A *group* is a fixed run of
 consecutive rows of a step; what the published recipe decides per micro batch (a random length, one denominator) is
 decided per group, from sample numbers alone. So neither the number of devices nor the micro batch changes the loss: a
-micro batch may hold several groups or part of one.
+micro batch holds rows of one length, of one group or several, so that none is padded for another.
 
 B rows, T tokens.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -79,13 +80,11 @@ class MicroBatch:
     """One micro batch of one device."""
 
     tokens: Tensor
-    """(B, T + 1) int64: T input tokens and the one after them."""
+    """(B, T + 1) int64: T input tokens, which is the length of the rows' groups, and the one after them."""
     lengths: Tensor
-    """(B,) int64: how many tokens of the row are real; behind them is padding."""
+    """(B,) int64: how many tokens of the row are real, before it was cut; behind them is padding."""
     prompt_lengths: Tensor
     """(B,) int64: how many tokens at the row's start are given; none in pretraining."""
-    cuts: Tensor
-    """(B,) int64: how many input tokens the row's group keeps; below T where a longer group shares the micro batch."""
     rows: Tensor
     """(B,) int64: the rows' numbers in the step's global batch (in validation: of the sequence)."""
     row_weights: Tensor
@@ -103,16 +102,13 @@ class StepLayout:
     group_size: int
     """Rows of a group; divides the global batch."""
     micro_batch_size: int
-    """Rows of a micro batch; the last one of a device may be smaller."""
+    """Most rows of a micro batch."""
     first_row: int
     """This device's first row."""
     device_rows: int
-    """This device's number of rows."""
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro batches of a step on this device."""
-        return -(-self.device_rows // self.micro_batch_size)
+    """A device's number of rows."""
+    lengths_vary: bool = True
+    """Whether groups may differ in length."""
 
 
 def with_micro_batch(layout: StepLayout, size: int) -> StepLayout:
@@ -126,7 +122,9 @@ def largest_group(global_batch_size: int, group_size: int) -> int:
 
 
 def step_batches(dataset: Dataset, rule: GroupRule, layout: StepLayout, step: int) -> list[MicroBatch]:
-    """This device's micro batches of one step.
+    """This device's micro batches of one step, the longest rows first; as many on every device.
+
+    Sharded models meet in every pass, so a device whose rows have fewer lengths makes more micro batches of them.
 
     Args:
         dataset: the training data.
@@ -138,31 +136,62 @@ def step_batches(dataset: Dataset, rule: GroupRule, layout: StepLayout, step: in
         The batches, on the CPU.
     """
     first_sample = step * layout.global_batch_size
-    groups: dict[int, Group] = {}
+
+    @functools.cache
+    def decide(index: int) -> Group:
+        members = range(index * layout.group_size, (index + 1) * layout.group_size)
+        return rule(step, index, [dataset.extent(first_sample + row) for row in members])
+
+    def plan(first_row: int) -> list[list[int]]:
+        rows = range(first_row, first_row + layout.device_rows)
+        return _same_lengths({row: decide(row // layout.group_size).length for row in rows}, layout.micro_batch_size)
+
+    own = plan(layout.first_row)
+    if layout.lengths_vary:
+        first_rows = range(0, layout.global_batch_size, layout.device_rows)
+        own = _split_up(own, max(len(plan(first_row)) for first_row in first_rows))
+    groups_per_step = layout.global_batch_size // layout.group_size
     batches = []
-    end = layout.first_row + layout.device_rows
-    for start in range(layout.first_row, end, layout.micro_batch_size):
-        rows = range(start, min(start + layout.micro_batch_size, end))
-        for index in {row // layout.group_size for row in rows} - groups.keys():
-            members = range(index * layout.group_size, (index + 1) * layout.group_size)
-            groups[index] = rule(step, index, [dataset.extent(first_sample + row) for row in members])
-        own = [groups[row // layout.group_size] for row in rows]
+    for rows in own:
         samples = [dataset[first_sample + row] for row in rows]
-        batches.append(_collate(samples, own, rows, layout.global_batch_size // layout.group_size, step))
+        groups = [decide(row // layout.group_size) for row in rows]
+        batches.append(_collate(samples, groups, rows, groups_per_step, step))
     return batches
 
 
-def _collate(samples: list[Sample], groups: list[Group], rows: range, groups_per_step: int, step: int) -> MicroBatch:
-    """Stack samples, cut to the longest group among them."""
-    longest = max(group.length for group in groups)
-    tokens = np.stack([sample.tokens[: longest + 1] for sample in samples])
+def _same_lengths(lengths: dict[int, int], largest: int) -> list[list[int]]:
+    """Rows to micro batches of one length and at most `largest` rows each, the longest first, else in the rows' order."""
+    by_length: dict[int, list[int]] = {}
+    for row, length in lengths.items():
+        by_length.setdefault(length, []).append(row)
+    return [
+        rows[start : start + largest]
+        for _, rows in sorted(by_length.items(), reverse=True)
+        for start in range(0, len(rows), largest)
+    ]
+
+
+def _split_up(plan: list[list[int]], count: int) -> list[list[int]]:
+    """The same rows in `count` micro batches: the smallest that can be are halved, full ones stay as they were measured."""
+    plan = list(plan)
+    while len(plan) < count:
+        index = min((i for i, rows in enumerate(plan) if len(rows) > 1), key=lambda i: len(plan[i]))
+        rows = plan[index]
+        plan[index : index + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    return plan
+
+
+def _collate(
+    samples: list[Sample], groups: list[Group], rows: Sequence[int], groups_per_step: int, step: int
+) -> MicroBatch:
+    """Stack samples, cut to their groups' length."""
+    tokens = np.stack([sample.tokens[: groups[0].length + 1] for sample in samples])
     weights = [1.0 / (group.denominator * groups_per_step) for group in groups]
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
         lengths=torch.tensor([sample.length for sample in samples]),
         prompt_lengths=torch.tensor([sample.prompt_length for sample in samples]),
-        cuts=torch.tensor([group.length for group in groups]),
-        rows=torch.arange(rows.start, rows.stop),
+        rows=torch.tensor(list(rows)),
         row_weights=torch.tensor(weights, dtype=torch.float64),
         step=step,
     )

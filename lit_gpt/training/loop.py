@@ -76,7 +76,7 @@ def _layout(fabric: Fabric, experiment: Experiment, config: TrainConfig) -> Step
     rows = batch // world
     group = batching.largest_group(batch, experiment.group_size)
     micro = min(config.micro_batch_size or rows, rows)
-    return StepLayout(batch, group, micro, fabric.global_rank * rows, rows)
+    return StepLayout(batch, group, micro, fabric.global_rank * rows, rows, experiment.objective.lengths_vary)
 
 
 class _HostBatch(NamedTuple):

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 class Objective(Protocol):
     """One kind of training."""
 
+    @property
+    def lengths_vary(self) -> bool:
+        """Whether groups may differ in length."""
+        ...
+
     def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
         """Cut and denominator of a group; see `batching.GroupRule`."""
         ...
@@ -68,6 +73,7 @@ class NextToken:
 
     block_size: int
     """Input tokens of a full row."""
+    lengths_vary = False
     estimator = "exact next-token cross-entropy"
     is_bound = False
     fixed_draws = 1
@@ -79,7 +85,7 @@ class NextToken:
     def training(self, batch: MicroBatch) -> LossTerms:
         """Read tokens 0 .. T-1, predict 1 .. T."""
         targets = batch.tokens[:, 1:]
-        counted = _before(torch.minimum(batch.lengths - 1, batch.cuts), targets.size(1))
+        counted = _before(batch.lengths - 1, targets.size(1))
         # Padding lies behind everything that is scored, so a causal model attends to none of it.
         return LossTerms(batch.tokens[:, :-1], targets, counted * batch.row_weights.float()[:, None], counted)
 
@@ -109,6 +115,11 @@ class MaskedDiffusion:
     fixed_draws = None
 
     @property
+    def lengths_vary(self) -> bool:
+        """With random lengths only."""
+        return self.ssl_ratio > 0
+
+    @property
     def estimator(self) -> str:
         """Law of the validation noise, as published but for the low-discrepancy times."""
         return f"masked-diffusion bound, mc with low-discrepancy t, eps {diffusion.EPS:g}, fixed noise"
@@ -134,7 +145,7 @@ class MaskedDiffusion:
 
     def _masked(self, batch: MicroBatch, t: Tensor, uniforms: Tensor) -> LossTerms:
         clean = batch.tokens[:, :-1]
-        real = _before(torch.minimum(batch.lengths, batch.cuts), clean.size(1))
+        real = _before(batch.lengths, clean.size(1))
         p_mask = diffusion.masking_probability(t)
         noisy_input, mask = diffusion.forward_process(clean, p_mask, uniforms, self.mask_id, real)
         weights = diffusion.loss_weights(mask, p_mask, batch.row_weights)
@@ -144,6 +155,8 @@ class MaskedDiffusion:
 @dataclass(frozen=True)
 class NextResponseToken:
     """ARM fine-tuning: mean cross-entropy of the response's tokens, over all of a group's rows."""
+
+    lengths_vary = True
 
     def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
         """Up to the longest row; every token behind a prompt is predicted."""
@@ -177,6 +190,11 @@ class MaskedResponse:
     prompt_drop: float = 0.0
     """Probability that a row's prompt becomes [MASK], for classifier-free guidance later."""
 
+    @property
+    def lengths_vary(self) -> bool:
+        """Unless it is fixed."""
+        return self.row_length is None
+
     def group(self, step: int, group: int, extents: Sequence[Extent]) -> Group:
         """The fixed length or the longest row's; rows * length - prompt tokens count."""
         length = self.row_length or max(row.length for row in extents)
@@ -186,14 +204,14 @@ class MaskedResponse:
         """Mask everything behind the prompts at rate p, drop some prompts."""
         t, uniforms = _training_noise(batch, self.seed, self.global_batch_size)
         clean, columns = batch.tokens[:, :-1], batch.tokens.size(1) - 1
-        row, prompt = _before(batch.cuts, columns), _before(batch.prompt_lengths, columns)
+        response = ~_before(batch.prompt_lengths, columns)
         p_mask = diffusion.masking_probability(t)
-        noisy_input, mask = diffusion.forward_process(clean, p_mask, uniforms, self.mask_id, row & ~prompt)
+        noisy_input, mask = diffusion.forward_process(clean, p_mask, uniforms, self.mask_id, response)
         if self.prompt_drop:
             dropped = uniform(self.seed, int(Stream.PROMPT_DROP), batch.step, batch.rows) < self.prompt_drop
-            noisy_input = noisy_input.masked_fill(dropped[:, None] & prompt, self.mask_id)
+            noisy_input = noisy_input.masked_fill(dropped[:, None] & ~response, self.mask_id)
         weights = diffusion.loss_weights(mask, p_mask, batch.row_weights)
-        return LossTerms(noisy_input, clean, weights, row & ~prompt, visibility=_without_padding(row))
+        return LossTerms(noisy_input, clean, weights, response)
 
 
 def _training_noise(batch: MicroBatch, seed: int, global_batch_size: int) -> tuple[Tensor, Tensor]:

@@ -195,7 +195,6 @@ class PreparedModel:
             tokens=torch.zeros((rows, self.block_size + 1), dtype=torch.int64),
             lengths=torch.full((rows,), self.block_size + 1),
             prompt_lengths=torch.zeros(rows, dtype=torch.int64),
-            cuts=torch.full((rows,), self.block_size),
             rows=torch.arange(rows),
             row_weights=torch.ones(rows, dtype=torch.float64),
             step=0,

@@ -108,15 +108,23 @@ RATE_COLUMNS = (
 )
 
 
+# bfloat16 without sparsity, from NVIDIA's data sheets. Lightning knows neither name of an H200, and counts sparsity for NVL.
+_HOPPER_SXM_PEAK, _HOPPER_NVL_PEAK = 989.4e12, 835.5e12
+
+
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """A GPU's published peak in this precision, from Lightning's table; None where it knows none."""
+    """A GPU's published peak in this precision, without sparsity; None where Lightning's table does not know it."""
     if device.type != "cuda":
         return None
     from lightning_fabric.utilities.throughput import get_available_flops
 
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    bf16, name = precision.startswith("bf16"), torch.cuda.get_device_name(device)
+    if "H200" in name or "H100 NVL" in name:
+        peak = _HOPPER_NVL_PEAK if "NVL" in name else _HOPPER_SXM_PEAK
+        # TF32, in which training multiplies float32 on GPUs, has half the rate.
+        return peak if bf16 else peak / 2
     try:
-        value = get_available_flops(device, dtype)
+        value = get_available_flops(device, torch.bfloat16 if bf16 else torch.float32)
     except (RuntimeError, KeyError):
         return None
     return float(value) if value else None

@@ -61,6 +61,30 @@ def start(command, folder, **environment):
     )
 
 
+@pytest.mark.parametrize(
+    ("rank", "resume"),
+    [("1", {}), ("0", {"resume": "never", "overwrite": "true"})],
+    ids=["second, auto", "first, never"],
+)
+def test_torchrun_restarts_into_the_same_run(folder, unbroken, rank, resume):
+    """A process is killed once; the others and it are started again and go on, whatever --resume said at first."""
+    if resume:
+        run_pretraining_process("train_mdm.py", folder, max_steps=150, val_samples=0, save_interval=60)
+        shutil.rmtree(folder / "out")
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
+    process = start([*command, *pretraining_command("train_mdm.py", folder, **FLAGS, **resume)], folder)
+    assert any("step 50:" in line for line in process.stdout), process.stderr.read()
+    workers = psutil.Process(process.pid).children()
+    (victim,) = [one for one in workers if one.environ().get("RANK") == rank]
+    victim.kill()
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    resumed = next(line for line in out.splitlines() if line.startswith("resumed at step "))
+    assert int(resumed.split()[3]) >= 40
+    assert not [one for one in workers if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert_same_run(unbroken, folder)
+
+
 # srun's part of Slurm: two tasks with its variables, which get its signals; the largest code is its own.
 SRUN = """#!{python}
 import os, signal, subprocess, sys

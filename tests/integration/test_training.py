@@ -176,6 +176,16 @@ def test_the_launchers_start_the_scripts(folder, launcher):
     assert 12 in read_losses(folder)
 
 
+def test_cut_groups_on_one_device_only_are_met_by_the_others(folder, tmp_path_factory):
+    """Three groups on two devices: one may have two lengths where the other has one, and both make as many passes."""
+    settings = {"max_steps": 12, "log_interval": 1, "batch_size": 96, "ssl_ratio": 0.5, "val_samples": 0}
+    other = tmp_path_factory.mktemp("other")
+    make_packed_data(other / "data")
+    run_pretraining("train_mdm_rl.py", folder, **settings)
+    run_pretraining_process("train_mdm_rl.py", other, **settings, accelerator="cpu", devices=2, strategy="fsdp")
+    assert relative_difference(read_losses(folder), read_losses(other)) < 1e-5
+
+
 def test_the_micro_batch_changes_speed_only(folder, tmp_path_factory):
     settings = {"max_steps": 30, "log_interval": 1}
     other = tmp_path_factory.mktemp("other")

@@ -31,6 +31,7 @@ from lit_gpt.model.causal import GPT
 from lit_gpt.model.logits import LogitsFn, model_logits
 from lit_gpt.randomness import uniform
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
+from tests.support.gpus import DEVICES
 from tests.support.small_models import scaled_model
 
 GOLDEN = golden_cases()
@@ -60,9 +61,9 @@ def golden_request(case: dict) -> LikelihoodRequest:
 # Golden
 
 
-@pytest.fixture(scope="module")
-def golden_mdm() -> TransEncoder:
-    return golden_model(TransEncoder, GOLDEN["likelihood"]["weights_seed"])
+@pytest.fixture(scope="module", params=DEVICES)
+def golden_mdm(request: pytest.FixtureRequest) -> TransEncoder:
+    return golden_model(TransEncoder, GOLDEN["likelihood"]["weights_seed"]).to(request.param)
 
 
 CASES = GOLDEN["likelihood"]["cases"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,12 +12,24 @@ from torch import Tensor
 
 from lit_gpt.model import kernels
 from lit_gpt.model.visibility import Visibility
+from tests.support.gpus import DEVICES
 
 CPU = torch.device("cpu")
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * len(shape)), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed + 7 * len(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(torch.get_default_device())
+
+
+@pytest.fixture(params=DEVICES)
+def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """New tensors are on a CPU, or on a GPU."""
+    with torch.device(request.param):
+        yield
+
+
+on_devices = pytest.mark.usefixtures("default_device")
 
 
 def check(kernel, formula, *inputs: Tensor, tolerance: float = 2e-5) -> None:
@@ -36,6 +49,7 @@ def check(kernel, formula, *inputs: Tensor, tolerance: float = 2e-5) -> None:
 # RMSNorm, SwiGLU, rotary
 
 
+@on_devices
 def test_rms_norm():
     def formula(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
@@ -49,10 +63,12 @@ def test_rms_norm_of_zeros_is_finite():
     assert x.grad.isfinite().all()
 
 
+@on_devices
 def test_swiglu():
     check(kernels.swiglu, lambda gate, up: gate / (1 + torch.exp(-gate)) * up, rand(3, 9), rand(3, 9, seed=1))
 
 
+@on_devices
 @pytest.mark.parametrize("per_row", [False, True])
 def test_rotary(per_row: bool):
     angles = rand(2, 1, 5, 4) if per_row else rand(5, 4)
@@ -95,6 +111,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Ten
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("new_tokens", [6, 2, 1])
 @pytest.mark.parametrize("masked", [False, True])
+@on_devices
 def test_attention(causal: bool, groups: int, new_tokens: int, masked: bool):
     key_mask = None
     if masked:
@@ -113,6 +130,7 @@ def test_attention(causal: bool, groups: int, new_tokens: int, masked: bool):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("length", [7, 256, 257])
+@on_devices
 def test_attention_in_bf16_is_near_float32(causal: bool, groups: int, length: int):
     """Short rows go by products of their own on CPUs: values and gradients stay within bf16's rounding."""
     inputs = [rand(2, heads, length, 8, seed=seed).float() for seed, heads in enumerate((4, groups, groups))]
@@ -141,10 +159,11 @@ def test_attention_without_any_key_is_zero(causal: bool):
 
 def loss_inputs(rows: int, width: int = 12, classes: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows)
-    targets = torch.randint(classes, (rows,), generator=generator)
+    targets = torch.randint(classes, (rows,), generator=generator, device="cpu").to(torch.get_default_device())
     return rand(rows, width), rand(classes, width, seed=1), targets, rand(rows, seed=2).abs()
 
 
+@on_devices
 @pytest.mark.parametrize("rows", [1, 2, 33])
 @pytest.mark.parametrize("chunk_elements", [1, 5 * 40, 2**24], ids=["row by row", "five rows", "one chunk"])
 def test_linear_cross_entropy(rows: int, chunk_elements: int, monkeypatch: pytest.MonkeyPatch):
@@ -161,6 +180,7 @@ def test_linear_cross_entropy(rows: int, chunk_elements: int, monkeypatch: pytes
     torch.testing.assert_close(nll.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@on_devices
 def test_linear_cross_entropy_of_no_rows():
     hidden, weight, targets, row_weights = loss_inputs(0)
     hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()

@@ -25,6 +25,7 @@ from lit_gpt.sampling.sequence import masked_sequences, prompt_sequences
 from lit_gpt.sampling.settings import ALGORITHMS, Sampling, algorithm_name
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
 from tests.support.far_device import FarDevice, FarTensor
+from tests.support.gpus import DEVICES
 from tests.support.small_models import scaled_model
 
 TINY = Config("tiny", 2, 2, 32, 64, 2, block_size=32, vocab_size=50)
@@ -114,14 +115,14 @@ LIMIT = 54.1  # 0.999 quantile of chi-squared with 26 degrees of freedom; seeds 
 # Golden
 
 
-@pytest.fixture(scope="module")
-def golden_mdm() -> TransEncoder:
-    return golden_model(TransEncoder, golden_cases()["mdm_sample"]["weights_seed"])
+@pytest.fixture(scope="module", params=DEVICES)
+def golden_mdm(request: pytest.FixtureRequest) -> TransEncoder:
+    return golden_model(TransEncoder, golden_cases()["mdm_sample"]["weights_seed"]).to(request.param)
 
 
-@pytest.fixture(scope="module")
-def golden_arm() -> GPT:
-    return golden_model(GPT, golden_cases()["arm_sample"]["weights_seed"])
+@pytest.fixture(scope="module", params=DEVICES)
+def golden_arm(request: pytest.FixtureRequest) -> GPT:
+    return golden_model(GPT, golden_cases()["arm_sample"]["weights_seed"]).to(request.param)
 
 
 @pytest.mark.parametrize("case", golden_cases()["mdm_sample"]["cases"], ids=lambda case: f"steps{case['steps']}")

@@ -57,7 +57,7 @@ class BlockDiffusion(MaskedDiffusion):
         clean = batch.tokens[:, :-1].contiguous()
         rows, length = clean.shape
         blocks = length // self.block_length
-        real = torch.arange(length, device=clean.device)[None] < torch.minimum(batch.lengths, batch.cuts)[:, None]
+        real = torch.arange(length, device=clean.device)[None] < batch.lengths[:, None]
         # The blocks of a row have times spread evenly over [0, 1); each alone is uniform.
         t = (t[:, None] + torch.arange(blocks, device=t.device) / blocks) % 1.0
         p_mask = diffusion.masking_probability(t).flatten()
@@ -94,7 +94,6 @@ def batch(partial: bool = False) -> MicroBatch:
         tokens=torch.randint(0, 20, (8, 13), generator=torch.Generator().manual_seed(0)),
         lengths=lengths,
         prompt_lengths=torch.zeros(8, dtype=torch.int64),
-        cuts=torch.full((8,), 12),
         rows=torch.arange(8),
         row_weights=torch.full((8,), 1 / 96, dtype=torch.float64),
         step=3,

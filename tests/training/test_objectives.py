@@ -128,7 +128,6 @@ def test_training_noise_has_the_brute_force_expectation():
         tokens=torch.cat([clean, torch.zeros(1, dtype=torch.int64)]).repeat(256, 1),
         lengths=torch.full((256,), 6),
         prompt_lengths=torch.zeros(256, dtype=torch.int64),
-        cuts=torch.full((256,), 5),
         rows=torch.arange(256),
         row_weights=torch.full((256,), 1 / 5, dtype=torch.float64),
         step=0,
@@ -209,8 +208,8 @@ class HashedDialogues(HashedTokens):
         return Extent(length, 1 + hash_int(k, 2) % (length - 2))
 
 
-def response(row_length=None, prompt_drop=0.0):
-    return MaskedResponse(CONFIG.mask_id, 11, 8, row_length=row_length, prompt_drop=prompt_drop)
+def response(row_length=None, prompt_drop=0.0, batch=8):
+    return MaskedResponse(CONFIG.mask_id, 11, batch, row_length=row_length, prompt_drop=prompt_drop)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +223,37 @@ def response(row_length=None, prompt_drop=0.0):
 )
 def test_fine_tuning_does_not_depend_on_micro_batch_or_devices(objective, model_class):
     check_cuts(objective, model_class, HashedDialogues(13))
+
+
+@pytest.mark.parametrize("objective", [response(batch=24), masked(0.6, 24)])
+def test_a_micro_batch_holds_rows_of_one_length_and_needs_no_mask(objective):
+    """Every row once, full micro batches where there are enough rows, and as many of them on every device."""
+    dataset = HashedDialogues(13) if isinstance(objective, MaskedResponse) else HashedTokens(13)
+    own_counts = set()
+    for step, devices in itertools.product(range(12), (1, 2, 4)):
+        rows, counts = 24 // devices, []
+        seen = []
+        for device in range(devices):
+            batches = batching.step_batches(dataset, objective.group, StepLayout(24, 4, 5, device * rows, rows), step)
+            counts.append(len(batches))
+            alone = 0
+            for batch in batches:
+                assert objective.training(batch).visibility is None
+                lengths = {group_length(objective, dataset, step, int(row) // 4) for row in batch.rows}
+                assert lengths == {batch.tokens.size(1) - 1} and len(batch.rows) <= 5
+                alone += len(batch.rows) < 5
+                seen += batch.rows.tolist()
+            if devices == 1:
+                # The last micro batch of a length alone is smaller.
+                assert alone <= len({batch.tokens.size(1) for batch in batches})
+                assert [b.tokens.size(1) for b in batches] == sorted((b.tokens.size(1) for b in batches), reverse=True)
+        assert sorted(seen) == list(range(24)) and len(set(counts)) == 1
+        own_counts |= set(counts)
+    assert len(own_counts) > 2
+
+
+def group_length(objective, dataset, step, group):
+    return objective.group(step, group, [dataset.extent(step * 24 + group * 4 + row) for row in range(4)]).length
 
 
 def published_masked_loss(model, batch, rows, length, p_mask, uniforms):
@@ -240,10 +270,22 @@ def published_masked_loss(model, batch, rows, length, p_mask, uniforms):
     return total / (len(rows) * length - prompts)
 
 
+def whole_step(batches):
+    """A step's rows in their order, each with all tokens that its micro batch has."""
+    columns = max(batch.tokens.size(1) for batch in batches)
+    tokens = torch.cat([F.pad(batch.tokens, (0, columns - batch.tokens.size(1))) for batch in batches])
+    order = torch.cat([batch.rows for batch in batches]).argsort()
+    lengths, prompts = (
+        torch.cat([getattr(batch, name) for batch in batches])[order] for name in ("lengths", "prompt_lengths")
+    )
+    return batching.replace(batches[0], tokens=tokens[order], lengths=lengths, prompt_lengths=prompts)
+
+
 @pytest.mark.parametrize("row_length", [None, 12])
 def test_masked_fine_tuning_is_the_published_formula_padding_included(row_length):
     model, dataset, objective = build(TransEncoder), HashedDialogues(13), response(row_length)
-    (batch,) = batching.step_batches(dataset, objective.group, StepLayout(8, 4, 8, 0, 8), 3)
+    batches = batching.step_batches(dataset, objective.group, StepLayout(8, 4, 8, 0, 8), 3)
+    batch = whole_step(batches)
     assert len(set(batch.lengths.tolist())) > 3
     t = diffusion.diffusion_times(11, 3, torch.arange(8), 8)
     uniforms = uniform_grid(11, Stream.MASK, 3, torch.arange(8), 12)
@@ -253,9 +295,10 @@ def test_masked_fine_tuning_is_the_published_formula_padding_included(row_length
         expected += published_masked_loss(model, batch, rows, length, diffusion.masking_probability(t), uniforms) / 2
     assert step_loss(model, objective, dataset, 8, 4, 8).item() == pytest.approx(expected.item(), rel=1e-5)
     # Padding is among what is scored; without it the loss is another.
-    terms = objective.training(batch)
-    padding = torch.arange(terms.weights.size(1))[None] >= batch.lengths[:, None]
-    assert (terms.weights[padding] > 0).any()
+    for part in batches:
+        terms = objective.training(part)
+        padding = torch.arange(terms.weights.size(1))[None] >= part.lengths[:, None]
+        assert (terms.weights[padding] > 0).any()
 
 
 def test_arm_fine_tuning_is_the_mean_over_answer_tokens():

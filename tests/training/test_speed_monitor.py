@@ -10,7 +10,7 @@ import torch
 from lit_gpt.config import Config
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.model.visibility import Visibility
-from lit_gpt.training.speed_monitor import RATE_COLUMNS, SpeedMonitor, training_flops
+from lit_gpt.training.speed_monitor import RATE_COLUMNS, SpeedMonitor, peak_flops, training_flops
 
 TINY = Config("tiny", 3, 4, 32, 64, 2, block_size=64, vocab_size=100)
 ROWS, LENGTH, SCORED = 2, 10, 7
@@ -67,3 +67,25 @@ def test_validation_is_no_training_time():
     monitor.add_validation(100.0)
     rates = monitor.rates()
     assert rates["time/val"] == 100 and rates["time/train"] == pytest.approx(rates["time/total"] - 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "dense_bf16"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H200 NVL", 835.5e12),
+        ("NVIDIA Abacus", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_without_sparsity(name: str, dense_bf16: float | None, monkeypatch: pytest.MonkeyPatch):
+    """By the names that the driver gives; half of it for float32, whose products training rounds to TF32."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(device, "bf16-mixed") == dense_bf16
+    if dense_bf16 and "H200" in name:
+        assert peak_flops(device, "32-true") == dense_bf16 / 2
+    assert peak_flops(torch.device("cpu"), "32-true") is None
