@@ -94,15 +94,21 @@ def run(main: Callable[[], Any]) -> NoReturn:
     else is a mistake of ours and shows its traceback.
     """
     _use_utf8()
+    _open_closed_streams()
     show_warnings()
     try:
         main()
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            error.filename = "standard output"
+            raise
     except Interrupted as stop:
         if _rank() == 0:
-            print(stop, file=sys.stderr, flush=True)
+            _tell(str(stop))
         leave(stop.code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        _tell("interrupted")
         leave(130)
     except BrokenPipeError:
         leave(141)
@@ -110,13 +116,13 @@ def run(main: Callable[[], Any]) -> NoReturn:
         if os.environ.get("SMDM_TRACEBACK"):
             raise
         if _speaks():
-            print(f"error: {_one_line(_describe(error))}", file=sys.stderr, flush=True)
+            _tell(f"error: {_one_line(_describe(error))}")
         leave(USER_ERROR_CODE)
     except RuntimeError as error:
         if os.environ.get("SMDM_TRACEBACK") or not _lost_a_process(error):
             raise
         if _speaks():
-            print(f"error: {_LOST_PROCESS}", file=sys.stderr, flush=True)
+            _tell(f"error: {_LOST_PROCESS}")
         leave(_LOST_PROCESS_CODE)
     leave(0)
 
@@ -129,17 +135,28 @@ def _use_utf8() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def _open_closed_streams() -> None:
+    """Put the null device where a standard stream is closed: a file opened later would get its number, and its output."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process runs)
+
+
+def _tell(line: str) -> None:
+    """Print a line on stderr; a full disk or a closed pipe behind it is no error of its own."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def fail(line: str) -> NoReturn:
     """Print one line on stderr and exit with code 2."""
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    _tell(f"error: {line}")
     leave(USER_ERROR_CODE)
 
 
 def warn(line: str) -> None:
     """Print a warning that does not stop the work."""
-    # Nor does a full disk behind stderr.
-    with contextlib.suppress(OSError):
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+    _tell(f"warning: {line}")
 
 
 def show_warnings() -> None:
@@ -156,8 +173,7 @@ class _Console(logging.Handler):
     """Writes to what is stderr at the moment of writing."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):
-            print(self.format(record), file=sys.stderr, flush=True)
+        _tell(self.format(record))
 
 
 def leave(code: int) -> NoReturn:
@@ -171,6 +187,12 @@ def leave(code: int) -> NoReturn:
         if code:
             os._exit(code)
         distributed.destroy_process_group()
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError:
+            # Python would try once more at its end, and make the exit code 120.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.exit(code)
 
 

@@ -105,7 +105,7 @@ def start_fabric(accelerator: str, devices: str, num_nodes: int, strategy: str, 
         accelerator=kind if "LT_ACCELERATOR" not in os.environ or not through_fabric else "auto",
         devices=count if "LT_DEVICES" not in os.environ or not through_fabric else "auto",
         num_nodes=num_nodes,
-        strategy=_strategy(strategy, kind, count * num_nodes),
+        strategy=_strategy(strategy, kind, count, num_nodes),
         precision=values["precision"],  # type: ignore[arg-type]
         plugins=[TorchElasticEnvironment() if world is not None else LightningEnvironment()],
     )
@@ -141,15 +141,17 @@ def _world_nodes(world: LaunchedWorld, num_nodes: int) -> int:
     return world.nodes
 
 
-def _strategy(name: str, kind: str, world_size: int) -> Any:
+def _strategy(name: str, kind: str, count: int, num_nodes: int) -> Any:
     """Fabric's strategy: what `--strategy` says, or FSDP2 on GPUs and DDP elsewhere; `auto` for one process."""
     from lightning_fabric.strategies import DDPStrategy
 
-    if name == "auto" and world_size > 1:
+    if name == "auto" and count * num_nodes > 1:
         name = "fsdp" if kind == "cuda" else "ddp"
-    if name == "fsdp":
-        return _sharded(world_size, group_backend(kind))
-    return DDPStrategy(process_group_backend=group_backend(kind)) if name == "ddp" else name
+    backend = group_backend(kind)
+    if name in ("fsdp", "hybrid"):
+        return _sharded(count * num_nodes, num_nodes if name == "hybrid" else 1, backend)
+    # Views: gradients lie in what is sent, instead of beside it.
+    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True) if name == "ddp" else name
 
 
 def group_backend(device_type: str) -> str:
@@ -195,12 +197,12 @@ def _resolve_devices(accelerator: str, devices: str) -> tuple[str, int]:
     return kind, int(devices)
 
 
-def _sharded(world_size: int, backend: str) -> Any:
-    """FSDP2: every block and the rest of the model are sharded over all processes."""
+def _sharded(world_size: int, replicas: int, backend: str) -> Any:
+    """FSDP2: every block and the rest of the model are sharded over all processes, or over each of `replicas` equal runs."""
     from lightning_fabric.strategies import ModelParallelStrategy
 
     return ModelParallelStrategy(
-        parallelize_fn=_shard,
+        parallelize_fn=functools.partial(_shard, replicas=replicas),
         data_parallel_size=world_size,
         tensor_parallel_size=1,
         save_distributed_checkpoint=False,
@@ -208,11 +210,15 @@ def _sharded(world_size: int, backend: str) -> Any:
     )
 
 
-def _shard(model: Any, mesh: Any) -> Any:
-    """Shard a `model.layers.Transformer` by block."""
+def _shard(model: Any, mesh: Any, replicas: int) -> Any:
+    """Shard a `model.layers.Transformer` by block; consecutive processes hold one of several replicas."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     data_mesh = mesh["data_parallel"]
+    if replicas > 1:
+        shape, names = (replicas, data_mesh.size() // replicas), ("replicate", "shard")
+        data_mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=names)
     for block in model.transformer.h:
         fully_shard(block, mesh=data_mesh)
     fully_shard(model, mesh=data_mesh)

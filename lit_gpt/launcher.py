@@ -36,7 +36,7 @@ options (before SCRIPT; as --name=VALUE or --name VALUE, with - or _):
   --node-rank N        which of them this is, from 0, default 0
   --main-address HOST  address of machine 0, default 127.0.0.1
   --main-port PORT     port of machine 0, default 29400 (on a single machine: one that is free)
-  --strategy NAME      left to the script unless given: auto, ddp, fsdp
+  --strategy NAME      left to the script unless given: auto, ddp, fsdp, hybrid
   --precision NAME     left to the script unless given: bf16-mixed, bf16-true, 32-true
   --help               show this text
 

@@ -431,6 +431,27 @@ def test_a_closed_pipe_is_no_error():
     assert (done.stdout, done.stderr) == ("line\n", "")
 
 
+@pytest.mark.parametrize(
+    ("body", "streams", "code", "line"),
+    [
+        ("print(sys.stdin.readline(), sys.stdin.isatty())", "<&-", 0, ""),
+        ("print(sys.stdout.isatty())", ">&-", 0, ""),
+        ("raise ValueError('no data')", "2>&-", 2, ""),
+        ("print('result')", "<&- >&- 2>&-", 0, ""),
+        ("print('result', flush=True)", ">/dev/full", 2, "error: No space left on device\n"),
+        ("print('result')", ">/dev/full", 2, "error: standard output: No space left on device\n"),
+        ("raise ValueError('no data')", "2>/dev/full", 2, ""),
+    ],
+)
+def test_standard_streams_that_are_closed_or_full(body, streams, code, line):
+    text = f"import sys\nfrom lit_gpt import cli\ndef main():\n    {body}\ncli.run(main)"
+    command = f'"$0" -c "$1" {streams}'
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = ["bash", "-c", command, sys.executable, text]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr.decode()) == (code, line)
+
+
 def test_only_the_first_process_speaks():
     """The second one's error is the same line; it is silent if the first one's end ends it too (its parent goes)."""
     body = "raise ValueError('no data')"

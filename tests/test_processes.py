@@ -9,10 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lit_gpt import devices, processes
 from tests.support.training_runs import (
     ROOT,
+    final_state,
     make_packed_data,
     one_thread_environment,
     pretraining_command,
@@ -124,6 +126,51 @@ def test_torchrun_starts_one_run(folder, tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("device: 2 x cpu") == 1
     assert read_losses(folder) == pytest.approx(read_losses(single), rel=1e-5)
+
+
+def two_machines(command, folder):
+    """Run a command as two machines of two processes each do, which are both this one."""
+    address = ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank)]
+            + ["--nproc_per_node", "2", *address, *command],
+            cwd=folder,
+            env=one_thread_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [agent.communicate(timeout=200)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    return outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps"),
+    [("hybrid", 6), *(pytest.param(name, 50, marks=pytest.mark.slow) for name in ("ddp", "fsdp", "hybrid"))],
+)
+def test_four_processes_on_two_machines_have_the_losses_of_one(folder, tmp_path_factory, strategy, steps):
+    single = tmp_path_factory.mktemp("single")
+    make_packed_data(single / "data")
+    flags = {**FLAGS, "max_steps": steps, "seed": 2**33 + 5}
+    run_pretraining("train_mdm.py", single, **flags)
+    assert "device: 4 x cpu" in two_machines(
+        pretraining_command("train_mdm.py", folder, **flags, strategy=strategy), folder
+    )
+    assert read_losses(folder) == pytest.approx(read_losses(single), rel=1e-5)
+    one, four = final_state(single), final_state(folder)
+    # A sharded optimizer's state is saved under the parameters' names.
+    weights = [name for name in one if name.startswith("model.")]
+    assert weights == [name for name in four if name.startswith("model.")]
+    for name in weights:
+        torch.testing.assert_close(four[name], one[name], rtol=1e-3, atol=1e-4)
 
 
 def start_tasks(command, folder):

@@ -22,7 +22,7 @@ import numpy as np
 
 from lit_gpt.data.packed_dataset import Extent, Sample
 from lit_gpt.data.sft_formats import SFT_FORMATS, Malformed, SftFormat, Unusable
-from lit_gpt.files import file_sha256, make_folder, read_json_object, write_json
+from lit_gpt.files import SaveError, cannot_write, file_sha256, make_folder, read_json_object, write_json
 from lit_gpt.randomness import Stream, permute_index
 from lit_gpt.tokenizer import Tokenizer
 
@@ -142,6 +142,7 @@ def prepare_examples(plan: ExamplePreparation) -> Path:
         ValueError: too many malformed records (the first one's place is named), or nothing is left.
         SaveError: the cache cannot be written.
     """
+    from datasets.exceptions import DatasetGenerationError
     from filelock import FileLock
 
     if not plan.path.is_file():
@@ -159,7 +160,13 @@ def prepare_examples(plan: ExamplePreparation) -> Path:
     # Several processes of a run ask at the same time: one prepares, the others wait.
     with FileLock(f"{folder}.lock"):
         if not (folder / _INFO).exists():
-            _prepare(plan, folder, parts | {"fingerprint": fingerprint, "path": str(plan.path)})
+            try:
+                _prepare(plan, folder, parts | {"fingerprint": fingerprint, "path": str(plan.path)})
+            except (OSError, DatasetGenerationError) as error:
+                cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+                if not isinstance(cause, OSError) or isinstance(cause, SaveError):
+                    raise
+                raise cannot_write(folder, cause) from error
     info = read_json_object(folder / _INFO)
     _check_share(plan, info)
     return folder

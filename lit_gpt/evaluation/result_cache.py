@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from lit_gpt.files import make_folder, open_regular, parse_json
+from lit_gpt.files import cannot_write, make_folder, open_regular, parse_json
 
 Value = TypeVar("Value")
 DEFAULT_FOLDER = Path("~/.cache/smdm/evaluation")
@@ -55,14 +55,22 @@ class EvalCache:
         return value if is_valid(value) else None
 
     def add(self, results: Sequence[tuple[str, Any]]) -> None:
-        """Store results and put them on the disk."""
+        """Store results and put them on the disk.
+
+        Raises:
+            SaveError: they cannot be written.
+        """
         if self._file is None or not results:
             return
-        for key, value in results:
-            self._values[key] = value
-            self._file.write(json.dumps([key, value]) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        assert self.path is not None
+        try:
+            for key, value in results:
+                self._values[key] = value
+                self._file.write(json.dumps([key, value]) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
 
     def keep(
         self, results: Iterable[tuple[str, Value]], as_json: Callable[[Value], Any], lot: int

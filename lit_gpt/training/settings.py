@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from lit_gpt.training import skipped_steps
 
-STRATEGIES = ("auto", "ddp", "fsdp")
+STRATEGIES = ("auto", "ddp", "fsdp", "hybrid")
 SHAPE_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
 PRECISIONS = ("auto", "bf16-mixed", "bf16-true", "32-true")
 
@@ -61,7 +61,7 @@ class TrainConfig:
     nodes_num: int = 1
     """Machines; must equal the launcher's count."""
     strategy: str = "auto"
-    """With several devices: ddp, or fsdp (FSDP2, the default on GPUs)."""
+    """With several devices: ddp, fsdp (FSDP2, the default on GPUs), or hybrid (FSDP2 within each machine, copies across)."""
     precision: str = "auto"
     """auto (bf16-mixed where the hardware supports it, else 32-true), bf16-mixed, bf16-true or 32-true. There is no 16-mixed:
     the loss computes its own gradient, and scaled for float16 that overflows."""

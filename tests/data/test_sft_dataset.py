@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from lit_gpt.data.sft_dataset import ExamplePreparation, SftDataset, left_out_lines, prepare_examples
 from lit_gpt.data.sft_formats import GSM8K, REVERSE, SFT_FORMATS, SHAREGPT, json_items, text_lines
+from lit_gpt.files import SaveError
 from lit_gpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,6 +197,18 @@ def test_files_that_give_nothing_are_refused(plan):
         chosen = plan(REVERSE, "")
         chosen.path.unlink()
         prepare_examples(chosen)
+
+
+def test_a_full_disk_under_the_cache_is_one_line(plan):
+    text = "".join(f"question {number}||1 #### 2\n" for number in range(2000))
+    chosen = plan(GSM8K, text)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(SaveError, match=f"^cannot write {chosen.cache}/.*: .*[Ff]ile too large"):
+            prepare_examples(chosen)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_reverse_fact_is_one_text(tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from lit_gpt.data.packed_format import PackedDatasetBuilder
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import EvalCache, request_key
 from lit_gpt.evaluation.settings import read_model_args
+from lit_gpt.files import SaveError
 from tests.support.small_models import export_arm_and_mdm
 
 LENGTH = 16
@@ -98,6 +100,18 @@ def test_rows_of_fineweb(folder, tmp_path, monkeypatch, kind, words, expected):
     monkeypatch.setattr(sys, "argv", ["evaluate_fineweb.py", *flags, "--cache", str(tmp_path), *words])
     evaluate_fineweb.main()
     assert settings_of(tmp_path, ("checkpoint", "config")) == {"dtype": "float32", "length": 16, **expected}
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    cache = EvalCache(tmp_path, {"a": 1})
+    assert cache.path is not None
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(SaveError, match=f"^cannot write {cache.path}: File too large"):
+            cache.add([("key", "x" * 200)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_names_of_files_and_keys_of_results(tmp_path):
