@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Whole numbers may be larger than any float.
+_LARGEST_NUMBER = 1e300
 _ENTRIES = ("step", "exp_avg", "exp_avg_sq")
 # Settings of a parameter group that decide how a step is computed, not what: the current ones stay.
 _MATTERS_OF_SPEED = ("fused", "foreach")
@@ -124,7 +126,7 @@ def _is_number(value: Any) -> bool:
     """Whether a value is a finite number of at least 0."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _LARGEST_NUMBER
 
 
 def _shown(value: Any) -> str:

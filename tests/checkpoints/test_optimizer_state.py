@@ -60,6 +60,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "negative square": (change("exp_avg_sq", fill_one(-1.0)), "values from -1.0"),
     "steps": (put("step", torch.zeros(64, 16)), "step of lm_head.weight is"),
     "step nan": (put("step", torch.tensor(math.nan)), "step of lm_head.weight is"),
+    "step huge": (put("step", 10**400), "step of lm_head.weight is 1000"),
     "step text": (put("step", "2"), "step of lm_head.weight is 2, expected a number"),
     "entries": (lambda saved: saved["state"].__setitem__(0, [1]), "that of lm_head.weight is missing"),
     "a parameter less": (lambda saved: saved["state"].pop(3), r"that of transformer\S+ is missing"),
