@@ -6,6 +6,7 @@ counts, as after a killed run; what a line lacks is said with file and line.
 
 from __future__ import annotations
 
+import reprlib
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -125,7 +126,7 @@ def read_mt_bench_questions(path: Path, begin: int | None = None, end: int | Non
         end: number behind the last one.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_lines`; a number comes twice, or the range is not within the file.
+        FileNotFoundError, ValueError: as `read_json_lines`; a number comes twice, or the range is not within the file.
     """
     questions = read_json_lines(path, "question", _question)
     ids = [question.question_id for question in questions]
@@ -149,7 +150,7 @@ def read_answers(path: Path) -> dict[int, Turns]:
     """Read a model's or a judge's answers: the turns of each question's first choice, by question_id.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_lines`.
+        FileNotFoundError, ValueError: as `read_json_lines`.
     """
     return dict(
         read_json_lines(
@@ -161,14 +162,14 @@ def read_answers(path: Path) -> dict[int, Turns]:
 def _number(value: Any) -> int:
     """A question's number."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"question_id {value!r}, expected a whole number")
+        raise ValueError(f"question_id {reprlib.repr(value)}, expected a whole number")
     return value
 
 
 def _turns(value: Any) -> Turns:
     """A list of texts, not empty."""
     if not isinstance(value, list) or not value or not all(isinstance(turn, str) for turn in value):
-        raise ValueError(f"turns {value!r}, expected a list of texts")
+        raise ValueError(f"turns {reprlib.repr(value)}, expected a list of texts")
     "".join(value).encode()  # half of a character, which nobody could be asked, is an error here
     return tuple(value)
 

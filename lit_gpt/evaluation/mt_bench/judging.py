@@ -156,7 +156,7 @@ def read_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
     """Read the judge's prompts, by name.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_lines`.
+        FileNotFoundError, ValueError: as `read_json_lines`.
     """
     names = ("name", "system_prompt", "prompt_template")
     lines = read_json_lines(path, "judge prompt", lambda line: JudgePrompt(*(_text(line[name]) for name in names)))
@@ -261,7 +261,7 @@ def read_judgments(path: Path, mode: str) -> list[JsonLine]:
     """Read a judgment file, one line for each match (the last one).
 
     Raises:
-        FileNotFoundError, ValueError: as `read_lines`.
+        FileNotFoundError, ValueError: as `read_json_lines`.
     """
     by_key: dict[tuple[Any, ...], JsonLine] = {}
     for line in read_json_lines(path, f"judgment ({mode})", lambda line: _checked(line, mode), may_be_torn=True):

@@ -121,6 +121,10 @@ GOOD = {"question_id": 1, "category": "c", "turns": ["a"]}
         ('{"question_id": 1, "category": "c"}', r"is no question \('turns' is missing\)"),
         ('["a"]', "is no question"),
         ('{"question_id": "one", "category": "c", "turns": ["a"]}', "question_id 'one', expected a whole number"),
+        (
+            '{"question_id": "%s", "category": "c", "turns": []}' % ("o" * 9999),
+            r"question_id 'o{12}\.\.\.o{13}', expected",
+        ),
         ('{"question_id": 2, "category": "c", "turns": []}', r"turns \[\], expected a list of texts"),
         ('{"question_id": 2, "category": "c", "turns": ["\\ud800"]}', "surrogates not allowed"),
         ("\udc80", "is no question"),
