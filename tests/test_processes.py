@@ -236,5 +236,5 @@ def test_gpus_processes_are_connected_for_both_kinds_of_memory():
     config = torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend(devices.group_backend("cuda")))
     assert config.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
     assert devices.group_backend("cpu") == "gloo"
-    strategies = [devices._strategy(name, "cuda", 2) for name in ("ddp", "fsdp", "auto")]
+    strategies = [devices._strategy(name, "cuda", 2, 1) for name in ("ddp", "fsdp", "auto")]
     assert [strategy.process_group_backend for strategy in strategies] == ["cpu:gloo,cuda:nccl"] * 3
