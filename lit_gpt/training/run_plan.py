@@ -77,7 +77,7 @@ class GpuMemory:
     """Memory of one GPU in a step that is not the first, in bytes."""
 
     parameters: float
-    """Its share of them, and whole ones in bf16 where products read those."""
+    """Its share of them, whole ones where blocks compute, and copies in bf16 where products read those."""
     gradients: float
     """Its share of them, and whole ones while micro batches accumulate."""
     optimizer: float
@@ -141,10 +141,10 @@ def gpu_memory(config: Config, shape: StepShape, rows: int, shards: int, accumul
     if shards > 1:
         # Gathered: embedding and head from forward to backward, and two blocks, the next one while one computes.
         gathered = (total - config.non_embedding_params) + 2 * config.non_embedding_params / config.n_layer
-        parameters += shape.compute_bytes * gathered
+        parameters += each * gathered
         gradients += each * (total if accumulating else gathered)
-    elif shape.precision == "bf16-mixed":
-        # Autocast keeps what it has cast until the micro batch ends.
+    if shape.precision == "bf16-mixed":
+        # Autocast keeps what it has cast until the micro batch ends, of sharded models too.
         parameters += 2 * (matrices - head)
     activations, logits = micro_batch_memory(config, shape, rows)
     return GpuMemory(parameters, gradients, 2 * each * total / shards, activations, logits)
