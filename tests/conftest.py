@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ settings.load_profile("reproducible")
 def full_float32() -> None:
     """On GPUs, products of float32 as exact as on CPUs, whatever a training in this process has set."""
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """The environment as it was: training and evaluation write where their processes meet (MASTER_PORT, RANK ...) into it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    # Lightning's loggers ask this number, which a test that plays another process leaves behind.
+    if "lightning_utilities.core.rank_zero" in sys.modules:
+        sys.modules["lightning_utilities.core.rank_zero"].rank_zero_only.rank = 0
 
 
 @pytest.fixture(scope="session")

@@ -124,12 +124,13 @@ async def _read_request(request: Request) -> dict[str, Any]:
         body += part
         if len(body) > _MAX_REQUEST_BYTES:
             raise ValueError(f"the request is longer than {_MAX_REQUEST_BYTES:,} bytes: shorten the prompt")
+    expected = "expected a JSON object with checkpoint, prompt and sampling, of type application/json"
     try:
         wanted = parse_json(body)
-    except ValueError:
-        wanted = None
+    except ValueError as error:
+        raise ValueError(f"{expected} ({error})") from error
     if not isinstance(wanted, dict) or request.headers.get("content-type") != "application/json":
-        raise ValueError("expected a JSON object with checkpoint, prompt and sampling, of type application/json")
+        raise ValueError(expected)
     return wanted
 
 

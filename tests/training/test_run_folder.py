@@ -184,7 +184,10 @@ def test_a_full_disk_under_standard_output_does_not_end_a_run(folder):
 
 
 def test_a_lost_terminal_saves(folder):
+    # Where the tests themselves run under nohup, their children would ignore the signal.
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = start_pretraining("train_ar.py", folder, max_steps=20000, save_interval=50000, val_samples=0)
+    signal.signal(signal.SIGHUP, inherited)
     for line in process.stdout:
         if "step 20:" in line:
             break

@@ -205,7 +205,7 @@ MISTAKES = {
     "too many steps": ({"steps": 10**7}, {}, "shows at most 4096"),
     "no number": ({"steps": "ten"}, {}, "steps: expected int, got 'ten'"),
     "half a step": ({"steps": 1.5}, {}, "steps: expected int, got '1.5'"),
-    "nan": ({"temperature": float("nan")}, {}, "temperature is nan"),
+    "nan": ({"temperature": float("nan")}, {}, "it holds the number NaN, which is not finite"),
     "sampler": ({"algorithm": "best"}, {}, "unknown sampling algorithm 'best': choose from origin, greedy"),
     "parameter": ({"stepps": 3}, {}, "unknown parameter stepps: known are context_length, algorithm"),
     "flag": ({"use_cache": "maybe"}, {}, "use_cache: expected bool"),
