@@ -79,9 +79,9 @@ class SpeedMonitor:
 
     def add_micro_batch(self, work: MicroBatchWork) -> None:
         """Count what this device did in a micro batch; the other devices do as much."""
-        interval = self._interval
-        interval.micro_batches += 1
-        interval.work = MicroBatchWork(*(done + new for done, new in zip(interval.work, work, strict=True)))
+        self._interval.micro_batches += 1
+        samples, tokens, flops = self._interval.work
+        self._interval.work = MicroBatchWork(samples + work.samples, tokens + work.tokens, flops + work.flops)
 
     def waited(self, steps: Iterator[Step]) -> Iterator[Step]:
         """The same steps; the time until each of them is there counts as waiting for data."""
