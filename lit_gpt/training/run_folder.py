@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 METRICS = (
     *("step", "metric/train_loss", "metric/train_ppl", "metric/val_loss", "metric/val_ppl", "metric/val_bpb"),
-    *("metric/grad_norm", "learning_rate", "samples", "total_tokens", *speed_monitor.RATE_COLUMNS),
+    *("metric/grad_norm", "learning_rate", "samples", "total_tokens", "skipped_steps"),
+    *("time/left", "memory/peak_gb", *speed_monitor.RATE_COLUMNS),
 )
 # In `run.json`, from a run's being taken back (--resume PATH) or replaced (--resume never) to its first save: the micro
 # step whose checkpoint it starts from, -1 for none. Later checkpoints stay until then, but do not count.
