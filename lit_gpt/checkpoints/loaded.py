@@ -93,7 +93,7 @@ class LogLikelihood:
     """How likely a text is."""
 
     nats: float
-    """Log-likelihood; of an MDM the estimate of its lower bound."""
+    """Log-likelihood; of an MDM the estimate of a lower bound, or with `chain_rule` of writing from left to right."""
     standard_error: float
     """Of the estimator, nats; 0 where nothing was drawn, as for an ARM."""
 
@@ -179,9 +179,8 @@ class LoadedModel:
         """
         chosen = make_estimator(estimator, parameters)
         if unknown := parameters.keys() - vars(chosen):
-            raise ValueError(
-                f"{', '.join(sorted(unknown))}: the estimator {estimator} has only {', '.join(vars(chosen))}"
-            )
+            known = f"only {', '.join(vars(chosen))}" if vars(chosen) else "no parameters"
+            raise ValueError(f"{', '.join(sorted(unknown))}: the estimator {estimator} has {known}")
         before, scored = self.encode_pair(prefix, target)
         request = LikelihoodRequest(tuple(before), tuple(scored))
         limit = self.most_tokens(self.model.config.block_size)

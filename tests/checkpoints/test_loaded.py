@@ -147,6 +147,8 @@ def test_mistakes_say_what_helps(models, tmp_path):
         models["mdm"].loglikelihood("word " * 100, "word " * 100)
     with pytest.raises(ValueError, match="mc_num: the estimator exact has only budget"):
         models["mdm"].loglikelihood("a", "b", mc_num=5)
+    with pytest.raises(ValueError, match="budget: the estimator chain_rule has no parameters$"):
+        models["mdm"].loglikelihood("a", "b", estimator="chain_rule", budget=5)
     with pytest.raises(ValueError, match="estimator 'guess' is unknown: choose from mc, chain_rule, exact"):
         models["mdm"].loglikelihood("a", "b", estimator="guess")
     with pytest.raises(ValueError, match="cannot fill gaps"):
