@@ -103,11 +103,16 @@ def all_reduce_sum(fabric: Fabric, values: Sequence[float]) -> list[float]:
 
 def any_process(fabric: Fabric, flag: bool) -> bool:
     """Whether the flag is set on a process; asks the hosts, so that no GPU is waited for."""
+    return bool(largest_of_processes(fabric, [flag])[0])
+
+
+def largest_of_processes(fabric: Fabric, values: Sequence[float]) -> list[float]:
+    """Each value's largest over all processes, in float64; asks the hosts, so that no GPU is waited for."""
     if fabric.world_size == 1:
-        return flag
-    flags = torch.tensor(int(flag))
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return bool(flags)
+        return [float(value) for value in values]
+    largest = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return [float(value) for value in largest.tolist()]
 
 
 def on_rank_zero(fabric: Fabric, work: Callable[[], Any]) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lit_gpt.checkpoints import run_files, saving, weights
+from lit_gpt.checkpoints import run_files, run_record, saving, weights
 from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, export_weights
 from lit_gpt.checkpoints.loaded import load_model
 from lit_gpt.config import Config
@@ -175,7 +175,7 @@ def make_checkpoint(folder: Path) -> None:
     record = {"kind": "mdm", "config": TINY.to_dict(), "run_id": "a", "settings": {"lr": 1.0}, "log_path": "x",
               "run": {"micro_batch_size": 2, "world_size": 1}}  # fmt: skip
     saving.save_checkpoint(fabric, folder, state, record)
-    run_files.write_run_record(folder, {**record, "result": {"val_loss": 1.5}, "finished": False})
+    run_record.write_run_record(folder, {**record, "result": {"val_loss": 1.5}, "finished": False})
 
 
 def training_state(fabric: Any, seed: int) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def damage_checkpoint(folder: Path, chance: random.Random) -> None:
 def read_checkpoint(folder: Path) -> None:
     """Describe it, open it for evaluation, resume from it and make a step."""
     path_info(folder)
-    run_files.read_run_record(folder, ("run_id", "log_path"))
+    run_record.read_run_record(folder, ("run_id", "log_path"))
     path = next(folder.glob("*.pth"))
     info = run_files.open_checkpoint(path)
     model, _ = weights.read_model(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lit_gpt.checkpoints import run_files, saving
+from lit_gpt.checkpoints import run_files, run_record, saving
 from lit_gpt.training import strategies
 from lit_gpt.training.loggers import MetricsCsv
 from tests.checkpoints.test_saving import make_state, save
@@ -29,7 +29,7 @@ from tests.checkpoints.test_saving import make_state, save
 def test_a_record_without_its_parts_is_named(tmp_path: Path, record: Any, message: str) -> None:
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message) as raised:
-        run_files.read_run_record(tmp_path, ("run_id", "log_path"))
+        run_record.read_run_record(tmp_path, ("run_id", "log_path"))
     assert "\n" not in str(raised.value)
 
 
