@@ -86,6 +86,8 @@ class _HostBatch(NamedTuple):
     """On the host."""
     work: MicroBatchWork
     """What a device does in it."""
+    step_tokens: int
+    """Input tokens of its whole step, over all devices."""
 
 
 class _Trainer:
@@ -182,7 +184,7 @@ class _Trainer:
         scored = 0 if terms.scored is None else len(terms.scored)
         flops = speed_monitor.training_flops(module.config, terms, terms.visibility or module.visibility, scored)
         # An objective may put more columns into a row than it has tokens.
-        return _HostBatch(terms, MicroBatchWork(len(batch.rows), batch.tokens[:, 1:].numel(), flops))
+        return _HostBatch(terms, MicroBatchWork(len(batch.rows), batch.tokens[:, 1:].numel(), flops), batch.step_tokens)
 
     def _train_step(self, step: int, batches: list[_HostBatch]) -> None:
         """One optimizer step; nothing in it waits for the device, and `self.guard` has its numbers."""
@@ -207,7 +209,7 @@ class _Trainer:
         optimizer.zero_grad(set_to_none=True)
         for batch in batches:
             self.speed.add_micro_batch(batch.work)
-        self.tokens += sum(batch.work.tokens for batch in batches) * fabric.world_size
+        self.tokens += batches[0].step_tokens
         self.step, self._whole = step + 1, True
 
     def _accumulate_or_halve(self, step: int, batches: list[_HostBatch]) -> tuple[Tensor, list[_HostBatch]]:

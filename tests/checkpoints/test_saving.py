@@ -18,12 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt import devices, files
+from lit_gpt import files
 from lit_gpt.checkpoints import run_files, run_record, saving, torch_files
 from lit_gpt.checkpoints.names import export_name, run_name
 from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.loss_terms import LossTerms
+from lit_gpt.training import strategies
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Config("tiny", 1, 2, 16, 32, 2, block_size=16, vocab_size=50)
@@ -37,7 +38,7 @@ RECORD = {
 
 @pytest.fixture(scope="module")
 def fabric() -> Any:
-    return devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+    return strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
 
 
 def make_state(fabric: Any, seed: int = 1, steps: int = 2, fused: bool = True) -> dict[str, Any]:
@@ -325,11 +326,12 @@ import os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lit_gpt import devices, files
+from lit_gpt import files
+from lit_gpt.training import strategies
 from lit_gpt.checkpoints import run_files, saving
 from tests.checkpoints.test_saving import make_state, train_step, save
 
-fabric = devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+fabric = strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
 state = make_state(fabric, steps=1)
 
 def stop_before_last_marker(folder, state):
@@ -544,12 +546,13 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lit_gpt import devices, files
+from lit_gpt import files
+from lit_gpt.training import strategies
 from lit_gpt.checkpoints import run_files, saving
 from tests.checkpoints.test_saving import make_state, train_step, save
 
 strategy, folder = sys.argv[1], Path(sys.argv[2])
-fabric = devices.start_fabric("cpu", "2", 1, strategy, "32-true")
+fabric = strategies.start_fabric("cpu", "2", 1, strategy, "32-true")
 state = make_state(fabric, seed=5, steps=0)
 rest = saving.load_checkpoint(fabric, folder / "one", state)
 state.update(step_count=rest["step_count"], iter_num=rest["iter_num"])

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt import devices
 from lit_gpt.checkpoints import saving, torch_files, weights
 from lit_gpt.checkpoints.export import export_weights
 from lit_gpt.model.causal import GPT
+from lit_gpt.training import strategies
 from tests.checkpoints.test_saving import make_state, save
 from tests.support.checkpoint_files import make_model, run_record, write_run_checkpoint
 
@@ -110,7 +110,7 @@ def test_an_export_with_numbers_that_are_not_finite(tmp_path: Path, value: float
 
 
 def test_resuming_with_numbers_that_are_not_finite(tmp_path: Path) -> None:
-    fabric = devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+    fabric = strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
     state = make_state(fabric)
     with torch.no_grad():
         state["model"].transformer["ln_f"].weight[3] = math.nan
