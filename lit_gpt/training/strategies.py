@@ -250,9 +250,8 @@ def keep_gathered(model: Any, after_forward: bool, after_backward: bool) -> None
     """
     from torch.distributed.fsdp import FSDPModule
 
-    root: Any = model.module
-    if not isinstance(root, FSDPModule):
+    if not isinstance(model.module, FSDPModule):
         return
-    root.set_reshard_after_backward(not after_backward)
-    for block in root.transformer.h:
+    model.module.set_reshard_after_backward(not after_backward)
+    for block in model.transformer.h:
         block.set_reshard_after_forward(not after_forward)
