@@ -19,10 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lit_gpt import devices, files
+from lit_gpt import files
 from lit_gpt.checkpoints import run_files, saving, shard_files, sharded, weights
 from lit_gpt.checkpoints.markers import marker_path
 from lit_gpt.model.bidirectional import TransEncoder
+from lit_gpt.training import strategies
 from lit_gpt.training.checkpoint_saves import CheckpointSaves
 from lit_gpt.ui.info import path_info
 from tests.checkpoints.test_saving import (
@@ -42,7 +43,7 @@ from tests.checkpoints.test_saving import (
 
 @pytest.fixture(scope="module")
 def fabric() -> Any:
-    return devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+    return strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
 
 
 def saves_of(folder: Path) -> CheckpointSaves:
@@ -461,13 +462,14 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lit_gpt import devices, files
+from lit_gpt import files
 from lit_gpt.checkpoints import saving
+from lit_gpt.training import strategies
 from tests.checkpoints.test_saving import make_state, train_step
 from tests.checkpoints.test_sharded import load, saves_of, save_shards
 
 strategy, folder = sys.argv[1], Path(sys.argv[2])
-fabric = devices.start_fabric("cpu", "2", 1, strategy, "32-true")
+fabric = strategies.start_fabric("cpu", "2", 1, strategy, "32-true")
 state = load(fabric, folder / "one")
 save_shards(fabric, folder / "again", state)
 train_step(fabric, state)
