@@ -28,6 +28,9 @@ from lit_gpt.processes import EVALUATION_TIMEOUT_S, LaunchedWorld, connect_after
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+# More than any machine has cores; a slip of the hand would start them all.
+_MOST_CPU_PROCESSES = 512
+
 
 def has_native_bf16(device_type: str) -> bool:
     """Whether this machine's devices of a type (`cpu`, `cuda`) multiply bfloat16 in hardware; emulation does not count.
@@ -55,11 +58,15 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(str(name))
     except RuntimeError:
-        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N")
     if device.type == "cuda":
         launched_world()  # srun's tasks learn their LOCAL_RANK
         if not torch.cuda.is_available():
             raise ValueError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -190,8 +197,10 @@ def _resolve_devices(accelerator: str, devices: str) -> tuple[str, int]:
         devices = str(len(devices.split(",")))  # a launcher's list of device numbers
     if devices in ("auto", "-1"):
         return kind, max(1, gpus) if kind == "cuda" else 1
-    if not devices.isdigit() or int(devices) < 1:
+    if not re.fullmatch("[0-9]{1,18}", devices) or int(devices) < 1:
         raise ValueError(f"--devices {devices}: expected auto or a count of at least 1")
+    if kind == "cpu" and int(devices) > _MOST_CPU_PROCESSES:
+        raise ValueError(f"--devices {devices}: at most {_MOST_CPU_PROCESSES} processes on a machine's CPU")
     if kind == "cuda" and int(devices) > gpus:
         raise ValueError(f"--devices {devices}: this machine has {gpus} CUDA device(s)")
     return kind, int(devices)
