@@ -19,7 +19,7 @@ from lit_gpt.data.sft_dataset import ExamplePreparation, SftDataset
 from lit_gpt.data.sft_formats import SftFormat
 from lit_gpt.model.layers import Transformer
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.training import loop
+from lit_gpt.training import loop, strategies
 from lit_gpt.training.experiment import Experiment
 from lit_gpt.training.group_sizes import group_size
 from lit_gpt.training.objectives import Objective
@@ -49,8 +49,6 @@ class FinetuningRecipe:
     """The name of the run and its folder."""
     suffix: str
     """What the exported model's name ends with."""
-    varying_length: bool = True
-    """Whether a group is cut to its longest row; False pads all rows to the same length."""
 
 
 def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
@@ -69,7 +67,9 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     tokenizer = find_tokenizer(flags.pretrain_path, model.config, record, flags.tokenizer)
     config = model.config
     row_length = min(recipe.max_length, config.block_size)
-    fabric = devices.start_fabric(flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision)
+    fabric = strategies.start_fabric(
+        flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision, model.parameter_count
+    )
     data = _data(recipe, flags, path, tokenizer, row_length)
     for line in sft_dataset.left_out_lines(data.info, row_length):
         devices.say(fabric, line)
@@ -81,11 +81,11 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     settings = flags.settings() | {"kind": model.kind, "model": config.to_dict(), "data": data.fingerprint}
     settings |= {"pretrained": weights.state_hash(model.state_dict()), "group_size": rows}
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
-    name = recipe.run_name(model)
+    name, objective = recipe.run_name(model), recipe.objective(model)
     experiment = Experiment(
         name=name,
         model=model,
-        objective=recipe.objective(model),
+        objective=objective,
         train_data=data,
         val_data=None,
         group_size=rows,
@@ -98,7 +98,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
         },
         export_name=f"{_stem(flags.pretrain_path)}-{recipe.suffix}",
         tokenizer=tokenizer,
-        varying_length=recipe.varying_length,
+        varying_length=objective.lengths_vary,
     )
     return loop.fit(fabric, experiment, flags, Path(flags.out_dir) / name)
 

@@ -12,26 +12,20 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 from lit_gpt.data.packed_format import PackedDatasetBuilder
 from tests.support.training_runs import (
+    assert_same_run,
+    differing_tensors,
     final_state,
     make_packed_data,
     one_thread_environment,
     pretraining_command,
-    read_losses,
     read_metrics,
     run_pretraining,
     run_pretraining_process,
     start_pretraining,
 )
-
-
-@pytest.fixture
-def folder(tmp_path):
-    make_packed_data(tmp_path / "data")
-    return tmp_path
 
 
 @pytest.fixture
@@ -99,7 +93,7 @@ def test_a_rewind_deletes_later_checkpoints_with_its_first_save(finished):
     out, _ = run_pretraining("train_ar.py", finished, **FLAGS | {"save_interval": 7})
     assert "resumed at step 3 of 12" in out
     assert list(checkpoints(finished)) == [3, 7, 12]
-    assert all((final_state(finished)[name] == state[name]).all() for name in state)
+    assert differing_tensors(state, final_state(finished)) == []
     assert "checkpoints_valid_until" not in json.loads(record.read_text())
 
 
@@ -141,9 +135,7 @@ def test_an_error_between_two_checkpoints_saves_the_last_whole_step(tmp_path, tm
     assert 0 < saved < 30
     out, _ = run("train_mdm.py", tmp_path, **flags)
     assert f"resumed at step {saved} of 30" in out
-    states = final_state(whole), final_state(tmp_path)
-    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
-    assert read_losses(whole) == read_losses(tmp_path)
+    assert_same_run(whole, tmp_path)
 
 
 def test_numbers_that_are_not_finite_are_not_saved(folder):
@@ -200,10 +192,6 @@ def test_a_lost_terminal_saves(folder):
 # --- steps that are passed over -----------------------------------------------------------------------------------
 
 
-def differing(one, other):
-    return [name for name in one if not torch.equal(one[name], other[name])]
-
-
 def test_skipped_steps_change_nothing_but_the_schedule_and_stay_skipped(folder, tmp_path_factory):
     flags = FLAGS | {"save_interval": 4, "log_interval": 1}
     unskipped = tmp_path_factory.mktemp("unskipped")
@@ -221,10 +209,12 @@ def test_skipped_steps_change_nothing_but_the_schedule_and_stay_skipped(folder, 
     assert rows[4]["metric/train_loss"] != full[4]["metric/train_loss"]
     assert [rows[step]["learning_rate"] for step in rows] == [full[step]["learning_rate"] for step in rows]
     assert int(full[11]["total_tokens"]) - int(rows[11]["total_tokens"]) == 3 * 8 * 32
+    assert [int(row["skipped_steps"]) for row in rows.values()] == [0, 0, 1, 1, 3, 3, 3, 3]
+    assert float(rows[11]["time/left"]) == 0
     # Back to step 4, without the flag: the same run.
     state = final_state(folder)
     run_pretraining("train_mdm.py", folder, **flags, resume=checkpoints(folder)[4])
-    assert differing(state, final_state(folder)) == []
+    assert differing_tensors(state, final_state(folder)) == []
     for path in (checkpoints(folder)[12].with_suffix(".json"), next(folder.glob("workdir/*/*/run.json"))):
         record = json.loads(path.read_text())
         assert record.get("record", record)["skip_steps"] == [[3, 3], [6, 7], [12, 12]]
@@ -260,3 +250,40 @@ def test_the_speed_after_a_resume_is_of_the_steps_since(folder):
     run_pretraining("train_ar.py", folder, **flags, resume=checkpoints(folder)[6])
     row = next(row for row in read_metrics(folder) if row["step"] == "9")
     assert float(row["throughput/tokens_per_sec"]) * float(row["time/train"]) == pytest.approx(3 * 8 * 32, rel=1e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_row_says_what_an_operator_asks(folder, processes):
+    """All columns but the share of a peak that no CPU has; the time left is what the speed makes of the steps left."""
+    run = run_pretraining if processes == 1 else run_pretraining_process
+    out, _ = run("train_mdm.py", folder, **FLAGS, log_interval=5, devices=processes)
+    rows = [row for row in read_metrics(folder) if row["metric/train_loss"]]
+    assert [row["step"] for row in rows] == ["1", "5", "10", "12"]
+    for row in rows:
+        validation = {"metric/val_loss", "metric/val_ppl", "metric/val_bpb"}
+        assert {name for name, value in row.items() if not value} == validation | {"throughput/device/mfu"}
+        left = (12 - int(row["step"])) * 8 / float(row["throughput/samples_per_sec"])
+        assert float(row["time/left"]) == pytest.approx(left)
+        assert f"remaining time: {left / 3600:.2f} hours" in out
+        assert 0 < float(row["data/wait_share"]) <= 1 and float(row["data/wait_ms"]) > 0
+        # Of this process, or of one that the test started: torch alone takes a part of it.
+        assert 0.1 < float(row["memory/peak_gb"]) < 20
+    peaks = [float(row["memory/peak_gb"]) for row in rows]
+    assert peaks == sorted(peaks)
+
+
+def test_a_log_with_other_columns_goes_on(finished):
+    """As an earlier version wrote it: without some columns of today, and with one that is gone."""
+    (path,) = finished.glob("out/*/version_0/metrics.csv")
+    before = read_metrics(finished)
+    old = [name for name in before[0] if not name.startswith(("data/", "memory/", "time/left", "skipped_steps"))]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*old, "bits"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**row, "bits": "7"} for row in before)
+    run_pretraining("train_ar.py", finished, **FLAGS | {"log_interval": 2}, resume=checkpoints(finished)[6])
+    after = read_metrics(finished)
+    assert list(after[0]) == list(before[0])
+    assert [row["step"] for row in after] == ["1", "8", "10", "12"]
+    assert {name: after[0][name] for name in old} == {name: before[0][name] for name in old}
+    assert not after[0]["memory/peak_gb"] and float(after[1]["memory/peak_gb"]) > 0
