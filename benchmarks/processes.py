@@ -6,7 +6,8 @@
 Starts `pretrain/train_mdm.py` on made-up packed data as a user does, with the same global batch and one thread for each
 process, so that two processes on two cores have twice the machine of one. The first steps of a run are not counted. The runs
 take turns, and a ratio is the median over rounds. Beside the wall's time stands the processor's, of the process that takes
-the most: on a machine that others use, it says what the work and its communication cost, without waiting. A round of size 6 takes about 45 s.
+the most: on a machine that others use, it says what the work and its communication cost, without waiting.
+A round of size 6 takes about 45 s.
 """
 
 from __future__ import annotations
