@@ -95,7 +95,7 @@ def check_record(record: dict[str, Any]) -> None:
         BrokenError: settings or run are no objects, or the run's numbers are none.
     """
     for key in ("settings", "run"):
-        if not isinstance(record.get(key) or {}, dict):
+        if not isinstance(record.get(key), dict | None):
             raise BrokenError(f"its record is damaged: {key} is {shortened(repr(record[key]))}")
     for key, value in (record.get("run") or {}).items():
         if not is_count(value) or value < 1:

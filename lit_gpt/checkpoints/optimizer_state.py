@@ -66,7 +66,9 @@ def read_optimizer_state(
 
 def misfit(source: Path | str, reason: ValueError) -> ValueError:
     """The line about a state that cannot be restored."""
-    return ValueError(f"checkpoint {source}: its optimizer state does not fit this model ({reason})")
+    return ValueError(
+        f"checkpoint {source}: its optimizer state does not fit this model ({' '.join(str(reason).split())})"
+    )
 
 
 def keep_speed(optimizer: torch.optim.Optimizer, before: Sequence[dict[str, Any]]) -> None:
