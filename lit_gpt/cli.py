@@ -16,24 +16,27 @@ import math
 import os
 import re
 import sys
-import time
 import typing
 from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar
 
+from lit_gpt.processes import lost_a_process, process_rank, speaks_for_run
+
 FlagsT = TypeVar("FlagsT")
 USER_ERROR_CODE = 2
 _LOST_PROCESS_CODE = 1
 _LOST_PROCESS = "another process of this run has ended, or does not answer; the same command goes on from what is saved"
-# How long a process other than the first waits before it reports an error of its own.
-_OTHERS_WAIT_S = 3.0
 # YAML 1.1's words, in any case.
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 # Characters of a wrong value in its error.
 _LONGEST_SHOWN = 100
 # Levels of a config file; flags need two (`data_weights: {a: 1}`).
 _DEEPEST = 9
+# Bytes of a config file: all flags of a script are a few thousand.
+_LARGEST_CONFIG = 1 << 20
+# Characters of an error's line before its long words are cut.
+_LONGEST_LINE = 1500
 
 
 class Interrupted(Exception):
@@ -82,7 +85,7 @@ def parse(
     except argparse.ArgumentError as error:
         fail(f"{error.argument_name}: {error.message} (--help lists the flags)")
     except (ValueError, OSError) as error:
-        fail(_one_line(_describe(error)))
+        fail(_describe(error))
     return flags(**{**(defaults or {}), **values})
 
 
@@ -104,7 +107,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
             error.filename = "standard output"
             raise
     except Interrupted as stop:
-        if _rank() == 0:
+        if process_rank() == 0:
             _tell(str(stop))
         leave(stop.code)
     except KeyboardInterrupt:
@@ -115,13 +118,13 @@ def run(main: Callable[[], Any]) -> NoReturn:
     except (ValueError, OSError) as error:
         if os.environ.get("SMDM_TRACEBACK"):
             raise
-        if _speaks():
+        if speaks_for_run():
             _tell(f"error: {_one_line(_describe(error))}")
         leave(USER_ERROR_CODE)
     except RuntimeError as error:
-        if os.environ.get("SMDM_TRACEBACK") or not _lost_a_process(error):
+        if os.environ.get("SMDM_TRACEBACK") or not lost_a_process(error):
             raise
-        if _speaks():
+        if speaks_for_run():
             _tell(f"error: {_LOST_PROCESS}")
         leave(_LOST_PROCESS_CODE)
     leave(0)
@@ -150,7 +153,7 @@ def _tell(line: str) -> None:
 
 def fail(line: str) -> NoReturn:
     """Print one line on stderr and exit with code 2."""
-    _tell(f"error: {line}")
+    _tell(f"error: {_one_line(line)}")
     leave(USER_ERROR_CODE)
 
 
@@ -194,33 +197,6 @@ def leave(code: int) -> NoReturn:
             # Python would try once more at its end, and make the exit code 120.
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.exit(code)
-
-
-def _lost_a_process(error: RuntimeError) -> bool:
-    """Whether a collective failed because of another process; gloo says so in words only, by the place in its source."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return False
-    return isinstance(error, distributed.DistError) or "gloo/transport/" in str(error)
-
-
-def _rank() -> int:
-    """This process's number in a distributed run."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return int(next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), 0))
-
-
-def _speaks() -> bool:
-    """Whether this process reports an error: the first one does; another only if it fails alone.
-
-    When all fail alike, the first one's end ends the others (its launcher stops them, or they are its children) while
-    they wait here.
-    """
-    if _rank() == 0:
-        return True
-    parent = os.getppid()
-    time.sleep(_OTHERS_WAIT_S)
-    return os.getppid() == parent
 
 
 def _parser(flags: type, description: str, defaults: dict[str, Any], helps: dict[str, str]) -> argparse.ArgumentParser:
@@ -284,16 +260,21 @@ def _read_config(flags: type, paths: list[str]) -> dict[str, Any]:
         ValueError: there are several files; the file is no mapping of flags.
         OSError: the file cannot be read.
     """
+    from lit_gpt.files import open_regular
+
     if len(paths) > 1:
         raise ValueError("--config is given twice")
     known = {field.name: field.name for field in dataclasses.fields(flags)} | getattr(flags, "ALIASES", {})
     found = {}
     for path in paths:
-        with open(path, encoding="utf-8") as file:
-            try:
-                content = _read_yaml(file.read())
-            except ValueError as error:
-                raise ValueError(f"--config {path}: neither YAML nor JSON: {error}") from error
+        with open_regular(path) as file:
+            text = file.read(_LARGEST_CONFIG + 1)
+        if len(text) > _LARGEST_CONFIG:
+            raise ValueError(f"--config {path}: larger than {_LARGEST_CONFIG:,} bytes")
+        try:
+            content = _read_yaml(text.decode())
+        except ValueError as error:
+            raise ValueError(f"--config {path}: neither YAML nor JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"--config {path}: expected lines such as 'model: 170'")
         for key, value in content.items():
@@ -396,5 +377,8 @@ def _describe(error: Exception) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Fold white space, newlines too."""
-    return " ".join(text.split())
+    """Fold white space, newlines too; cut what is longer than anybody reads, such as a value of a million characters."""
+    words = text.split()
+    if sum(map(len, words)) > _LONGEST_LINE:
+        words = [word if len(word) <= _LONGEST_SHOWN else word[:_LONGEST_SHOWN] + "..." for word in words]
+    return " ".join(words)[:_LONGEST_LINE]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import time
 from dataclasses import dataclass
 
 # A day: one process's share of an evaluation may take hours longer than another's.
@@ -15,6 +17,8 @@ EVALUATION_TIMEOUT_S = 24 * 3600
 # Where srun's tasks meet: this port and the last four digits of the job's number, as Lightning has it, so that two jobs
 # on a machine seldom take the same one.
 _LEAST_PORT = 15000
+# How long a process other than the first waits before it reports an error of its own.
+_OTHERS_WAIT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -126,3 +130,30 @@ def _translate_srun() -> None:
     environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(hosts))
     job = environ.get("SLURM_JOB_ID", "")
     environ.setdefault("MASTER_PORT", str(_LEAST_PORT + int(job[-4:]) if job.isdigit() else _LEAST_PORT))
+
+
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another process; gloo says so in words only, by the place in its source."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return False
+    return isinstance(error, distributed.DistError) or "gloo/transport/" in str(error)
+
+
+def process_rank() -> int:
+    """This process's number in a distributed run."""
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    return int(next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), 0))
+
+
+def speaks_for_run() -> bool:
+    """Whether this process reports an error: the first one does; another only if it fails alone.
+
+    When all fail alike, the first one's end ends the others (its launcher stops them, or they are its children) while
+    they wait here.
+    """
+    if process_rank() == 0:
+        return True
+    parent = os.getppid()
+    time.sleep(_OTHERS_WAIT_S)
+    return os.getppid() == parent
