@@ -28,7 +28,7 @@ class TrainConfig:
         "max_steps", "warmup_steps", "accelerator", "devices", "nodes_num", "strategy", "precision", "compile",
         "attention_kernel", "micro_batch_size", "activation_checkpointing", "log_interval", "save_interval",
         "keep_checkpoints", "val_interval", "val_samples", "val_draws", "logger", "log_dir", "models_dir", "resume",
-        "overwrite", "skip_steps",
+        "overwrite", "skip_steps", "shard_checkpoints_gb",
     })  # fmt: skip
 
     batch_size: int = 256
@@ -84,6 +84,9 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """How many checkpoints of a run are kept beside the final one; 0 keeps all."""
+    shard_checkpoints_gb: float = 10.0
+    """Checkpoints of more GB than this (12 bytes a parameter, optimizer included) are folders, of which each process writes
+    its part while training goes on; smaller ones are single files, for which training waits."""
     val_interval: int = 0
     """Steps between two validations; 0 validates at the end only."""
     val_samples: int = 512
@@ -124,6 +127,8 @@ class TrainConfig:
             skipped_steps.parse_ranges(self.skip_steps)
         except ValueError as error:
             found.append(str(error))
+        if not 0 <= self.shard_checkpoints_gb < float("inf"):
+            found.append(f"--shard_checkpoints_gb {self.shard_checkpoints_gb:g}: at least 0")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             found.append(f"--warmup_steps {self.warmup_steps}: at least 0")
         if not 0 <= self.min_lr <= self.learning_rate:
