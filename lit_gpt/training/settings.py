@@ -74,8 +74,9 @@ class TrainConfig:
     """Fuse kernels with torch.compile: on, off, or auto (on for runs of 200 steps or more of rows of one length)."""
     attention_kernel: str = "auto"
     """auto, torch, flash_attn or xformers."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    activation_checkpointing: bool | str = False
+    """Recompute activations in the backward pass: true all of them (less memory, a third more time), selective all but what
+    matrix products and attention give, false none."""
 
     log_interval: int = 10
     """Steps between two lines of the log."""
@@ -138,10 +139,11 @@ class TrainConfig:
             "compile": ("auto", "on", "off"),
             "strategy": STRATEGIES,
             "precision": PRECISIONS,
+            "activation_checkpointing": (False, True, "selective"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                found.append(f"--{name} {getattr(self, name)}: expected {', '.join(allowed)}")
+                found.append(f"--{name} {getattr(self, name)}: expected {', '.join(map(str, allowed)).lower()}")
         return found
 
 
