@@ -128,6 +128,22 @@ def read_model(
         ValueError: as `load_weights`; it holds another kind or model than asked for (the line says which); its
             parameters do not fit.
     """
+    model, state, record = read_weights_of_model(path, model_name, kind)
+    placed = {name: value.to(device, dtype or torch.float32) for name, value in state.items()}
+    model.load_state_dict(placed, assign=True)
+    # The only tensors that are not in the file.
+    model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(model.config))
+    return model.eval(), record
+
+
+def read_weights_of_model(
+    path: Path | str, model_name: str | int | None = None, kind: str | None = None
+) -> tuple[Transformer, dict[str, Tensor], WeightsRecord | None]:
+    """What a file holds; arguments and errors as `read_model`.
+
+    Returns:
+        The model, on the meta device; its parameters, as `load_weights`; and the file's record or None.
+    """
     state, record = load_weights(path)
     held = record.kind if record else infer_kind(path, state)
     if kind is not None and held != kind:
@@ -143,18 +159,21 @@ def read_model(
     with torch.device("meta"):
         model = MODEL_CLASSES[held](config)
     check_state(path, state, {name: tuple(value.shape) for name, value in model.state_dict().items()})
-    placed = {name: value.to(device, dtype or torch.float32) for name, value in state.items()}
-    model.load_state_dict(placed, assign=True)
-    # The only tensors that are not in the file.
-    model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(config))
-    return model.eval(), record
+    return model, state, record
 
 
-def load_into(model: Transformer, path: Path | str, warn: Callable[[str], object] = _log.warning) -> str:
-    """Start a new model from a file's weights (`--init_from`), an MDM also from an ARM's.
+def read_weights_for(
+    model: Transformer, path: Path | str, warn: Callable[[str], object] = _log.warning
+) -> dict[str, Tensor]:
+    """A file's weights for a new model to start from (`--init_from`), an ARM's for an MDM too.
+
+    Args:
+        model: for its kind, config and shapes; may be on the meta device.
+        path: as `load_weights`.
+        warn: as `load_weights`.
 
     Returns:
-        `state_hash` of the weights that were loaded, for the run's settings.
+        A value for every parameter, of its shape.
 
     Raises:
         FileNotFoundError, ValueError: as `read_model`; a model setting that the weights were trained with is another.
@@ -173,18 +192,8 @@ def load_into(model: Transformer, path: Path | str, warn: Callable[[str], object
             raise ValueError(f"{path} is of another model: {'; '.join(different)}")
     if held == "arm" and model.kind == "mdm":
         state = adapt_arm_to_mdm(state, model.config)
-    load_state(model, state, path)
-    return state_hash(state)
-
-
-def load_state(model: Transformer, state: dict[str, Tensor], source: Path | str) -> None:
-    """Copy parameters into a model.
-
-    Raises:
-        ValueError: they do not fit; the line names the source and the first parameter that does not.
-    """
-    check_state(source, state, {name: tuple(value.shape) for name, value in model.state_dict().items()})
-    model.load_state_dict(state)
+    check_state(path, state, {name: tuple(value.shape) for name, value in model.state_dict().items()})
+    return state
 
 
 def adapt_arm_to_mdm(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -204,11 +213,16 @@ def adapt_arm_to_mdm(state: dict[str, Tensor], config: Config) -> dict[str, Tens
     return {**state, _EMBEDDING: torch.cat((rows, rows.float().mean(0, keepdim=True).to(rows.dtype)))}
 
 
-def state_hash(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors; independent of order, file format and device."""
+def state_hash(state: dict[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors; independent of order, file format and device.
+
+    Args:
+        state: the tensors.
+        dtype: to convert each to; None takes them as they are.
+    """
     digest = hashlib.sha256()
     for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
+        value = state[name].detach().to("cpu", dtype).contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

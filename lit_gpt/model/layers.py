@@ -236,21 +236,28 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw all weights: N(0, 2/(5C)) for embeddings and linears, N(0, 1/(C L^2)) for what writes to the residual stream.
-
-        A parameter's numbers depend on (seed, its name) alone, so they are the same on every device and world size.
-        """
+        """Give every parameter its `initial_weight`."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            std = math.sqrt(2 / (5 * self.config.n_embd))
-            if name.endswith(("attn.proj.weight", "w3.weight")):
-                std = 1 / (math.sqrt(self.config.n_embd) * self.config.n_layer)
-            # torch's CPU generator keeps 32 bits of a seed: mix all of ours into them.
-            mixed = zlib.crc32(f"{seed}:{name}".encode())
-            values = torch.empty(parameter.shape).normal_(0.0, std, generator=torch.Generator().manual_seed(mixed))
-            parameter.copy_(values)
+            parameter.copy_(self.initial_weight(seed, name))
+
+    def initial_weight(self, seed: int, name: str) -> Tensor:
+        """Draw a parameter's first values: N(0, 2/(5C)) for embeddings and linears, N(0, 1/(C L^2)) for what writes to the
+        residual stream, ones for norms.
+
+        They depend on (seed, name) alone, so they are the same on every device and world size.
+
+        Returns:
+            All of them, float32 on the host, also where the parameter is on the meta device or sharded.
+        """
+        shape = self.get_parameter(name).shape
+        if len(shape) == 1:
+            return torch.ones(shape)
+        std = math.sqrt(2 / (5 * self.config.n_embd))
+        if name.endswith(("attn.proj.weight", "w3.weight")):
+            std = 1 / (math.sqrt(self.config.n_embd) * self.config.n_layer)
+        # torch's CPU generator keeps 32 bits of a seed: mix all of ours into them.
+        mixed = zlib.crc32(f"{seed}:{name}".encode())
+        return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(mixed))
 
     def compile_blocks(self, enabled: bool = True) -> None:
         """Compile every block with torch.compile; they share one compiled code, so it costs one block's compilation."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lit_gpt.data.batching import Dataset, ValidationData
 from lit_gpt.model.layers import Transformer
 from lit_gpt.tokenizer import Tokenizer
@@ -18,7 +20,9 @@ class Experiment:
     name: str
     """Of the run, its folder and its loggers."""
     model: Transformer
-    """With the weights to start from."""
+    """On the meta device: kind, config, names and shapes, without numbers."""
+    start_weights: dict[str, Tensor] | None
+    """What every parameter starts from, on the host; emptied as the model takes it over. None: drawn from the seed."""
     objective: Objective
     """What is learnt."""
     train_data: Dataset

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lit_gpt import devices
 from lit_gpt.checkpoints import weights
 from lit_gpt.checkpoints.tokenizer_lookup import find_tokenizer
@@ -62,8 +64,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     if not path.is_file():
         # Before a large checkpoint is loaded.
         raise FileNotFoundError(sft_dataset.missing_file_line(recipe.data_format, path))
-    model, record = weights.read_model(flags.pretrain_path, flags.model, recipe.kind)
-    model.train()
+    model, state, record = weights.read_weights_of_model(flags.pretrain_path, flags.model, recipe.kind)
     tokenizer = find_tokenizer(flags.pretrain_path, model.config, record, flags.tokenizer)
     config = model.config
     row_length = min(recipe.max_length, config.block_size)
@@ -79,12 +80,13 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
         warmup = min(recipe.warmup_steps(steps), int(steps * _LARGEST_WARMUP))
     rows = group_size(recipe.group_sizes, config.size_in_millions)
     settings = flags.settings() | {"kind": model.kind, "model": config.to_dict(), "data": data.fingerprint}
-    settings |= {"pretrained": weights.state_hash(model.state_dict()), "group_size": rows}
+    settings |= {"pretrained": weights.state_hash(state, torch.float32), "group_size": rows}
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
     name, objective = recipe.run_name(model), recipe.objective(model)
     experiment = Experiment(
         name=name,
         model=model,
+        start_weights=state,
         objective=objective,
         train_data=data,
         val_data=None,

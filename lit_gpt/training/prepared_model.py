@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
 import time
@@ -59,7 +60,7 @@ class PreparedModel:
         self._attempts = Attempts(fabric)
         # Whether the step's next micro batch adds to gradients that are there.
         self._accumulates = False
-        self._setup(config.micro_batch_size or folder.micro_batch_size(fabric.world_size))
+        self._setup(folder.start is not None, config.micro_batch_size or folder.micro_batch_size(fabric.world_size))
 
     def train_pass(self, terms: LossTerms, last: bool) -> Tensor:
         """Forward and backward of one micro batch, the step's last or not; its weighted sum, detached.
@@ -84,7 +85,7 @@ class PreparedModel:
             if not reset_passes(self.fabric, self.model):
                 self.model = None
                 gc.collect()
-                self.model = self._wrapped()
+                self.model = strategies.set_up_model(self.fabric, self.experiment.model)
             torch.cuda.empty_cache()
         return outcome
 
@@ -96,12 +97,13 @@ class PreparedModel:
         """
         self._warm_up(self._smaller(self.micro_batch_size), self.compiled)
 
-    def _setup(self, known: int | None) -> None:
-        """Place the model, find the micro batch unless it is known, choose kernels, compile."""
+    def _setup(self, resumes: bool, known: int | None) -> None:
+        """Place and fill the model, find the micro batch unless it is known, choose kernels, compile."""
         fabric, config, module = self.fabric, self.config, self.experiment.model
         module.checkpoint_blocks = config.activation_checkpointing
         self._use_kernels(compiled=False)
-        self.model = self._wrapped()
+        self.model = strategies.set_up_model(fabric, module)
+        self._fill(resumes)
         adamw = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
@@ -114,11 +116,16 @@ class PreparedModel:
         size = min(known, self.device_rows) if known else self._choose_size()
         devices.say(fabric, self._warm_up(size, self._wants_compile()))
 
-    def _wrapped(self) -> Any:
-        """The model as Fabric trains it, with its loss among the methods that it wraps."""
-        model = self.fabric.setup_module(self.experiment.model)
-        model.mark_forward_method("weighted_nll")
-        return model
+    def _fill(self, resumes: bool) -> None:
+        """Set the weights that the run starts from; zeros where a checkpoint's come later."""
+        module, given = self.experiment.model, self.experiment.start_weights
+        if resumes:
+            strategies.fill_weights(module, None)
+        else:
+            drawn = functools.partial(module.initial_weight, self.config.seed)
+            strategies.fill_weights(module, drawn if given is None else given.pop)
+        if given is not None:
+            given.clear()
 
     def _use_kernels(self, compiled: bool) -> str:
         """Compile blocks and loss, or not; returns the console's line."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lit_gpt import devices
 from lit_gpt.checkpoints import names, weights
 from lit_gpt.config import Config
@@ -60,7 +62,8 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
         steps = flags.max_steps
         spent = schedule.budget_flops(steps, config.size_in_millions, flags.batch_size, tokens_per_sample)
         budget = float(f"{spent:.3g}")
-    model = recipe.model_class(config)
+    with torch.device("meta"):
+        model = recipe.model_class(config)
     fabric = strategies.start_fabric(
         flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision, model.parameter_count
     )
@@ -68,18 +71,14 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
     if validation is None:
         devices.say(fabric, f"no validation* files in {flags.data_dir}: training without validation")
     kind = recipe.model_class.kind
-    start_hash = None
-    if flags.init_from:
-        start_hash = weights.load_into(model, flags.init_from)
-    else:
-        model.init_weights(flags.seed)
+    start_weights = weights.read_weights_for(model, flags.init_from) if flags.init_from else None
     warmup = schedule.default_warmup(steps) if flags.warmup_steps is None else flags.warmup_steps
     rows = group_size(recipe.group_sizes, config.size_in_millions)
     settings = flags.settings() | {
         "kind": kind,
         "model": config.to_dict(),
         "data": data.fingerprint,
-        "init_from": start_hash,
+        "init_from": None if start_weights is None else weights.state_hash(start_weights),
     }
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
     settings |= {"ssl_ratio": recipe.ssl_ratio, "group_size": rows}
@@ -87,6 +86,7 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
     experiment = Experiment(
         name=name,
         model=model,
+        start_weights=start_weights,
         objective=recipe.objective(config),
         train_data=data,
         val_data=validation,

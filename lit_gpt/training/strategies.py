@@ -13,9 +13,11 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lit_gpt.devices import (
     default_precision,
@@ -23,6 +25,7 @@ from lit_gpt.devices import (
     keep_freed_memory,
     use_expandable_segments,
 )
+from lit_gpt.model.layers import Transformer, rope_tables
 from lit_gpt.processes import LaunchedWorld, connect_after_restart, launched_world
 
 if TYPE_CHECKING:
@@ -239,8 +242,49 @@ def _shard(model: Any, mesh: Any, replicas: int, mixed: bool) -> Any:
     for block in model.transformer.h:
         fully_shard(block, mesh=data_mesh, mp_policy=policy)
     fully_shard(model, mesh=data_mesh)
+    if model.lm_head.weight.is_meta:
+        # Memory for the shards, before Fabric has every linear layer draw weights of its own.
+        model.to_empty(device=data_mesh.device_type)
     register_fsdp_forward_method(model, "weighted_nll")
     return model
+
+
+def set_up_model(fabric: Fabric, module: Transformer) -> Any:
+    """The module as Fabric trains it, with its loss among the methods that it wraps.
+
+    One on the meta device gets memory (under FSDP2 this process's shards alone) without values: `fill_weights` is next.
+    """
+    from lightning_fabric.strategies import ModelParallelStrategy
+
+    if module.lm_head.weight.is_meta and not isinstance(fabric.strategy, ModelParallelStrategy):
+        module.to_empty(device=fabric.device)
+    model = fabric.setup_module(module)
+    model.mark_forward_method("weighted_nll")
+    return model
+
+
+@torch.no_grad()
+def fill_weights(module: Transformer, value: Callable[[str], Tensor] | None) -> None:
+    """Compute the rotary tables, and set every parameter, or this process's rows of it.
+
+    Args:
+        module: as `set_up_model` left it.
+        value: a parameter's name to all its values on the host, one parameter at a time; None sets zeros.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for table, angles in zip((module.rope_cos, module.rope_sin), rope_tables(module.config), strict=True):
+        table.copy_(angles)
+    for name, parameter in module.named_parameters():
+        if value is None:
+            parameter.zero_()
+        elif isinstance(parameter, DTensor):
+            # All processes have the same values, so each takes its rows of its own.
+            parameter.copy_(
+                distribute_tensor(value(name), parameter.device_mesh, parameter.placements, src_data_rank=None)
+            )
+        else:
+            parameter.copy_(value(name))
 
 
 def keep_gathered(model: Any, after_forward: bool, after_backward: bool) -> None:

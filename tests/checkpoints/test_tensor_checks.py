@@ -54,7 +54,7 @@ def test_an_odd_tensor_is_named(tmp_path: Path, case: str) -> None:
     path = tmp_path / "model.pth"
     torch.save({"model": state, "record": run_record(model)}, path)
     fails(message, lambda: weights.read_model(path))
-    fails(message, lambda: weights.load_into(make_model(GPT), path))
+    fails(message, lambda: weights.read_weights_for(make_model(GPT), path))
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_an_export_with_numbers_that_are_not_finite(tmp_path: Path, value: float
     state[NAME][1, 2] = value
     path = export_weights(tmp_path, "bad", state, run_record(model))
     fails(f"bad.safetensors cannot be used: {NAME} has", lambda: weights.read_model(path))
-    fails(f"bad.safetensors cannot be used: {NAME} has", lambda: weights.load_into(make_model(GPT), path))
+    fails(f"bad.safetensors cannot be used: {NAME} has", lambda: weights.read_weights_for(make_model(GPT), path))
 
 
 def test_resuming_with_numbers_that_are_not_finite(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_gpt.checkpoints.weights import state_hash
 from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
@@ -365,6 +366,26 @@ def test_initial_weights_have_the_published_law(kind: type[Transformer]):
         assert abs(z.mean()) < error, name
         assert abs(z.var() - 1) < error * math.sqrt(2), name
         assert abs(z.pow(4).mean() - 3) < error * math.sqrt(96), name
+
+
+# `state_hash` of all initial weights: a command of old starts from the same numbers today.
+INITIAL = {
+    (GPT, 1): "19993dfd8727d5ea29aebb1154b0c73a1869b462634c1f9aa5841d3037f54451",
+    (GPT, 3407): "1364973c3cf284d9f8a9ebeb9c09e9a6a911c78522e0b7aacb4414a2ec2cc9d2",
+    (TransEncoder, 1): "ac1807567c315314078eb95483b52c4979ec8ed10eac75d846c228e72ed12e15",
+    (TransEncoder, 3407): "8f349abe52c9129b116a72c5cd2ac3fbbe78e075f640487d8a2c57ca3ea8ca83",
+}
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="torch rounds normal numbers otherwise on processors without AVX2",
+)
+@pytest.mark.parametrize(("kind", "seed"), INITIAL)
+def test_initial_weights_are_bit_for_bit_what_they_were(kind: type[Transformer], seed: int):
+    model = kind(GROUPED)
+    model.init_weights(seed)
+    assert state_hash(model.state_dict()) == INITIAL[kind, seed]
 
 
 def test_initial_weights_follow_the_seed_and_the_name():
