@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lit_gpt import devices, processes
+from lit_gpt.training import strategies
 from tests.support.training_runs import (
     ROOT,
     final_state,
@@ -236,5 +237,5 @@ def test_gpus_processes_are_connected_for_both_kinds_of_memory():
     config = torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend(devices.group_backend("cuda")))
     assert config.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
     assert devices.group_backend("cpu") == "gloo"
-    strategies = [devices._strategy(name, "cuda", 2, 1) for name in ("ddp", "fsdp", "auto")]
-    assert [strategy.process_group_backend for strategy in strategies] == ["cpu:gloo,cuda:nccl"] * 3
+    made = [strategies._strategy(name, "cuda", 2, 1, "32-true") for name in ("ddp", "fsdp", "hybrid")]
+    assert [strategy.process_group_backend for strategy in made] == ["cpu:gloo,cuda:nccl"] * 3

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_gpt.checkpoints.run_files import clean_names
+from lit_gpt.checkpoints.torch_files import clean_names
 from lit_gpt.config import Config
 from lit_gpt.files import SaveError, cannot_write, make_folder, open_regular, parse_json, sync_folder
 from lit_gpt.tokenizer import Tokenizer

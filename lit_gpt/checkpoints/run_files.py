@@ -2,35 +2,28 @@
 
 A run folder holds `iter-{iter_num:06d}-ckpt.pth` (the published name and keys), beside each a `.json` of the same stem,
 the *marker*, which is written last and says that the checkpoint is complete: step, size, SHA-256, and the run's record;
-`run.json`, what the run is; `run.lock`, who writes. Decisions: a marker never describes a file that is not there yet;
-torch files are read with weights_only, so nothing in them can run.
+`run.json`, what the run is (`run_record`); `run.lock`, who writes. Decision: a marker never describes a file that is not
+there yet.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lit_gpt.checkpoints.tensor_checks import check_archive, check_plain_tensors
-from lit_gpt.files import TEMPORARY_SUFFIX, FileStamp, file_sha256, open_regular, read_json_object, write_json
+from lit_gpt.checkpoints.run_record import shortened
+from lit_gpt.checkpoints.torch_files import open_torch_file
+from lit_gpt.files import TEMPORARY_SUFFIX, FileStamp, file_sha256, read_json_object, write_json
 
 FORMAT_VERSION = 1
-RUN_RECORD_NAME = "run.json"
 # Source: what the published scripts save.
 PUBLISHED_KEYS = ("model", "optimizer", "hparams", "iter_num", "step_count")
 _FILE_NAME = re.compile(r"iter-(\d{6,})-ckpt\.pth")
-_WRAPPERS = ("module", "_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# Of a long value (a hash), as much as tells two apart.
-_SHOWN_CHARACTERS = 40
 
 _log = logging.getLogger("lit_gpt")
 
@@ -164,7 +157,7 @@ def _read_marker(path: Path) -> list[dict[str, Any]]:
                 value = one[key]
                 if type(value) is not kind or (kind is int and not _is_count(value)):
                     raise _BrokenError(
-                        f"its marker {marker_path(path).name} is damaged: {key} is {_shown(repr(value))}"
+                        f"its marker {marker_path(path).name} is damaged: {key} is {shortened(repr(value))}"
                     )
             _check_record(one["record"])
     except _BrokenError:
@@ -215,10 +208,10 @@ def _check_record(record: dict[str, Any]) -> None:
     """
     for key in ("settings", "run"):
         if not isinstance(record.get(key) or {}, dict):
-            raise _BrokenError(f"its record is damaged: {key} is {_shown(repr(record[key]))}")
+            raise _BrokenError(f"its record is damaged: {key} is {shortened(repr(record[key]))}")
     for key, value in (record.get("run") or {}).items():
         if not _is_count(value) or value < 1:
-            raise _BrokenError(f"its record is damaged: {_shown(str(key))} is {_shown(repr(value))}")
+            raise _BrokenError(f"its record is damaged: {shortened(str(key))} is {shortened(repr(value))}")
 
 
 # --- deleting ------------------------------------------------------------------------------------------------------
@@ -277,120 +270,3 @@ def remove_temporary(run_dir: Path) -> None:
 def new_marker(step: int, iter_num: int, record: dict[str, Any], stamp: FileStamp) -> dict[str, Any]:
     """What a marker says of a complete checkpoint."""
     return {"format": FORMAT_VERSION, "step": step, "iter_num": iter_num, "record": record, **vars(stamp)}
-
-
-def open_torch_file(path: Path) -> Any:
-    """Read a torch file without running anything in it; tensors are mapped into memory where the format allows.
-
-    Raises:
-        ValueError: it is truncated, no torch file, or holds Python objects or tensors that are no plain arrays.
-        OSError: it cannot be opened.
-    """
-    with open_regular(
-        path
-    ) as file:  # what the system refuses is its own error; what fails below is the contents' fault
-        zipped = file.read(2) == b"PK"
-    if zipped:
-        check_archive(path)
-    try:
-        # Files of before 2020 are no archives, and are not mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        if named := re.search(r"(?:GLOBAL|Unsupported global|class) ([\w.]+)", str(error)):
-            raise ValueError(
-                f"{path} holds a Python object ({named[1]}) besides tensors and plain values; it could run code when "
-                "read, so it is not read"
-            ) from error
-        raise ValueError(f"{path} is not a torch file, or is damaged") from error
-    except (RuntimeError, EOFError, LookupError, ValueError, OSError, AttributeError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise ValueError(f"{path} is truncated or not a torch file ({reason})") from error
-    check_plain_tensors(path, content)
-    return content
-
-
-def clean_names(state: dict[str, Any], source: Path | str = "the model") -> dict[str, torch.Tensor]:
-    """A state dict's tensors without what wrappers (DDP, FSDP, torch.compile) put into their names.
-
-    Args:
-        state: by name; what is no tensor is left out.
-        source: where it comes from, for messages.
-
-    Raises:
-        ValueError: a name is no text, or two names differ by the wrappers alone.
-    """
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if other := [name for name in tensors if not isinstance(name, str)]:
-        raise ValueError(f"{source}: a parameter's name is {str(other[0])[:_SHOWN_CHARACTERS]}, expected text")
-    cleaned = {
-        ".".join(part for part in name.split(".") if part not in _WRAPPERS): value for name, value in tensors.items()
-    }
-    if len(cleaned) < len(tensors):
-        raise ValueError(f"{source}: two parameters have the same name")
-    return cleaned
-
-
-# --- the run's record ---------------------------------------------------------------------------------------------
-
-
-def read_run_record(run_dir: Path, texts: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What `run.json` says; empty where there is none.
-
-    Args:
-        run_dir: the run's folder.
-        texts: what it must have to go on with the run.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    path = Path(run_dir) / RUN_RECORD_NAME
-    if not path.exists():
-        return {}
-    record = read_json_object(path)
-    wrong = [name for name in texts if not isinstance(record.get(name), str)]
-    wrong += [name for name in ("result", "settings", "config") if not isinstance(record.get(name, {}), dict)]
-    if wrong:
-        raise ValueError(f"{path} is damaged: it has no {wrong[0]}; delete it, and the run goes on under a new id")
-    return record
-
-
-def write_run_record(run_dir: Path, record: dict[str, Any]) -> None:
-    """Replace `run.json` durably."""
-    write_json(Path(run_dir) / RUN_RECORD_NAME, record)
-
-
-def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Compare a checkpoint's settings with a run's, nested dicts by their dotted names.
-
-    Args:
-        saved: the checkpoint's; empty (a published file has none) compares equal to everything.
-        current: the run's.
-
-    Returns:
-        Lines such as `batch_size: checkpoint 256, now 128`, in the order of the names.
-    """
-    if not saved:
-        return []
-    before, after = dict(_flattened(saved)), dict(_flattened(current))
-    absent = object()
-    lines = []
-    for name in sorted(before.keys() | after.keys()):
-        old, new = before.get(name, absent), after.get(name, absent)
-        if old != new or isinstance(old, bool) != isinstance(new, bool):
-            shown = [_shown(value) if value is not absent else "does not have it" for value in (old, new)]
-            lines.append(f"{name}: checkpoint {shown[0]}, now {shown[1]}")
-    return lines
-
-
-def _flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flattened(value, f"{prefix}{name}.")
-        else:
-            # Markers are JSON: tuples come back as lists.
-            yield f"{prefix}{name}", json.loads(json.dumps(value))
-
-
-def _shown(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

@@ -21,15 +21,14 @@ from lit_gpt.checkpoints.optimizer_state import keep_speed, read_optimizer_state
 from lit_gpt.checkpoints.run_files import (
     PUBLISHED_KEYS,
     CheckpointInfo,
-    clean_names,
     marker_path,
     new_marker,
     newest_complete,
     open_checkpoint,
-    open_torch_file,
     remove_older,
 )
 from lit_gpt.checkpoints.tensor_checks import check_finite, check_state
+from lit_gpt.checkpoints.torch_files import clean_names, open_torch_file
 from lit_gpt.files import FileStamp, SaveError, read_json_object, write_file, write_json
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, read_record
-from lit_gpt.checkpoints.run_files import clean_names, marker_path, open_checkpoint, open_torch_file
+from lit_gpt.checkpoints.run_files import marker_path, open_checkpoint
 from lit_gpt.checkpoints.tensor_checks import check_finite, check_state
+from lit_gpt.checkpoints.torch_files import clean_names, open_torch_file
 from lit_gpt.config import SIZES, Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT

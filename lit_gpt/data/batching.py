@@ -91,6 +91,8 @@ class MicroBatch:
     """(B,) float64: 1 / (denominator * groups in the step)."""
     step: int
     """Optimizer step, from 0."""
+    step_tokens: int = 0
+    """Input tokens of the whole training step, over all its micro batches and devices."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,16 @@ def step_batches(dataset: Dataset, rule: GroupRule, layout: StepLayout, step: in
         first_rows = range(0, layout.global_batch_size, layout.device_rows)
         own = _split_up(own, max(len(plan(first_row)) for first_row in first_rows))
     groups_per_step = layout.global_batch_size // layout.group_size
+    # Every device decides all groups where they differ, so it knows the others' tokens without asking.
+    first_group = layout.first_row // layout.group_size
+    decided = range(groups_per_step) if layout.lengths_vary else [first_group] * groups_per_step
+    step_tokens = layout.group_size * sum(decide(index).length for index in decided)
     batches = []
     for rows in own:
         samples = [dataset[first_sample + row] for row in rows]
         groups = [decide(row // layout.group_size) for row in rows]
-        batches.append(_collate(samples, groups, rows, groups_per_step, step))
+        batch = _collate(samples, groups, rows, groups_per_step)
+        batches.append(replace(batch, step=step, step_tokens=step_tokens))
     return batches
 
 
@@ -181,10 +188,8 @@ def _split_up(plan: list[list[int]], count: int) -> list[list[int]]:
     return plan
 
 
-def _collate(
-    samples: list[Sample], groups: list[Group], rows: Sequence[int], groups_per_step: int, step: int
-) -> MicroBatch:
-    """Stack samples, cut to their groups' length."""
+def _collate(samples: list[Sample], groups: list[Group], rows: Sequence[int], groups_per_step: int) -> MicroBatch:
+    """Stack samples, cut to their groups' length, without a step."""
     tokens = np.stack([sample.tokens[: groups[0].length + 1] for sample in samples])
     weights = [1.0 / (group.denominator * groups_per_step) for group in groups]
     return MicroBatch(
@@ -193,7 +198,7 @@ def _collate(
         prompt_lengths=torch.tensor([sample.prompt_length for sample in samples]),
         rows=torch.tensor(list(rows)),
         row_weights=torch.tensor(weights, dtype=torch.float64),
-        step=step,
+        step=0,
     )
 
 
@@ -244,5 +249,5 @@ def validation_batches(
         first = start + rank * micro_batch_size
         rows = range(first, first + micro_batch_size)
         samples = [dataset[row if row < count else 0] for row in rows]
-        batch = _collate(samples, [block] * len(samples), rows, 1, step=0)
+        batch = _collate(samples, [block] * len(samples), rows, 1)
         yield replace(batch, row_weights=(batch.rows < count).double())

@@ -196,6 +196,11 @@ class Transformer(nn.Module):
         """Rows of the embedding table."""
         return config.padded_vocab_size
 
+    @property
+    def parameter_count(self) -> int:
+        """Numbers that are learnt, the embedding and the head included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draw all weights: N(0, 2/(5C)) for embeddings and linears, N(0, 1/(C L^2)) for what writes to the residual stream.
@@ -216,6 +221,9 @@ class Transformer(nn.Module):
 
     def compile_blocks(self, enabled: bool = True) -> None:
         """Compile every block with torch.compile; they share one compiled code, so it costs one block's compilation."""
+        if enabled:
+            # Else DDP would have each block cut where its buckets end.
+            torch._dynamo.config.optimize_ddp = False
         for block in self.transformer.h:
             if enabled:
                 block.compile(dynamic=False)

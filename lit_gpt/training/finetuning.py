@@ -19,7 +19,7 @@ from lit_gpt.data.sft_dataset import ExamplePreparation, SftDataset
 from lit_gpt.data.sft_formats import SftFormat
 from lit_gpt.model.layers import Transformer
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.training import loop
+from lit_gpt.training import loop, strategies
 from lit_gpt.training.experiment import Experiment
 from lit_gpt.training.group_sizes import group_size
 from lit_gpt.training.objectives import Objective
@@ -69,7 +69,9 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     tokenizer = find_tokenizer(flags.pretrain_path, model.config, record, flags.tokenizer)
     config = model.config
     row_length = min(recipe.max_length, config.block_size)
-    fabric = devices.start_fabric(flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision)
+    fabric = strategies.start_fabric(
+        flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision, model.parameter_count
+    )
     data = _data(recipe, flags, path, tokenizer, row_length)
     for line in sft_dataset.left_out_lines(data.info, row_length):
         devices.say(fabric, line)

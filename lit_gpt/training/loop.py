@@ -86,6 +86,8 @@ class _HostBatch(NamedTuple):
     """On the host."""
     work: MicroBatchWork
     """What a device does in it."""
+    step_tokens: int
+    """Input tokens of its whole step, over all devices."""
 
 
 class _Trainer:
@@ -134,7 +136,7 @@ class _Trainer:
     def _steps(self, signals: devices.StopSignals) -> None:
         """From the first step, or the checkpoint's, to the last one, which is saved."""
         config = self.config
-        for step, batches in self._step_batches():
+        for step, batches in self.speed.waited(self._step_batches()):
             self._pass_over(step)
             self._train_step(step, batches)
             stop = signals.agreed(self.fabric)
@@ -180,7 +182,7 @@ class _Trainer:
         scored = 0 if terms.scored is None else len(terms.scored)
         flops = speed_monitor.training_flops(module.config, terms, terms.visibility or module.visibility, scored)
         # An objective may put more columns into a row than it has tokens.
-        return _HostBatch(terms, MicroBatchWork(len(batch.rows), batch.tokens[:, 1:].numel(), flops))
+        return _HostBatch(terms, MicroBatchWork(len(batch.rows), batch.tokens[:, 1:].numel(), flops), batch.step_tokens)
 
     def _train_step(self, step: int, batches: list[_HostBatch]) -> None:
         """One optimizer step; nothing in it waits for the device, and `self.guard` has its numbers."""
@@ -204,8 +206,8 @@ class _Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for batch in batches:
-            self.speed.add_micro_batch(*batch.work)
-        self.tokens += sum(batch.work.tokens for batch in batches) * fabric.world_size
+            self.speed.add_micro_batch(batch.work)
+        self.tokens += batches[0].step_tokens
         self.step, self._whole = step + 1, True
 
     def _accumulate_or_halve(self, step: int, batches: list[_HostBatch]) -> tuple[Tensor, list[_HostBatch]]:
@@ -262,23 +264,33 @@ class _Trainer:
 
     def _log(self, numbers: StepNumbers) -> None:
         """A line on the console and a row in the loggers."""
-        (step, loss, grad_norm), layout = numbers, self.layout
-        samples = step * layout.global_batch_size
+        (step, loss, grad_norm), batch_size = numbers, self.layout.global_batch_size
+        skipped, steps = self.folder.skipped_steps, self.experiment.max_steps
+        passed_over = skipped_steps.count(skipped, step)
         rates = self.speed.rates()
+        # All processes wait for the slowest reader, and one of them without memory ends the run.
+        rates["data/wait_ms"], rates["data/wait_share"], memory = devices.largest_of_processes(
+            self.fabric,
+            [rates["data/wait_ms"], rates["data/wait_share"], speed_monitor.peak_memory(self.fabric.device)],
+        )
+        steps_left = steps - step - (skipped_steps.count(skipped, steps) - passed_over)
+        left_s = steps_left * batch_size / max(rates["throughput/samples_per_sec"], 1e-9)
         self.folder.log(
             {
                 "metric/train_loss": loss,
                 "metric/train_ppl": loggers.perplexity(loss),
                 "metric/grad_norm": grad_norm,
                 "learning_rate": self.prepared.optimizer.param_groups[0]["lr"],
-                "samples": samples,
+                "samples": step * batch_size,
                 "total_tokens": self.tokens,
+                "skipped_steps": passed_over,
+                "time/left": left_s,
+                "memory/peak_gb": memory / 1e9,
                 **rates,
             },
             step,
         )
-        rate = rates["throughput/samples_per_sec"]
-        hours = (self.experiment.max_steps - step) * layout.global_batch_size / max(rate, 1e-9) / 3600
+        hours = left_s / 3600
         micro_ms = 1000 / max(rates["throughput/device/batches_per_sec"], 1e-9)
         devices.say(
             self.fabric,

@@ -17,7 +17,7 @@ from lit_gpt.config import Config
 from lit_gpt.data import packed_dataset
 from lit_gpt.model.layers import Transformer
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.training import loop, schedule
+from lit_gpt.training import loop, schedule, strategies
 from lit_gpt.training.experiment import Experiment
 from lit_gpt.training.group_sizes import group_size
 from lit_gpt.training.objectives import Objective
@@ -59,11 +59,13 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
         steps = flags.max_steps
         spent = schedule.budget_flops(steps, config.size_in_millions, flags.batch_size, tokens_per_sample)
         budget = float(f"{spent:.3g}")
-    fabric = devices.start_fabric(flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision)
+    model = recipe.model_class(config)
+    fabric = strategies.start_fabric(
+        flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision, model.parameter_count
+    )
     if validation is None:
         devices.say(fabric, f"no validation* files in {flags.data_dir}: training without validation")
     kind = recipe.model_class.kind
-    model = recipe.model_class(config)
     start_hash = None
     if flags.init_from:
         start_hash = weights.load_into(model, flags.init_from)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lit_gpt import cli, devices, files, processes
-from lit_gpt.checkpoints import export, run_files, saving, weights
+from lit_gpt.checkpoints import export, run_files, run_record, saving, weights
 from lit_gpt.training import loggers, skipped_steps, speed_monitor
 from lit_gpt.training.settings import TrainConfig
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 METRICS = (
     *("step", "metric/train_loss", "metric/train_ppl", "metric/val_loss", "metric/val_ppl", "metric/val_bpb"),
-    *("metric/grad_norm", "learning_rate", "samples", "total_tokens", *speed_monitor.RATE_COLUMNS),
+    *("metric/grad_norm", "learning_rate", "samples", "total_tokens", "skipped_steps"),
+    *("time/left", "memory/peak_gb", *speed_monitor.RATE_COLUMNS),
 )
 # In `run.json`, from a run's being taken back (--resume PATH) or replaced (--resume never) to its first save: the micro
 # step whose checkpoint it starts from, -1 for none. Later checkpoints stay until then, but do not count.
@@ -91,7 +92,7 @@ class RunFolder:
         stack.enter_context(files.folder_lock(path))
         run_files.remove_temporary(path)
         start = self._choose_start()
-        record = run_files.read_run_record(path, ("run_id", "log_path")) if start else {}
+        record = run_record.read_run_record(path, ("run_id", "log_path")) if start else {}
         record = {key: value for key, value in record.items() if key not in (VALID_UNTIL, LAUNCH)}
         passed_over = start.record.get(SKIPPED, []) if start else []
         skipped = skipped_steps.union(
@@ -135,14 +136,14 @@ class RunFolder:
     def _choose_start(self) -> run_files.CheckpointInfo | None:
         """The checkpoint to start from; also decides which ones the first save deletes (`_valid_until`)."""
         resume = self.config.resume
-        if processes.is_restart() and run_files.read_run_record(self.path).get(LAUNCH) == processes.launch_name():
+        if processes.is_restart() and run_record.read_run_record(self.path).get(LAUNCH) == processes.launch_name():
             resume = "auto"  # what was asked for was done when the launcher first started this run
         if resume not in ("auto", "never"):
             return self._start_from(run_files.open_checkpoint(Path(resume)))
         if resume == "auto":
             if run_files.list_checkpoints(self.path):
                 # A run that was taken back, or replaced, and ended before its first save.
-                self._valid_until = run_files.read_run_record(self.path).get(VALID_UNTIL)
+                self._valid_until = run_record.read_run_record(self.path).get(VALID_UNTIL)
             return run_files.newest_complete(self.path, cli.warn, self._valid_until)
         found = run_files.newest_complete(self.path, cli.warn)
         if found is None:
@@ -168,7 +169,7 @@ class RunFolder:
     def _check_settings(self, start: run_files.CheckpointInfo) -> None:
         if not start.settings:
             cli.warn(f"{start.path} does not say with which settings it was made: nothing is compared")
-        different = run_files.differences(start.settings, self.experiment.settings)
+        different = run_record.differences(start.settings, self.experiment.settings)
         if different:
             raise ValueError(
                 f"cannot resume {start.path} with other settings: {'; '.join(different)}. Give the checkpoint's values, "
@@ -235,7 +236,7 @@ class RunFolder:
         """Write `run.json`, with what the first save will delete and what launched this."""
         pending = {} if self._valid_until is None else {VALID_UNTIL: self._valid_until}
         launch = {LAUNCH: name} if (name := processes.launch_name()) else {}
-        run_files.write_run_record(self.path, {**record, **pending, **launch})
+        run_record.write_run_record(self.path, {**record, **pending, **launch})
 
     def finish(self, fabric: Fabric, result: dict[str, Any]) -> dict[str, Any]:
         """Export the final checkpoint's weights and mark the run finished; returns the result with the export's path."""
@@ -259,7 +260,7 @@ class RunFolder:
         if target.stem != self.experiment.export_name:
             cli.warn(f"{self.experiment.export_name} is taken: exported as {target}")
         record = {**self.record, "finished": True, "result": {**result, "export": str(target)}}
-        run_files.write_run_record(self.path, record)
+        run_record.write_run_record(self.path, record)
         return record
 
     def interrupted(self, fabric: Fabric, signal_number: int, step: int) -> NoReturn:

@@ -61,7 +61,8 @@ class TrainConfig:
     nodes_num: int = 1
     """Machines; must equal the launcher's count."""
     strategy: str = "auto"
-    """With several devices: ddp, fsdp (FSDP2, the default on GPUs), or hybrid (FSDP2 within each machine, copies across)."""
+    """With several devices: ddp (a model each), fsdp (FSDP2: shards of one), or hybrid (FSDP2 within each machine, copies
+    across). auto: ddp, and fsdp from 1e9 parameters on, embedding and head included."""
     precision: str = "auto"
     """auto (bf16-mixed where the hardware supports it, else 32-true), bf16-mixed, bf16-true or 32-true. There is no 16-mixed:
     the loss computes its own gradient, and scaled for float16 that overflows."""

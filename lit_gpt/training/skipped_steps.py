@@ -50,6 +50,11 @@ def first_outside(wanted: Ranges, inside: Ranges, until: int) -> int | None:
     return None
 
 
+def count(skipped: Ranges, until: int) -> int:
+    """How many steps up to this one are passed over."""
+    return sum(max(0, min(last, until) - first + 1) for first, last in skipped)
+
+
 def others(skipped: Ranges, steps: range) -> Iterable[int]:
     """The steps, counted from 0 as in the code, that are not passed over."""
     start = steps.start

@@ -1,16 +1,21 @@
-"""Speed of a run: tokens, samples and FLOPs per second, and the share of the device's peak. The only clock of training."""
+"""What an operator sees of a run: speed, the share of the device's peak, waiting for data, memory. Training's only clock."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from lit_gpt.config import Config
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.model.visibility import Visibility
+
+Step = TypeVar("Step")
+"""What a reader hands over for a step."""
 
 
 def training_flops(config: Config, terms: LossTerms, visibility: Visibility, scored: int) -> float:
@@ -32,11 +37,22 @@ def training_flops(config: Config, terms: LossTerms, visibility: Visibility, sco
 
 
 class MicroBatchWork(NamedTuple):
-    """What a device did in a micro batch."""
+    """What a device does in a micro batch."""
 
     samples: int
     tokens: int
     flops: float
+
+
+@dataclass
+class _Interval:
+    """What a device did since the last line of the log."""
+
+    micro_batches: int = 0
+    work: MicroBatchWork = MicroBatchWork(0, 0, 0.0)
+    steps: int = 0
+    data_wait_s: float = 0.0
+    """For which its steps were waited."""
 
 
 @dataclass
@@ -51,7 +67,7 @@ class SpeedMonitor:
     """Seconds spent in validation so far."""
     _start: float = field(default_factory=time.perf_counter)
     _train_s: float = 0.0
-    _done: tuple[float, ...] = (0, 0, 0, 0)
+    _interval: _Interval = field(default_factory=_Interval)
 
     def elapsed_s(self) -> float:
         """Seconds since the start, validation included."""
@@ -61,23 +77,36 @@ class SpeedMonitor:
         """Count seconds as validation's."""
         self.validation_s += seconds
 
-    def add_micro_batch(self, samples: int, tokens: int, flops: float) -> None:
+    def add_micro_batch(self, work: MicroBatchWork) -> None:
         """Count what this device did in a micro batch; the other devices do as much."""
-        batches, *done = self._done
-        new = (samples, tokens, flops)
-        self._done = (batches + 1, *(old + one * self.world_size for old, one in zip(done, new, strict=True)))
+        self._interval.micro_batches += 1
+        samples, tokens, flops = self._interval.work
+        self._interval.work = MicroBatchWork(samples + work.samples, tokens + work.tokens, flops + work.flops)
+
+    def waited(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The same steps; the time until each of them is there counts as waiting for data."""
+        started = time.perf_counter()
+        for step in steps:
+            self._interval.data_wait_s += time.perf_counter() - started
+            self._interval.steps += 1
+            yield step
+            started = time.perf_counter()
 
     def rates(self) -> dict[str, float]:
         """Metrics since the last call, under the published names."""
         total = self.elapsed_s()
         train = total - self.validation_s
         span = max(train - self._train_s, 1e-9)
-        batches_per_s, samples_per_s, tokens_per_s, flops_per_s = (done / span for done in self._done)
-        self._train_s, self._done = train, (0, 0, 0, 0)
+        interval = self._interval
+        batches_per_s = interval.micro_batches / span
+        samples_per_s, tokens_per_s, flops_per_s = (done * self.world_size / span for done in interval.work)
+        self._train_s, self._interval = train, _Interval()
         metrics = {
             "time/train": train,
             "time/val": self.validation_s,
             "time/total": total,
+            "data/wait_ms": 1000 * interval.data_wait_s / max(interval.steps, 1),
+            "data/wait_share": interval.data_wait_s / span,
             "throughput/batches_per_sec": batches_per_s * self.world_size,
             "throughput/samples_per_sec": samples_per_s,
             "throughput/tokens_per_sec": tokens_per_s,
@@ -96,6 +125,8 @@ RATE_COLUMNS = (
     "time/train",
     "time/val",
     "time/total",
+    "data/wait_ms",
+    "data/wait_share",
     "throughput/batches_per_sec",
     "throughput/samples_per_sec",
     "throughput/tokens_per_sec",
@@ -128,3 +159,17 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     except (RuntimeError, KeyError):
         return None
     return float(value) if value else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory so far, in bytes: on a GPU what tensors filled, on a CPU what this process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage's maximum: a process inherits its parent's.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, which has no /proc

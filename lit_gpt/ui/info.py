@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lit_gpt.checkpoints import run_files, weights
+from lit_gpt.checkpoints import run_files, run_record, torch_files, weights
 from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, read_record
-from lit_gpt.checkpoints.run_files import RUN_RECORD_NAME, marker_path
+from lit_gpt.checkpoints.run_files import marker_path
+from lit_gpt.checkpoints.run_record import RUN_RECORD_NAME
 from lit_gpt.data import packed_format
 from lit_gpt.files import file_sha256, lock_holder, open_regular, read_json_object
 from lit_gpt.tokenizer import Tokenizer
@@ -84,7 +85,7 @@ def _folder(path: Path) -> dict[str, Any]:
 
 def _run_folder(path: Path) -> dict[str, Any]:
     """The run's record, who writes it now, and the state of every checkpoint."""
-    record = run_files.read_run_record(path)
+    record = run_record.read_run_record(path)
     checkpoints = []
     for file in run_files.list_checkpoints(path):
         entry: dict[str, Any] = {"file": file.name, "size": file.stat().st_size}
@@ -110,7 +111,7 @@ def _run_folder(path: Path) -> dict[str, Any]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     """A torch file: ours, published, or another's."""
-    content = run_files.open_torch_file(path)
+    content = torch_files.open_torch_file(path)
     described: dict[str, Any] = {"what": "checkpoint", "path": str(path), "size": path.stat().st_size}
     described["sha256"] = file_sha256(path)
     if path.name.startswith("iter-") and marker_path(path).exists():

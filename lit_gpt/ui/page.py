@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from lit_gpt.checkpoints.export import read_record
 from lit_gpt.checkpoints.loaded import load_model
-from lit_gpt.checkpoints.run_files import clean_names
+from lit_gpt.checkpoints.torch_files import clean_names
 from lit_gpt.checkpoints.weights import infer_config, infer_kind, of_family
 from lit_gpt.cli import warn
 from lit_gpt.config import Config

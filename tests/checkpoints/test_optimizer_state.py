@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt import devices
 from lit_gpt.checkpoints import saving
+from lit_gpt.training import strategies
 from tests.checkpoints.test_saving import make_state, save, train_step
 
 
 @pytest.fixture(scope="module")
 def fabric() -> Any:
-    return devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+    return strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
 
 
 class Changed:

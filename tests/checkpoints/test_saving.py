@@ -18,12 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt import devices, files
-from lit_gpt.checkpoints import run_files, saving
+from lit_gpt import files
+from lit_gpt.checkpoints import run_files, run_record, saving, torch_files
 from lit_gpt.checkpoints.names import export_name, run_name
 from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.loss_terms import LossTerms
+from lit_gpt.training import strategies
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Config("tiny", 1, 2, 16, 32, 2, block_size=16, vocab_size=50)
@@ -37,7 +38,7 @@ RECORD = {
 
 @pytest.fixture(scope="module")
 def fabric() -> Any:
-    return devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+    return strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
 
 
 def make_state(fabric: Any, seed: int = 1, steps: int = 2, fused: bool = True) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def test_published_file_without_marker(fabric: Any, tmp_path: Path) -> None:
     info, lines = newest(tmp_path)
     assert info is not None and info.sha256 is None and (info.step, info.iter_num) == (2, 8)
     assert len(lines) == 1 and "taken as a published checkpoint" in lines[0]
-    assert run_files.differences(info.settings, {"batch_size": 8}) == []
+    assert run_record.differences(info.settings, {"batch_size": 8}) == []
     restored = make_state(fabric, seed=7, steps=0)
     saving.load_checkpoint(fabric, info, restored)
     assert_same(weights_of(state), weights_of(restored))
@@ -275,7 +276,7 @@ def test_pickled_code_is_refused(fabric: Any, tmp_path: Path, zipped: bool) -> N
     info, lines = newest(tmp_path)
     assert info is None and "Python object" in lines[0] and "mkdir" in lines[0]
     with pytest.raises(ValueError, match="could run code"):
-        run_files.open_torch_file(path)
+        torch_files.open_torch_file(path)
     assert not trace.exists()
 
 
@@ -284,7 +285,7 @@ def test_what_is_no_torch_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "some.pth"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="some.pth is|some.pth holds") as raised:
-        run_files.open_torch_file(path)
+        torch_files.open_torch_file(path)
     assert "\n" not in str(raised.value)
 
 
@@ -325,11 +326,12 @@ import os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lit_gpt import devices, files
+from lit_gpt import files
+from lit_gpt.training import strategies
 from lit_gpt.checkpoints import run_files, saving
 from tests.checkpoints.test_saving import make_state, train_step, save
 
-fabric = devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+fabric = strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
 state = make_state(fabric, steps=1)
 
 def stop_before_last_marker(folder, state):
@@ -528,13 +530,13 @@ def test_a_whole_file_that_only_lacks_its_marker_gets_one(fabric: Any, tmp_path:
 
 
 def test_run_record(tmp_path: Path) -> None:
-    assert run_files.read_run_record(tmp_path) == {}
-    run_files.write_run_record(tmp_path, {"run_id": "a", "result": {"val_loss": 3.5}})
-    run_files.write_run_record(tmp_path, {"run_id": "a", "finished": True})
-    assert run_files.read_run_record(tmp_path) == {"run_id": "a", "finished": True}
+    assert run_record.read_run_record(tmp_path) == {}
+    run_record.write_run_record(tmp_path, {"run_id": "a", "result": {"val_loss": 3.5}})
+    run_record.write_run_record(tmp_path, {"run_id": "a", "finished": True})
+    assert run_record.read_run_record(tmp_path) == {"run_id": "a", "finished": True}
     (tmp_path / "run.json").write_text('{"run_id": ')
     with pytest.raises(ValueError, match="run.json is not readable as JSON"):
-        run_files.read_run_record(tmp_path)
+        run_record.read_run_record(tmp_path)
 
 
 # --- several processes --------------------------------------------------------------------------------------------
@@ -544,12 +546,13 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lit_gpt import devices, files
+from lit_gpt import files
+from lit_gpt.training import strategies
 from lit_gpt.checkpoints import run_files, saving
 from tests.checkpoints.test_saving import make_state, train_step, save
 
 strategy, folder = sys.argv[1], Path(sys.argv[2])
-fabric = devices.start_fabric("cpu", "2", 1, strategy, "32-true")
+fabric = strategies.start_fabric("cpu", "2", 1, strategy, "32-true")
 state = make_state(fabric, seed=5, steps=0)
 rest = saving.load_checkpoint(fabric, folder / "one", state)
 state.update(step_count=rest["step_count"], iter_num=rest["iter_num"])
@@ -611,13 +614,13 @@ def test_differences() -> None:
         "flag": 1,
         "seed": 1.0,
     }
-    assert run_files.differences(saved, current) == [
+    assert run_record.differences(saved, current) == [
         "batch_size: checkpoint 256, now 128",
         "flag: checkpoint True, now 1",
         "lr: checkpoint does not have it, now none",
         "model.name: checkpoint a, now b",
     ]
-    assert run_files.differences({}, current) == []
+    assert run_record.differences({}, current) == []
 
 
 json_values = st.recursive(
@@ -630,7 +633,7 @@ json_values = st.recursive(
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text(min_size=1, max_size=4), json_values, max_size=5))
 def test_a_settings_record_does_not_differ_from_its_json(values: dict[str, Any]) -> None:
-    assert run_files.differences(json.loads(json.dumps(values)), values) == []
+    assert run_record.differences(json.loads(json.dumps(values)), values) == []
 
 
 def test_export_names() -> None:

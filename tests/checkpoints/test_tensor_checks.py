@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt import devices
-from lit_gpt.checkpoints import run_files, saving, weights
+from lit_gpt.checkpoints import saving, torch_files, weights
 from lit_gpt.checkpoints.export import export_weights
 from lit_gpt.model.causal import GPT
+from lit_gpt.training import strategies
 from tests.checkpoints.test_saving import make_state, save
 from tests.support.checkpoint_files import make_model, run_record, write_run_checkpoint
 
@@ -69,10 +69,10 @@ def test_many_views_of_one_storage(tmp_path: Path) -> None:
     """A small file may say that it holds a terabyte; every copy of such a tensor would take its full size."""
     storage = torch.zeros(1 << 18)
     torch.save({f"w{number}": storage.view(512, 512) for number in range(50)}, tmp_path / "views.pth")
-    fails("they overlap", lambda: run_files.open_torch_file(tmp_path / "views.pth"))
+    fails("they overlap", lambda: torch_files.open_torch_file(tmp_path / "views.pth"))
     tied = {"a": storage, "b": storage}
     torch.save(tied, tmp_path / "tied.pth")
-    assert run_files.open_torch_file(tmp_path / "tied.pth").keys() == tied.keys()
+    assert torch_files.open_torch_file(tmp_path / "tied.pth").keys() == tied.keys()
 
 
 def test_lists_within_lists_do_not_multiply(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
 def test_files_of_old_torch_are_read(tmp_path: Path) -> None:
     state = make_model(GPT).state_dict()
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    found = run_files.open_torch_file(tmp_path / "old.pth")
+    found = torch_files.open_torch_file(tmp_path / "old.pth")
     assert all(torch.equal(found[name], value) for name, value in state.items())
 
 
@@ -110,7 +110,7 @@ def test_an_export_with_numbers_that_are_not_finite(tmp_path: Path, value: float
 
 
 def test_resuming_with_numbers_that_are_not_finite(tmp_path: Path) -> None:
-    fabric = devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+    fabric = strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
     state = make_state(fabric)
     with torch.no_grad():
         state["model"].transformer["ln_f"].weight[3] = math.nan

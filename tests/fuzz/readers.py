@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lit_gpt import devices
-from lit_gpt.checkpoints import run_files, saving, weights
+from lit_gpt.checkpoints import run_files, run_record, saving, weights
 from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, export_weights
 from lit_gpt.checkpoints.loaded import load_model
 from lit_gpt.config import Config
@@ -38,6 +37,7 @@ from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.training import strategies
 from lit_gpt.training.loggers import MetricsCsv
 from lit_gpt.ui.info import path_info
 from lit_gpt.ui.page import find_checkpoints
@@ -169,13 +169,13 @@ def read_export(folder: Path) -> None:
 
 def make_checkpoint(folder: Path) -> None:
     """A checkpoint of a run, its marker and its record."""
-    fabric = devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+    fabric = strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
     state = training_state(fabric, seed=1)
     training_step(fabric, state)
     record = {"kind": "mdm", "config": TINY.to_dict(), "run_id": "a", "settings": {"lr": 1.0}, "log_path": "x",
               "run": {"micro_batch_size": 2, "world_size": 1}}  # fmt: skip
     saving.save_checkpoint(fabric, folder, state, record)
-    run_files.write_run_record(folder, {**record, "result": {"val_loss": 1.5}, "finished": False})
+    run_record.write_run_record(folder, {**record, "result": {"val_loss": 1.5}, "finished": False})
 
 
 def training_state(fabric: Any, seed: int) -> dict[str, Any]:
@@ -236,12 +236,12 @@ def damage_checkpoint(folder: Path, chance: random.Random) -> None:
 def read_checkpoint(folder: Path) -> None:
     """Describe it, open it for evaluation, resume from it and make a step."""
     path_info(folder)
-    run_files.read_run_record(folder, ("run_id", "log_path"))
+    run_record.read_run_record(folder, ("run_id", "log_path"))
     path = next(folder.glob("*.pth"))
     info = run_files.open_checkpoint(path)
     model, _ = weights.read_model(path)
     require(bool(torch.isfinite(model(torch.arange(8)[None])).all()), "logits that are not finite")
-    fabric = devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+    fabric = strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
     state = training_state(fabric, seed=2)
     saving.load_checkpoint(fabric, info, state)
     training_step(fabric, state)

@@ -184,6 +184,8 @@ def test_cut_groups_on_one_device_only_are_met_by_the_others(folder, tmp_path_fa
     run_pretraining("train_mdm_rl.py", folder, **settings)
     run_pretraining_process("train_mdm_rl.py", other, **settings, accelerator="cpu", devices=2, strategy="fsdp")
     assert relative_difference(read_losses(folder), read_losses(other)) < 1e-5
+    counts = [read_losses(path, "total_tokens") for path in (folder, other)]
+    assert counts[0] == counts[1]
 
 
 def test_the_micro_batch_changes_speed_only(folder, tmp_path_factory):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lit_gpt import devices
-from lit_gpt.checkpoints import run_files, saving
+from lit_gpt.checkpoints import run_files, run_record, saving
+from lit_gpt.training import strategies
 from lit_gpt.training.loggers import MetricsCsv
 from tests.checkpoints.test_saving import make_state, save
 
@@ -29,7 +29,7 @@ from tests.checkpoints.test_saving import make_state, save
 def test_a_record_without_its_parts_is_named(tmp_path: Path, record: Any, message: str) -> None:
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message) as raised:
-        run_files.read_run_record(tmp_path, ("run_id", "log_path"))
+        run_record.read_run_record(tmp_path, ("run_id", "log_path"))
     assert "\n" not in str(raised.value)
 
 
@@ -67,7 +67,7 @@ def test_an_older_log_goes_on_with_the_columns_of_today(tmp_path: Path) -> None:
     ids=str,
 )  # fmt: skip
 def test_a_broken_marker_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
-    fabric = devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+    fabric = strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
     path = save(fabric, tmp_path, make_state(fabric, steps=1))
     marker = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps({**marker, **change}))
@@ -82,7 +82,7 @@ def test_a_broken_marker_is_named(tmp_path: Path, change: dict[str, Any]) -> Non
 
 
 def test_a_marker_of_another_step_is_refused(tmp_path: Path) -> None:
-    fabric = devices.start_fabric("cpu", "1", 1, "auto", "32-true")
+    fabric = strategies.start_fabric("cpu", "1", 1, "auto", "32-true")
     state = make_state(fabric, steps=2)
     path = save(fabric, tmp_path, state)
     marker = json.loads(path.with_suffix(".json").read_text())

@@ -156,6 +156,16 @@ def test_random_lengths_follow_their_law():
     assert all(masked().group(step, 0, [Extent(12)]).length == 12 for step in range(50))
 
 
+def test_every_device_knows_the_tokens_of_all():
+    dataset, objective = HashedTokens(13), masked(ssl_ratio=0.7)
+    for step in range(20):
+        shares = [
+            batching.step_batches(dataset, objective.group, StepLayout(12, 4, 2, first, 6), step) for first in (0, 6)
+        ]
+        counts = [sum(batch.tokens[:, 1:].numel() for batch in share) for share in shares]
+        assert {batch.step_tokens for share in shares for batch in share} == {sum(counts)}
+
+
 def test_padding_is_neither_scored_nor_counted_nor_read():
     dataset, objective = HashedTokens(13, partial=4), masked()
     (batch,) = batching.step_batches(dataset, objective.group, StepLayout(8, 8, 8, 0, 8), 3)

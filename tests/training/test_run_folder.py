@@ -221,6 +221,8 @@ def test_skipped_steps_change_nothing_but_the_schedule_and_stay_skipped(folder, 
     assert rows[4]["metric/train_loss"] != full[4]["metric/train_loss"]
     assert [rows[step]["learning_rate"] for step in rows] == [full[step]["learning_rate"] for step in rows]
     assert int(full[11]["total_tokens"]) - int(rows[11]["total_tokens"]) == 3 * 8 * 32
+    assert [int(row["skipped_steps"]) for row in rows.values()] == [0, 0, 1, 1, 3, 3, 3, 3]
+    assert float(rows[11]["time/left"]) == 0
     # Back to step 4, without the flag: the same run.
     state = final_state(folder)
     run_pretraining("train_mdm.py", folder, **flags, resume=checkpoints(folder)[4])
@@ -260,3 +262,40 @@ def test_the_speed_after_a_resume_is_of_the_steps_since(folder):
     run_pretraining("train_ar.py", folder, **flags, resume=checkpoints(folder)[6])
     row = next(row for row in read_metrics(folder) if row["step"] == "9")
     assert float(row["throughput/tokens_per_sec"]) * float(row["time/train"]) == pytest.approx(3 * 8 * 32, rel=1e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_row_says_what_an_operator_asks(folder, processes):
+    """All columns but the share of a peak that no CPU has; the time left is what the speed makes of the steps left."""
+    run = run_pretraining if processes == 1 else run_pretraining_process
+    out, _ = run("train_mdm.py", folder, **FLAGS, log_interval=5, devices=processes)
+    rows = [row for row in read_metrics(folder) if row["metric/train_loss"]]
+    assert [row["step"] for row in rows] == ["1", "5", "10", "12"]
+    for row in rows:
+        validation = {"metric/val_loss", "metric/val_ppl", "metric/val_bpb"}
+        assert {name for name, value in row.items() if not value} == validation | {"throughput/device/mfu"}
+        left = (12 - int(row["step"])) * 8 / float(row["throughput/samples_per_sec"])
+        assert float(row["time/left"]) == pytest.approx(left)
+        assert f"remaining time: {left / 3600:.2f} hours" in out
+        assert 0 < float(row["data/wait_share"]) <= 1 and float(row["data/wait_ms"]) > 0
+        # Of this process, or of one that the test started: torch alone takes a part of it.
+        assert 0.1 < float(row["memory/peak_gb"]) < 20
+    peaks = [float(row["memory/peak_gb"]) for row in rows]
+    assert peaks == sorted(peaks)
+
+
+def test_a_log_with_other_columns_goes_on(finished):
+    """As an earlier version wrote it: without some columns of today, and with one that is gone."""
+    (path,) = finished.glob("out/*/version_0/metrics.csv")
+    before = read_metrics(finished)
+    old = [name for name in before[0] if not name.startswith(("data/", "memory/", "time/left", "skipped_steps"))]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*old, "bits"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**row, "bits": "7"} for row in before)
+    run_pretraining("train_ar.py", finished, **FLAGS | {"log_interval": 2}, resume=checkpoints(finished)[6])
+    after = read_metrics(finished)
+    assert list(after[0]) == list(before[0])
+    assert [row["step"] for row in after] == ["1", "8", "10", "12"]
+    assert {name: after[0][name] for name in old} == {name: before[0][name] for name in old}
+    assert not after[0]["memory/peak_gb"] and float(after[1]["memory/peak_gb"]) > 0

@@ -22,6 +22,7 @@ def test_ranges_are_sets(one, other, begin, end):
     assert list(skipped_steps.others(both, range(begin, end))) == [
         step for step in range(begin, end) if step + 1 not in members(both)
     ]
+    assert skipped_steps.count(both, end) == len([step for step in members(both) if step <= end])
     outside = sorted(step for step in members(one) - members(other) if step <= end)
     assert skipped_steps.first_outside(skipped_steps.union(one), skipped_steps.union(other), end) == (
         outside[0] if outside else None

@@ -10,7 +10,15 @@ import torch
 from lit_gpt.config import Config
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.model.visibility import Visibility
-from lit_gpt.training.speed_monitor import RATE_COLUMNS, SpeedMonitor, peak_flops, training_flops
+from lit_gpt.training.speed_monitor import (
+    RATE_COLUMNS,
+    MicroBatchWork,
+    SpeedMonitor,
+    peak_flops,
+    peak_memory,
+    training_flops,
+)
+from tests.support.gpus import DEVICES
 
 TINY = Config("tiny", 3, 4, 32, 64, 2, block_size=64, vocab_size=100)
 ROWS, LENGTH, SCORED = 2, 10, 7
@@ -49,7 +57,7 @@ def test_rates_are_of_what_was_done_since_the_last_call():
     monitor = SpeedMonitor(world_size=4, peak_flops=1e9)
     monitor.rates()
     for samples, tokens in ((3, 30), (2, 20)):
-        monitor.add_micro_batch(samples, tokens, 1000.0)
+        monitor.add_micro_batch(MicroBatchWork(samples, tokens, 1000.0))
         time.sleep(0.02)
         rates = monitor.rates()
         assert set(rates) == set(RATE_COLUMNS)
@@ -67,6 +75,31 @@ def test_validation_is_no_training_time():
     monitor.add_validation(100.0)
     rates = monitor.rates()
     assert rates["time/val"] == 100 and rates["time/train"] == pytest.approx(rates["time/total"] - 100)
+
+
+def test_waiting_for_data_is_what_the_reader_takes_and_not_the_step():
+    def slow_reader():
+        for step in range(3):
+            time.sleep(0.02)
+            yield step
+
+    monitor, begun, seen = SpeedMonitor(world_size=1), time.perf_counter(), []
+    for step in monitor.waited(slow_reader()):
+        seen.append(step)
+        time.sleep(0.04)
+    took = time.perf_counter() - begun
+    rates = monitor.rates()
+    assert seen == [0, 1, 2]
+    assert 20 <= rates["data/wait_ms"] <= 1000 * (took - 3 * 0.04) / 3
+    assert rates["data/wait_share"] == pytest.approx(3 * rates["data/wait_ms"] / 1000 / rates["time/train"], rel=1e-6)
+    assert monitor.rates()["data/wait_ms"] == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_peak_of_memory_stays_after_the_tensor_is_gone(device: str):
+    before, size = peak_memory(torch.device(device)), 2**28
+    torch.ones(before + size, dtype=torch.uint8, device=device)
+    assert before + size <= peak_memory(torch.device(device)) <= 2 * before + 1.1 * size
 
 
 @pytest.mark.parametrize(
