@@ -16,18 +16,17 @@ import math
 import os
 import re
 import sys
-import time
 import typing
 from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar
 
+from lit_gpt.processes import end_children, end_with_parent, lost_a_process, process_rank, speaks_for_run
+
 FlagsT = TypeVar("FlagsT")
 USER_ERROR_CODE = 2
 _LOST_PROCESS_CODE = 1
 _LOST_PROCESS = "another process of this run has ended, or does not answer; the same command goes on from what is saved"
-# How long a process other than the first waits before it reports an error of its own.
-_OTHERS_WAIT_S = 3.0
 # YAML 1.1's words, in any case.
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 # Characters of a wrong value in its error.
@@ -96,6 +95,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     _use_utf8()
     _open_closed_streams()
     show_warnings()
+    end_with_parent()
     try:
         main()
         try:
@@ -104,7 +104,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
             error.filename = "standard output"
             raise
     except Interrupted as stop:
-        if _rank() == 0:
+        if process_rank() == 0:
             _tell(str(stop))
         leave(stop.code)
     except KeyboardInterrupt:
@@ -115,13 +115,13 @@ def run(main: Callable[[], Any]) -> NoReturn:
     except (ValueError, OSError) as error:
         if os.environ.get("SMDM_TRACEBACK"):
             raise
-        if _speaks():
+        if speaks_for_run():
             _tell(f"error: {_one_line(_describe(error))}")
         leave(USER_ERROR_CODE)
     except RuntimeError as error:
-        if os.environ.get("SMDM_TRACEBACK") or not _lost_a_process(error):
+        if os.environ.get("SMDM_TRACEBACK") or not lost_a_process(error):
             raise
-        if _speaks():
+        if speaks_for_run():
             _tell(f"error: {_LOST_PROCESS}")
         leave(_LOST_PROCESS_CODE)
     leave(0)
@@ -185,6 +185,7 @@ def leave(code: int) -> NoReturn:
             sys.stdout.flush()
             sys.stderr.flush()
         if code:
+            end_children()
             os._exit(code)
         distributed.destroy_process_group()
     for name in ("stdout", "stderr"):
@@ -194,33 +195,6 @@ def leave(code: int) -> NoReturn:
             # Python would try once more at its end, and make the exit code 120.
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.exit(code)
-
-
-def _lost_a_process(error: RuntimeError) -> bool:
-    """Whether a collective failed because of another process; gloo says so in words only, by the place in its source."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return False
-    return isinstance(error, distributed.DistError) or "gloo/transport/" in str(error)
-
-
-def _rank() -> int:
-    """This process's number in a distributed run."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return int(next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), 0))
-
-
-def _speaks() -> bool:
-    """Whether this process reports an error: the first one does; another only if it fails alone.
-
-    When all fail alike, the first one's end ends the others (its launcher stops them, or they are its children) while
-    they wait here.
-    """
-    if _rank() == 0:
-        return True
-    parent = os.getppid()
-    time.sleep(_OTHERS_WAIT_S)
-    return os.getppid() == parent
 
 
 def _parser(flags: type, description: str, defaults: dict[str, Any], helps: dict[str, str]) -> argparse.ArgumentParser:

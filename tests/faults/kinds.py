@@ -88,14 +88,16 @@ def kill(start: Start, chance: random.Random) -> Struck:
 
 
 def stop(start: Start, chance: random.Random) -> Struck:
-    """Stop a process for longer than the others wait for it, then let it go on."""
+    """Stop a process for longer than the others wait for it; if the run has not ended by then, let it go on."""
     name = _choose(start, chance)
     seconds = TIMEOUT_S + 10 + 5 * chance.random()
     _signal(start, name, signal.SIGSTOP)
     end = time.monotonic() + seconds
-    while time.monotonic() < end and len(start.processes()) > 1:
-        time.sleep(0.5)
-    _signal(start, name, signal.SIGCONT)
+    # A stopped process whose run has ended must not be left behind.
+    while time.monotonic() < end and start.process.poll() is None:
+        time.sleep(0.1)
+    if start.process.poll() is None:
+        _signal(start, name, signal.SIGCONT)
     return Struck(f"stop {name} for {seconds:.0f} s")
 
 

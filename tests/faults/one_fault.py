@@ -19,7 +19,9 @@ from tests.support.training_runs import final_state
 
 # Lines that a run may print on standard error: warnings, and one that says why it ended.
 WARNING = re.compile(r"warning: \S")
-ENDING = re.compile(r"error: \S|SIG[A-Z]+: stopped at step \d+ of \d+ and saved; |interrupted$|stopping when the processes")
+ENDING = re.compile(
+    r"error: \S|SIG[A-Z]+: stopped at step \d+ of \d+ and saved; |interrupted$|stopping when the processes"
+)
 # A damaged run that is not resumed says what to do about a file.
 DELETE, MOVE = re.compile(r"; delete it,"), re.compile(r"move it away,")
 # Starts after the one that is hurt, each of which may refuse once.
@@ -65,7 +67,7 @@ def read_finished(folder: Path) -> Finished:
 
 def run_unbroken(setup: str, folder: Path) -> Finished:
     """A run that nothing happens to."""
-    start = Start(SETUPS[setup], make_folder(folder), f"unbroken {setup} {folder}")
+    start = Start(SETUPS[setup], make_folder(folder), str(folder))
     problem = start.wait()
     text = "".join(start.lines["out"] + start.lines["err"])
     assert problem is None and start.process.returncode == 0, f"{setup}: the unbroken run failed: {problem}\n{text}"
@@ -90,7 +92,7 @@ def try_fault(kind_name: str, setup_name: str, seed: str, folder: Path, unbroken
         if strike is kinds.fill_disk and not stack.enter_context(kinds.small_disk(folder)):
             strike = kinds.limit_files
         make_folder(folder)
-        start = Start(setup, folder, f"{seed} 0")
+        start = Start(setup, folder, f"{folder} 0")
         stack.callback(lambda: start.end())
         moment = kinds.wait_for_moment(start, chance)
         struck = None
@@ -103,7 +105,7 @@ def try_fault(kind_name: str, setup_name: str, seed: str, folder: Path, unbroken
         damaged = kinds.damage(folder, chance) if kind.damages and moment is not None else None
         report.what += f", {damaged[0]}" if damaged else ""
         for number in range(1, MOST_STARTS + 1):
-            start = Start(setup, folder, f"{seed} {number}")
+            start = Start(setup, folder, f"{folder} {number}")
             refusal = _await_end(start, report, hurt=False)
             if start.process.returncode == 0 or report.problems:
                 break
@@ -146,7 +148,12 @@ def read_output(lines: list[str], launcher: tuple[str, ...] = ()) -> tuple[list[
     text = "".join(lines)
     if "torch.distributed.run" in launcher:
         text = re.sub(r"^[WEI]\d{4} .*torch/distributed/.*\n", "", text, flags=re.MULTILINE)
-        text = re.sub(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*?.*torch/distributed/(?:.*\n)*", "", text, flags=re.MULTILINE)
+        text = re.sub(
+            r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*?.*torch/distributed/(?:.*\n)*",
+            "",
+            text,
+            flags=re.MULTILINE,
+        )
     endings, others = [], []
     for line in text.splitlines():
         if ENDING.match(line):

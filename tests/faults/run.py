@@ -19,6 +19,7 @@ import functools
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.faults.kinds import KINDS  # noqa: E402 (the root must be found first)
 from tests.faults.one_fault import Finished, Report, run_unbroken, try_fault  # noqa: E402
-from tests.faults.setups import SETUPS  # noqa: E402
+from tests.faults.setups import SETUPS, end_all  # noqa: E402
 
 
 def main() -> int:
@@ -45,13 +46,18 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--keep", type=Path, help="where the runs that show a problem are kept")
     flags = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     numbers = [flags.only] if flags.only is not None else list(range(flags.faults))
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder), flags.seed, len(numbers), flags.keep)
-        with ThreadPoolExecutor(flags.jobs) as pool:
+        pool = ThreadPoolExecutor(flags.jobs)
+        try:
             for number in numbers:
-                kind, setup = plan(flags.seed, number, flags.kind, flags.setup)
-                pool.submit(trial.run, number, kind, setup)
+                pool.submit(trial.run, number, *plan(flags.seed, number, flags.kind, flags.setup))
+            pool.shutdown()
+        finally:  # Ctrl-C: what has not begun does not, and no run is left behind
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_all(folder)
     return trial.report()
 
 

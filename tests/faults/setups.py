@@ -6,6 +6,7 @@ and a few milliseconds, whatever the machine does beside it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -81,7 +82,7 @@ class Start:
         self.process = subprocess.Popen(
             setup.command,
             cwd=folder,
-            env={**one_thread_environment(), MARK: mark},
+            env={**one_thread_environment(), "SMDM_TIMEOUT_S": str(TIMEOUT_S), MARK: mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -171,12 +172,17 @@ class Start:
         return any((self.folder / below).glob("**/*.tmp"))
 
 
+def end_all(folder: str) -> None:
+    """Kill the processes of all starts below a folder."""
+    for one in psutil.process_iter():
+        if folder in _environ(one).get(MARK, ""):
+            send(one, signal.SIGKILL)
+
+
 def send(process: psutil.Process, number: int) -> None:
     """Signal a process, which may be gone."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def make_folder(folder: Path) -> Path:
