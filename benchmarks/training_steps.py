@@ -29,8 +29,7 @@ from lit_gpt.model.layers import Transformer
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.randomness import Stream, uniform_grid
 
-Batch = tuple[Tensor, Tensor, Tensor]
-Step = Callable[[Batch], Tensor | float]
+Step = Callable[[LossTerms], Tensor | float]
 """Takes one step; returns its loss, on the device where that need not be waited for."""
 LEARNING_RATE = 2e-4
 SEED = 3407
@@ -59,8 +58,8 @@ class Cell:
     def tokens(self) -> int:
         return self.batch * self.length
 
-    def make_batch(self, number: int) -> Batch:
-        """Random tokens and the training weights of step `number`: input_ids, targets, weights, (B, T) each."""
+    def make_batch(self, number: int) -> LossTerms:
+        """Random tokens and the training weights of step `number`, on the device, as training's reader prepares them."""
         config = self.config
         generator = torch.Generator().manual_seed(SEED + number)
         ids = torch.randint(config.vocab_size, (self.batch, self.length + 1), generator=generator)
@@ -74,13 +73,14 @@ class Cell:
         weights = diffusion.loss_weights(mask, p_mask, torch.full((self.batch,), 1 / self.tokens))
         return self._placed(noisy_input, ids[:, :-1].contiguous(), weights)
 
-    def _placed(self, input_ids: Tensor, targets: Tensor, weights: Tensor) -> Batch:
-        return input_ids.to(self.device), targets.to(self.device), weights.to(self.device)
+    def _placed(self, input_ids: Tensor, targets: Tensor, weights: Tensor) -> LossTerms:
+        device = torch.device(self.device)
+        return LossTerms(input_ids, targets, weights, weights != 0).prepared_for(device).to(device)
 
     @property
     def scored(self) -> int:
         """Rows of the first batch that the loss needs."""
-        return int((self.make_batch(0)[2] != 0).sum())
+        return int(self.make_batch(0).in_denominator.sum())
 
     def products(self, scored: int) -> list[tuple[int, int, int, int]]:
         """The step's matrix products with weights, forward and backward: (how often, rows, inner, columns)."""
@@ -126,11 +126,12 @@ def ours(cell: Cell, bf16: bool, compiled: bool = True) -> Step:
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
     )
 
-    def loss(batch: Batch) -> Tensor:
-        input_ids, targets, weights = batch
-        return model.weighted_nll(LossTerms(input_ids, targets, weights, weights != 0))[0]
-
-    return _stepper(model, adamw, loss, torch.autocast(cell.device, torch.bfloat16, enabled=bf16))
+    return _stepper(
+        model,
+        adamw,
+        lambda batch: model.weighted_nll(batch)[0],
+        torch.autocast(cell.device, torch.bfloat16, enabled=bf16),
+    )
 
 
 def ours_eager(cell: Cell, bf16: bool) -> Step:
@@ -143,7 +144,7 @@ def plain(cell: Cell, bf16: bool) -> Step:
     model = baseline.PlainModel(cell.config, cell.kind == "arm")
     model.load_state_dict(build_model(cell).state_dict())
     adamw = baseline.optimizer(model, LEARNING_RATE)
-    return lambda batch: baseline.step(model, adamw, batch, bf16)
+    return lambda batch: baseline.step(model, adamw, batch[:3], bf16)
 
 
 def litgpt(cell: Cell, bf16: bool) -> Step:
@@ -176,8 +177,8 @@ def litgpt(cell: Cell, bf16: bool) -> Step:
     compiled = torch.compile(model)
     adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
 
-    def loss(batch: Batch) -> Tensor:
-        return chunked_cross_entropy(compiled(batch[0]), batch[1], chunk_size=0)  # type: ignore[no-any-return]
+    def loss(batch: LossTerms) -> Tensor:
+        return chunked_cross_entropy(compiled(batch.input_ids), batch.targets, chunk_size=0)  # type: ignore[no-any-return]
 
     return _stepper(model, adamw, loss, torch.autocast(cell.device, torch.bfloat16, enabled=bf16))
 
@@ -203,19 +204,19 @@ def transformers(cell: Cell, bf16: bool) -> Step:
         model = LlamaForCausalLM(shape).train()
     adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: LossTerms) -> Tensor:
         # It shifts the labels itself, so it scores one token per row fewer than the others.
-        return model(input_ids=batch[0], labels=batch[0]).loss  # type: ignore[no-any-return]
+        return model(input_ids=batch.input_ids, labels=batch.input_ids).loss  # type: ignore[no-any-return]
 
     return _stepper(model, adamw, loss, torch.autocast(cell.device, torch.bfloat16, enabled=bf16))
 
 
 def _stepper(
-    model: nn.Module, adamw: torch.optim.AdamW, loss: Callable[[Batch], Tensor], autocast: torch.autocast
+    model: nn.Module, adamw: torch.optim.AdamW, loss: Callable[[LossTerms], Tensor], autocast: torch.autocast
 ) -> Step:
     """Forward, backward, clip, AdamW."""
 
-    def step(batch: Batch) -> Tensor:
+    def step(batch: LossTerms) -> Tensor:
         with autocast:
             total = loss(batch)
         total.backward()

@@ -45,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         warmup_steps=lambda steps: steps // 100,
         run_name=lambda model: f"mdm-gsm8k-{model.config.size_label}M",
         suffix="gsm8k",
-        varying_length=False,
     )
     finetune(recipe, flags)
 

@@ -77,6 +77,15 @@ def tokenizer(tokenizer_folder: Path) -> Any:
     return Tokenizer(tokenizer_folder)
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder but for packed tokens in `data`, to train in; some modules have a folder of their own."""
+    from tests.support.training_runs import make_packed_data
+
+    make_packed_data(tmp_path / "data")
+    return tmp_path
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with its reason, what needs a GPU where there is none."""
     if torch.cuda.is_available():

@@ -33,12 +33,6 @@ SRUN = {
 
 
 @pytest.fixture
-def folder(tmp_path):
-    make_packed_data(tmp_path / "data")
-    return tmp_path
-
-
-@pytest.fixture
 def environ(monkeypatch):
     """The environment, for changes that end with the test; no launcher's."""
     monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if not key.startswith("SLURM")})

@@ -143,7 +143,7 @@ def claim_export(models_dir: Path, name: str, run_id: str, overwrite: bool) -> P
 
     Args:
         models_dir: made if it is missing.
-        name: from `naming.export_name`.
+        name: from `names.export_name`.
         run_id: of the run that asks.
         overwrite: whether another run's file may be replaced.
 

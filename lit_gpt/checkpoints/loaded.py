@@ -37,6 +37,7 @@ from lit_gpt.likelihood.scoring import ScoringModel
 from lit_gpt.model.layers import Transformer
 from lit_gpt.sampling.infill import DEFAULT_GAP, infill_row, infill_states
 from lit_gpt.sampling.sample import sample
+from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
 
@@ -92,7 +93,7 @@ class LogLikelihood:
     """How likely a text is."""
 
     nats: float
-    """Log-likelihood; of an MDM the estimate of its lower bound."""
+    """Log-likelihood; of an MDM the estimate of a lower bound, or with `chain_rule` of writing from left to right."""
     standard_error: float
     """Of the estimator, nats; 0 where nothing was drawn, as for an ARM."""
 
@@ -178,9 +179,8 @@ class LoadedModel:
         """
         chosen = make_estimator(estimator, parameters)
         if unknown := parameters.keys() - vars(chosen):
-            raise ValueError(
-                f"{', '.join(sorted(unknown))}: the estimator {estimator} has only {', '.join(vars(chosen))}"
-            )
+            known = f"only {', '.join(vars(chosen))}" if vars(chosen) else "no parameters"
+            raise ValueError(f"{', '.join(sorted(unknown))}: the estimator {estimator} has {known}")
         before, scored = self.encode_pair(prefix, target)
         request = LikelihoodRequest(tuple(before), tuple(scored))
         limit = self.most_tokens(self.model.config.block_size)
@@ -204,9 +204,7 @@ class LoadedModel:
         Raises:
             ValueError: the text does not fit the model; a setting is wrong.
         """
-        row = self.tokenizer.encode_ids(prompt)
-        if not row and self.kind == "arm":
-            row = [self.tokenizer.bos_id]
+        row = self.started(self.tokenizer.encode_ids(prompt))
         length = self.model.config.block_size if max_new_tokens is None else len(row) + max_new_tokens
         ids = self._finished(row, length, sampling)
         return self.tokenizer.decode(row + self.until_end(ids[len(row) :])).removeprefix(prompt)
@@ -228,12 +226,33 @@ class LoadedModel:
 
     def _finished(self, row: list[int], length: int, sampling: dict[str, Any]) -> list[int]:
         """The ids of a row ([MASK] at gaps) once it is written to a length."""
+        # Around all states: the weights are rounded once.
         with self.autocast():
-            states = infill_states(self.model, [row], Sampling(**sampling), length, self.tokenizer.eos_id)
-            (last,) = deque(states, maxlen=1)
+            (last,) = deque(self.states(row, length, Sampling(**sampling)), maxlen=1)
         return last.tokens()[0].tolist()  # type: ignore[no-any-return]
 
-    # --- tokens, in batches -------------------------------------------------------------------------------------------
+    # --- tokens -------------------------------------------------------------------------------------------------------
+
+    def started(self, row: list[int]) -> list[int]:
+        """A row that the model can write behind: an ARM needs a token, so its empty one becomes bos."""
+        return row or ([self.tokenizer.bos_id] if self.kind == "arm" else [])
+
+    def states(self, row: list[int], length: int, sampling: Sampling) -> Iterator[State]:
+        """Write a row ([MASK] at gaps) to a length: one state before the first step and one after each.
+
+        Raises:
+            ValueError: as `infill_states`, before anything is computed.
+        """
+        return self._each_in_autocast(infill_states(self.model, [row], sampling, length, self.tokenizer.eos_id))
+
+    def _each_in_autocast(self, states: Iterator[State]) -> Iterator[State]:
+        """The same states; what happens between them is not in autocast."""
+        while True:
+            with self.autocast():
+                state = next(states, None)
+            if state is None:
+                return
+            yield state
 
     def most_tokens(self, read: int) -> int:
         """Tokens of prefix and target together where the model reads so many: an ARM does not read the last one."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.evaluation.lm_adapter import Adapter
-from lit_gpt.evaluation.result_cache import DEFAULT_FOLDER
+from lit_gpt.evaluation.result_cache import results_folder
 from lit_gpt.evaluation.settings import ModelArgs, read_model_args, usage
 from lit_gpt.files import SaveError, make_folder
 
@@ -95,7 +95,8 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
     if known.output_path is not None:
         # Before the work: the harness itself only warns when it cannot write, and ends with code 0.
         make_folder(_output_folder(known.output_path))
-    run = HarnessRun(_cache_folder(known.use_cache, known.output_path), [sys.argv[0], *argv])
+    beside_output = None if known.output_path is None else _output_folder(known.output_path) / "cache"
+    run = HarnessRun(results_folder(known.use_cache, beside_output), [sys.argv[0], *argv])
     for model_class in registered_models():
         model_class.run = run
     sys.argv = ["lm_eval", "run", *rest]
@@ -110,15 +111,6 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
         written = _result_files(known.output_path) - results_before
         if not any(path.stat().st_size for path in written):
             raise SaveError(f"the results could not be written below {known.output_path}")
-
-
-def _cache_folder(use_cache: str | None, output_path: str | None) -> Path | None:
-    """Where results are kept: as asked for, else beside the output, else in the user's cache."""
-    if use_cache is not None:
-        return None if use_cache == "off" else Path(use_cache)
-    if output_path is None:
-        return DEFAULT_FOLDER.expanduser()
-    return _output_folder(output_path) / "cache"
 
 
 def _output_folder(output_path: str) -> Path:

@@ -21,7 +21,7 @@ from lit_gpt.data.packed_dataset import open_validation
 from lit_gpt.data.pickled_tokens import read_token_list
 from lit_gpt.devices import join_processes
 from lit_gpt.diffusion import EPS
-from lit_gpt.evaluation.result_cache import DEFAULT_FOLDER, EvalCache, is_estimate, request_key
+from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key, results_folder
 from lit_gpt.evaluation.settings import PerplexityFlags
 from lit_gpt.likelihood.estimators import ESTIMATORS, make_estimator
 from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, LikelihoodSettings
@@ -45,8 +45,7 @@ def evaluate_perplexity(flags: PerplexityFlags) -> None:
     length = min(flags.length, config.block_size)
     count, row_of = open_rows(Path(flags.data_dir), flags.fineweb, length, config.vocab_size)
     own = range(rank, min(count, flags.rows or count), processes)
-    folder = None if flags.cache == "off" else Path(flags.cache) if flags.cache else DEFAULT_FOLDER.expanduser()
-    cache = EvalCache(folder, _settings(flags, model, length), rank)
+    cache = EvalCache(results_folder(flags.cache), _settings(flags, model, length), rank)
     sums = torch.zeros(3, dtype=torch.float64)
     known = 0
     with model.autocast(), _progress(len(own), rank) as bar:

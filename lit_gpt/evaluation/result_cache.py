@@ -18,7 +18,19 @@ from typing import Any, TextIO, TypeVar
 from lit_gpt.files import cannot_write, make_folder, open_regular, parse_json
 
 Value = TypeVar("Value")
-DEFAULT_FOLDER = Path("~/.cache/smdm/evaluation")
+_DEFAULT_FOLDER = Path("~/.cache/smdm/evaluation")
+
+
+def results_folder(asked: str | None, default: Path | None = None) -> Path | None:
+    """Where finished results are kept: the folder that was asked for, or nowhere for `off`; else the default.
+
+    Args:
+        asked: what the user said.
+        default: None is the user's own cache.
+    """
+    if asked == "off":
+        return None
+    return Path(asked) if asked else default or _DEFAULT_FOLDER.expanduser()
 
 
 class EvalCache:

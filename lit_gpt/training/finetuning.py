@@ -49,8 +49,6 @@ class FinetuningRecipe:
     """The name of the run and its folder."""
     suffix: str
     """What the exported model's name ends with."""
-    varying_length: bool = True
-    """Whether a group is cut to its longest row; False pads all rows to the same length."""
 
 
 def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
@@ -83,11 +81,11 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     settings = flags.settings() | {"kind": model.kind, "model": config.to_dict(), "data": data.fingerprint}
     settings |= {"pretrained": weights.state_hash(model.state_dict()), "group_size": rows}
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
-    name = recipe.run_name(model)
+    name, objective = recipe.run_name(model), recipe.objective(model)
     experiment = Experiment(
         name=name,
         model=model,
-        objective=recipe.objective(model),
+        objective=objective,
         train_data=data,
         val_data=None,
         group_size=rows,
@@ -100,7 +98,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
         },
         export_name=f"{_stem(flags.pretrain_path)}-{recipe.suffix}",
         tokenizer=tokenizer,
-        varying_length=recipe.varying_length,
+        varying_length=objective.lengths_vary,
     )
     return loop.fit(fabric, experiment, flags, Path(flags.out_dir) / name)
 

@@ -15,7 +15,7 @@ from lit_gpt import devices
 from lit_gpt.data.batching import MicroBatch
 from lit_gpt.model import kernels
 from lit_gpt.model.loss_terms import LossTerms
-from lit_gpt.training import micro_batch, objectives
+from lit_gpt.training import micro_batch, objectives, strategies
 from lit_gpt.training.attempts import Attempts, Outcome, reset_passes
 from lit_gpt.training.experiment import Experiment
 from lit_gpt.training.micro_batch import MemoryReading
@@ -57,6 +57,8 @@ class PreparedModel:
         """As Fabric trains it; another object after a failed pass."""
         self.optimizer: Any = None
         self._attempts = Attempts(fabric)
+        # Whether the step's next micro batch adds to gradients that are there.
+        self._accumulates = False
         self._setup(config.micro_batch_size or folder.micro_batch_size(fabric.world_size))
 
     def train_pass(self, terms: LossTerms, last: bool) -> Tensor:
@@ -65,6 +67,8 @@ class PreparedModel:
         Nothing in it waits for the device, if the terms were prepared for it.
         """
         fabric = self.fabric
+        strategies.keep_gathered(self.model, self._accumulates or not last, not last)
+        self._accumulates = not last
         with fabric.no_backward_sync(self.model, enabled=not last):
             total, _, _ = objectives.weighted_nll(fabric, self.model, terms.to(fabric.device))
             # Data-parallel gradients are averaged over devices, while the loss is a sum over them.
@@ -75,6 +79,7 @@ class PreparedModel:
         """Do forward and backward passes; if they fail on any device, be ready for others on all of them."""
         outcome = self._attempts.outcome(work, compiler_may_fail)
         if outcome != Outcome.DONE:
+            self._accumulates = False
             self.optimizer.zero_grad(set_to_none=True)
             if not reset_passes(self.fabric, self.model):
                 self.model = None

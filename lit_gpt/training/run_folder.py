@@ -277,17 +277,13 @@ class RunFolder:
         found = run_files.newest_complete(self.path, lambda line: None)
         last = f"the last good checkpoint is {found.path}" if found else "there is no checkpoint yet"
         if grad_norm == 0:
-            what, remedy = (
-                "no weight would learn",
-                "Weights that are all 0 do that; otherwise it is a fault of this code",
-            )
+            what = "no weight would learn"
+            remedy = "Weights that are all 0 do that; otherwise it is a fault of this code"
         else:
-            what, remedy = (
-                "not finite",
-                (
-                    f"The same command with --skip_steps {step} passes over that step's data; a new run may take a lower "
-                    "--learning_rate or --precision 32-true"
-                ),
+            what = "not finite"
+            remedy = (
+                f"The same command with --skip_steps {step} passes over that step's data; a new run may take a lower "
+                "--learning_rate or --precision 32-true"
             )
         return (
             f"step {step}: loss {loss}, gradient norm {grad_norm}: {what}, stopped before the update; {last}. {remedy}"

@@ -17,6 +17,7 @@ from lit_gpt.model import kernels
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.training import schedule, speed_monitor
+from lit_gpt.training.strategies import strategy_name
 
 # Of a masked diffusion model's positions, the share that is masked and so scored: the mean of p = (1 - eps) t + eps.
 _SCORED_SHARE = {"arm": 1.0, "mdm": 0.5005}
@@ -132,19 +133,21 @@ def gpu_memory(config: Config, shape: StepShape, rows: int, shards: int, accumul
         shape: the rest of the model's side.
         rows: of a micro batch.
         shards: GPUs that share parameters, gradients and moments; 1 is DDP, whose buckets are the gradients.
-        accumulating: whether a step has several micro batches, between which sharded gradients stay whole.
+        accumulating: whether a step has several micro batches, between which sharded parameters and gradients stay whole.
     """
     total, each = parameter_count(config, shape.model_class), shape.parameter_bytes
     head = config.n_embd * config.padded_vocab_size
     matrices = config.non_embedding_params + head
     parameters, gradients = each * total / shards, each * total / shards
     if shards > 1:
-        # Gathered: embedding and head from forward to backward, and two blocks, the next one while one computes.
-        gathered = (total - config.non_embedding_params) + 2 * config.non_embedding_params / config.n_layer
-        parameters += each * gathered
-        gradients += each * (total if accumulating else gathered)
-    if shape.precision == "bf16-mixed":
-        # Autocast keeps what it has cast until the micro batch ends, of sharded models too.
+        # Gathered: embedding and head from forward to backward; of blocks two, the next one while one computes, or all
+        # while micro batches accumulate. Blocks are gathered in what they compute in (`strategies._shard`).
+        embeddings, two_blocks = total - config.non_embedding_params, 2 * config.non_embedding_params / config.n_layer
+        parameters += each * embeddings
+        parameters += shape.compute_bytes * (config.non_embedding_params if accumulating else two_blocks)
+        gradients += each * (total if accumulating else embeddings + two_blocks)
+    elif shape.precision == "bf16-mixed":
+        # Autocast keeps what it has cast until the micro batch ends.
         parameters += 2 * (matrices - head)
     activations, logits = micro_batch_memory(config, shape, rows)
     return GpuMemory(parameters, gradients, 2 * each * total / shards, activations, logits)
@@ -250,6 +253,9 @@ class PretrainingPlan:
         )
         checkpoint, export = self.file_bytes()
         yield f"files: a checkpoint {checkpoint / 1e9:.2f} GB, the exported model {export / 1e9:.2f} GB"
+        if self.gpus > 1:
+            default = strategy_name("auto", self.gpus, parameter_count(config, self.model_class))
+            yield f"strategy: auto is {default} here"
         yield f"memory of a GPU of {self.gpu.memory_gb:g} GB, in GB ({self.precision}; largest micro batch that fits):"
         yield "strategy  checkpointing  micro batch  parameters  gradients  optimizer  activations  logits   total"
         for strategy, checkpointing, rows, memory in self.memory():

@@ -83,7 +83,7 @@ def start_fabric(
         accelerator=kind if "LT_ACCELERATOR" not in os.environ or not through_fabric else "auto",
         devices=count if "LT_DEVICES" not in os.environ or not through_fabric else "auto",
         num_nodes=num_nodes,
-        strategy=_strategy(_strategy_name(strategy, count * num_nodes, parameters), kind, count, num_nodes, name),
+        strategy=_strategy(strategy_name(strategy, count * num_nodes, parameters), kind, count, num_nodes, name),
         precision=name if plugin is None else None,  # type: ignore[arg-type]
         plugins=[environment] if plugin is None else [environment, plugin],
     )
@@ -214,7 +214,7 @@ def _precision(name: str, kind: str) -> Precision | None:
 # --- strategies -------------------------------------------------------------------------------------------------------
 
 
-def _strategy_name(asked: str, processes: int, parameters: int) -> str:
+def strategy_name(asked: str, processes: int, parameters: int) -> str:
     """What `--strategy` says; for `auto` on several devices DDP, or FSDP2 for a large model."""
     if asked != "auto" or processes == 1:
         return asked
@@ -228,30 +228,64 @@ def _strategy(name: str, kind: str, count: int, num_nodes: int, precision: str) 
     backend, timeout = group_backend(kind), training_timeout()
     if name in ("fsdp", "hybrid"):
         return ModelParallelStrategy(
-            parallelize_fn=functools.partial(_shard, replicas=num_nodes if name == "hybrid" else 1),
+            parallelize_fn=functools.partial(
+                _shard, replicas=num_nodes if name == "hybrid" else 1, mixed=precision == "bf16-mixed"
+            ),
             data_parallel_size=count * num_nodes,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=backend,
             timeout=timeout,
         )
-    if name == "ddp":
-        # Views: gradients lie in what is sent, instead of beside it.
-        return DDPStrategy(process_group_backend=backend, timeout=timeout, gradient_as_bucket_view=True)
-    return name
+    if name != "ddp":
+        return name
+    # Views: gradients lie in what is sent, instead of beside it. The buffers are the rotary tables, which are constants.
+    # No static graph: torch 2.13 fails with it (an assertion of its own) where the first step has several micro batches, and
+    # what it spares, the search for parameters without gradients, is off.
+    return DDPStrategy(
+        process_group_backend=backend, timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
-def _shard(model: Any, mesh: Any, replicas: int) -> Any:
-    """Shard a `model.layers.Transformer` by block; consecutive processes hold one of several replicas."""
+def _shard(model: Any, mesh: Any, replicas: int, mixed: bool) -> Any:
+    """Shard a `model.layers.Transformer` by block; consecutive processes hold one of several replicas.
+
+    With `mixed`, blocks are gathered in bfloat16 while shards, gradients that accumulate and their reduction stay float32.
+    Autocast then finds the blocks' matrices in bfloat16 and casts activations only. Embedding, final norm and head are
+    gathered as they are: the residual stream starts from the one, the loss adds up the other's gradient in float32.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     data_mesh = mesh["data_parallel"]
     if replicas > 1:
         shape, names = (replicas, data_mesh.size() // replicas), ("replicate", "shard")
         data_mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy()
+    if mixed:
+        # Inputs stay: the residual stream and the rotary tables are float32.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block, mesh=data_mesh)
+        fully_shard(block, mesh=data_mesh, mp_policy=policy)
     fully_shard(model, mesh=data_mesh)
     register_fsdp_forward_method(model, "weighted_nll")
     return model
+
+
+def keep_gathered(model: Any, after_forward: bool, after_backward: bool) -> None:
+    """Let the blocks of a sharded model keep their gathered parameters after passes; does nothing to other models.
+
+    Between micro batches of a step the parameters do not change: gathering them once is enough.
+
+    Args:
+        model: as Fabric set it up.
+        after_forward: keep them for the backward pass.
+        after_backward: keep them, and the rest of the model's, for the next micro batch.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model.module, FSDPModule):
+        return
+    model.module.set_reshard_after_backward(not after_backward)
+    for block in model.transformer.h:
+        block.set_reshard_after_forward(not after_forward)

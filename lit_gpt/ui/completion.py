@@ -13,8 +13,7 @@ from typing import Any
 
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.data.sft_formats import CHAT_TEMPLATE
-from lit_gpt.model.causal import GPT
-from lit_gpt.sampling.infill import DEFAULT_GAP, has_gaps, infill_row, infill_states
+from lit_gpt.sampling.infill import DEFAULT_GAP, has_gaps, infill_row
 from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.ui.trajectory import TrajectoryRecorder
@@ -61,9 +60,7 @@ class Completer:
         config = self.loaded.model.config
         # The model's own limit too: a typed context length makes no room for gaps.
         limit = min(context_length, config.block_size)
-        row = infill_row(text, self.loaded.tokenizer, config.mask_id, limit, gap)
-        if not row and isinstance(self.loaded.model, GPT):
-            row = [self.loaded.tokenizer.bos_id]
+        row = self.loaded.started(infill_row(text, self.loaded.tokenizer, config.mask_id, limit, gap))
         # A row that is too long keeps the limit: the sampler's error says both.
         return CompletionRequest(row, min(len(row), context_length) if has_gaps(text) else context_length, 0)
 
@@ -71,10 +68,9 @@ class Completer:
         """Write: one state before the first step and one after each.
 
         Raises:
-            ValueError: as `infill_states`, before anything is written.
+            ValueError: as `LoadedModel.states`, before anything is written.
         """
-        eos_id = self.loaded.tokenizer.eos_id
-        return infill_states(self.loaded.model, [request.row], sampling, request.context_length, eos_id)
+        return self.loaded.states(request.row, request.context_length, sampling)
 
     def recorder(self, request: CompletionRequest) -> TrajectoryRecorder:
         """The recorder of a request's row, to be given its states."""

@@ -119,6 +119,26 @@ def test_gaps_are_filled_and_the_rest_stays(models):
     assert len(longer) > len(model.fill("A ___ B", gap=1, steps=2))
 
 
+@pytest.mark.parametrize("kind", ["arm", "mdm"])
+def test_states_are_computed_in_autocast_and_looked_at_without(tmp_path, monkeypatch, kind):
+    model = load_model(export_arm_and_mdm(tmp_path)[kind], device="cpu", dtype="bfloat16")
+    real, passes = type(model.model).hidden_states, []
+
+    def watched(*args, **kwargs):
+        passes.append(torch.is_autocast_enabled("cpu"))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "hidden_states", watched)
+    row = model.tokenizer.encode_ids("To be")
+    states = []
+    for state in model.states(row, len(row) + 6, Sampling(steps=6, temperature=0.7)):
+        states.append(state)
+        assert not torch.is_autocast_enabled("cpu")
+    assert passes and all(passes)
+    text = model.tokenizer.decode(row + model.until_end(states[-1].tokens()[0].tolist()[len(row) :]))
+    assert text == "To be" + model.generate("To be", 6, steps=6, temperature=0.7)
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -127,6 +147,8 @@ def test_mistakes_say_what_helps(models, tmp_path):
         models["mdm"].loglikelihood("word " * 100, "word " * 100)
     with pytest.raises(ValueError, match="mc_num: the estimator exact has only budget"):
         models["mdm"].loglikelihood("a", "b", mc_num=5)
+    with pytest.raises(ValueError, match="budget: the estimator chain_rule has no parameters$"):
+        models["mdm"].loglikelihood("a", "b", estimator="chain_rule", budget=5)
     with pytest.raises(ValueError, match="estimator 'guess' is unknown: choose from mc, chain_rule, exact"):
         models["mdm"].loglikelihood("a", "b", estimator="guess")
     with pytest.raises(ValueError, match="cannot fill gaps"):

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lit_gpt.checkpoints.export import WeightsRecord, export_weights
 from lit_gpt.checkpoints.tokenizer_lookup import open_tokenizer
@@ -25,7 +24,7 @@ from lit_gpt.tokenizer import Tokenizer
 from scripts.train_tokenizer import train_sentencepiece
 from tests.support.training_runs import (
     ROOT,
-    final_state,
+    assert_same_run,
     one_thread_environment,
     read_losses,
     run_script_main,
@@ -159,9 +158,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(tmp_path, start_weights, examples)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     run_script_main(command("finetune_mdm", start_weights, examples, **flags), broken)
-    one, other = final_state(whole), final_state(broken)
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert read_losses(whole) == read_losses(broken)
+    assert_same_run(whole, broken)
     _, err = run_script_main(
         command("finetune_mdm", start_weights, examples, **{**flags, "learning_rate": 2e-3}), broken, code=2
     )

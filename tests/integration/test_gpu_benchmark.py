@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_parts
-from benchmarks.training_steps import STEPS, Batch, Cell
+from benchmarks.training_steps import STEPS, Cell
+from lit_gpt.model.loss_terms import LossTerms
 from tests.support.gpus import DEVICES
 
 
@@ -43,9 +44,9 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch):
     tried = []
 
     def hungry(cell: Cell, bf16: bool, fits: int = 3):
-        def step(batch: Batch) -> float:
+        def step(batch: LossTerms) -> float:
             tried.append(cell.batch)
-            if len(batch[0]) > fits:
+            if len(batch.input_ids) > fits:
                 raise torch.OutOfMemoryError("played")
             return 0.0
 

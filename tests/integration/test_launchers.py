@@ -11,11 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from tests.support.training_runs import (
     ROOT,
-    final_state,
+    assert_same_run,
     make_packed_data,
     one_thread_environment,
     pretraining_command,
@@ -29,12 +28,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 FLAGS = {"max_steps": 150, "save_interval": 20, "val_samples": 0, "log_interval": 5}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    make_packed_data(tmp_path / "data")
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """The run of two processes that nothing happens to."""
@@ -42,12 +35,6 @@ def unbroken(tmp_path_factory):
     make_packed_data(whole / "data")
     run_pretraining_process("train_mdm.py", whole, **FLAGS, devices=2)
     return whole
-
-
-def assert_same_run(one, other):
-    states = final_state(one), final_state(other)
-    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
-    assert read_losses(one) == read_losses(other)
 
 
 def start(command, folder, **environment):

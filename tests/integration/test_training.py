@@ -13,9 +13,9 @@ import time
 
 import psutil
 import pytest
-import torch
 
 from tests.support.training_runs import (
+    differing_tensors,
     final_state,
     make_packed_data,
     one_thread_environment,
@@ -26,17 +26,6 @@ from tests.support.training_runs import (
     run_pretraining_process,
     start_pretraining,
 )
-
-
-@pytest.fixture
-def folder(tmp_path):
-    make_packed_data(tmp_path / "data")
-    return tmp_path
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 @pytest.mark.parametrize("script", ["train_ar.py", "train_mdm.py", "train_mdm_rl.py"])
@@ -73,7 +62,7 @@ def test_kill_and_resume_is_bit_identical(folder, tmp_path_factory):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     run_pretraining_process("train_mdm_rl.py", folder, **settings, ssl_ratio=0.3)
-    assert same(final_state(whole), final_state(folder)) == []
+    assert differing_tensors(final_state(whole), final_state(folder)) == []
     assert read_losses(whole) == read_losses(folder)
 
 

@@ -139,6 +139,18 @@ def read_losses(folder: Path, name: str = "metric/train_loss") -> dict[int, floa
     return {int(row["step"]): float(row[name]) for row in read_metrics(folder) if row[name]}
 
 
+def differing_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not bit for bit the same in two of `final_state`."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The only runs below two folders ended with the same weights and optimizer, and logged the same losses."""
+    assert differing_tensors(final_state(one), final_state(other)) == []
+    assert read_losses(one) == read_losses(other)
+
+
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
     """Model and optimizer tensors of the newest checkpoint below `folder`, flattened."""
     path = max(folder.glob("workdir/*/*/iter-*-ckpt.pth"))
