@@ -243,7 +243,7 @@ def _strategy(name: str, kind: str, count: int, num_nodes: int, precision: str) 
     # No static graph: torch 2.13 fails with it (an assertion of its own) where the first step has several micro batches, and
     # what it spares, the search for parameters without gradients, is off.
     return DDPStrategy(
-        process_group_backend=backend, timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False
+        process_group_backend=backend, timeout=timeout, gradient_as_bucket_view=True, forward_sync_buffers=False
     )
 
 
