@@ -33,6 +33,10 @@ _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "
 _LONGEST_SHOWN = 100
 # Levels of a config file; flags need two (`data_weights: {a: 1}`).
 _DEEPEST = 9
+# Bytes of a config file: all flags of a script are a few thousand.
+_LARGEST_CONFIG = 1 << 20
+# Characters of an error's line before its long words are cut.
+_LONGEST_LINE = 1500
 
 
 class Interrupted(Exception):
@@ -81,7 +85,7 @@ def parse(
     except argparse.ArgumentError as error:
         fail(f"{error.argument_name}: {error.message} (--help lists the flags)")
     except (ValueError, OSError) as error:
-        fail(_one_line(_describe(error)))
+        fail(_describe(error))
     return flags(**{**(defaults or {}), **values})
 
 
@@ -150,7 +154,7 @@ def _tell(line: str) -> None:
 
 def fail(line: str) -> NoReturn:
     """Print one line on stderr and exit with code 2."""
-    _tell(f"error: {line}")
+    _tell(f"error: {_one_line(line)}")
     leave(USER_ERROR_CODE)
 
 
@@ -258,16 +262,21 @@ def _read_config(flags: type, paths: list[str]) -> dict[str, Any]:
         ValueError: there are several files; the file is no mapping of flags.
         OSError: the file cannot be read.
     """
+    from lit_gpt.files import open_regular
+
     if len(paths) > 1:
         raise ValueError("--config is given twice")
     known = {field.name: field.name for field in dataclasses.fields(flags)} | getattr(flags, "ALIASES", {})
     found = {}
     for path in paths:
-        with open(path, encoding="utf-8") as file:
-            try:
-                content = _read_yaml(file.read())
-            except ValueError as error:
-                raise ValueError(f"--config {path}: neither YAML nor JSON: {error}") from error
+        with open_regular(path) as file:
+            text = file.read(_LARGEST_CONFIG + 1)
+        if len(text) > _LARGEST_CONFIG:
+            raise ValueError(f"--config {path}: larger than {_LARGEST_CONFIG:,} bytes")
+        try:
+            content = _read_yaml(text.decode())
+        except ValueError as error:
+            raise ValueError(f"--config {path}: neither YAML nor JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"--config {path}: expected lines such as 'model: 170'")
         for key, value in content.items():
@@ -370,5 +379,8 @@ def _describe(error: Exception) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Fold white space, newlines too."""
-    return " ".join(text.split())
+    """Fold white space, newlines too; cut what is longer than anybody reads, such as a value of a million characters."""
+    words = text.split()
+    if sum(map(len, words)) > _LONGEST_LINE:
+        words = [word if len(word) <= _LONGEST_SHOWN else word[:_LONGEST_SHOWN] + "..." for word in words]
+    return " ".join(words)[:_LONGEST_LINE]

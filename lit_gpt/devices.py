@@ -57,12 +57,16 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(str(name))
     except RuntimeError:
-        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N")
     if device.type == "cuda":
         use_expandable_segments()
         launched_world()  # srun's tasks learn their LOCAL_RANK
         if not torch.cuda.is_available():
             raise ValueError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)

@@ -327,8 +327,9 @@ def folder_lock(folder: Path, wait_s: float = 3.0) -> Iterator[None]:
         _acquire(folder, descriptor, wait_s)
         _held.add(lock)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk nobody is named; the next file that is written says so
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         try:
             yield
         finally:

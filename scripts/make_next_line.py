@@ -42,12 +42,15 @@ class Flags:
 def main() -> None:
     """Write the questions."""
     flags = parse(Flags, None, __doc__)
-    text = Path(flags.text).read_text(encoding="utf-8")
-    questions = make_questions(text[len(text) * 9 // 10 :], flags.questions, flags.seed)
-    from lit_gpt.files import write_file
+    if flags.questions < 1:
+        raise ValueError(f"--questions {flags.questions}: expected at least 1")
+    from lit_gpt.files import make_folder, open_regular, write_file
 
+    with open_regular(flags.text) as file:
+        text = file.read().decode()
+    questions = make_questions(text[len(text) * 9 // 10 :], flags.questions, flags.seed)
     lines = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
-    Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(flags.out).parent)
     write_file(Path(flags.out), lambda file: file.write(lines.encode()))
     print(f"{flags.out}: {len(questions)} questions")
 

@@ -16,9 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run
-
-# All divisors of a GPU's rows are tried; no run comes near.
-_LARGEST_BATCH = 1 << 20
+from lit_gpt.training.settings import LARGEST_BATCH
 
 
 @dataclass
@@ -58,8 +56,8 @@ class Flags:
         found += [] if self.flops > 0 else ["--flops is missing: a budget in 1e18 FLOPs, such as --flops 1600"]
         found += [f"--{name} {getattr(self, name)}: at least 1" for name in ("gpus", "gpus_per_node", "batch_size")
                   if getattr(self, name) < 1]  # fmt: skip
-        if self.batch_size > _LARGEST_BATCH:
-            found.append(f"--batch_size {self.batch_size}: at most {_LARGEST_BATCH}")
+        if self.batch_size > LARGEST_BATCH:
+            found.append(f"--batch_size {self.batch_size}: at most {LARGEST_BATCH}")
         if not found and self.batch_size % self.gpus:
             found.append(f"--batch_size {self.batch_size} does not split over {self.gpus} GPUs")
         if not found and self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lit_gpt.data.preparation import PackingProgress, PackingResult
     from lit_gpt.data.preparation_plan import PackingPlan
 
+# Tokens that are held in memory until a file is full.
+_LARGEST_CHUNK = 1 << 28
 # Seconds between two lines where there is no terminal to draw a bar on.
 _LINE_EVERY_S = 30.0
 
@@ -108,6 +110,8 @@ def _check(flags: PrepareFlags) -> None:
         problems.append(
             f"--chunk_size {flags.chunk_size}: expected at least the tokens of one training block, such as 2049"
         )
+    if flags.chunk_size > _LARGEST_CHUNK:
+        problems.append(f"--chunk_size {flags.chunk_size}: at most {_LARGEST_CHUNK}")
     if not 0 < flags.percentage <= 1:
         problems.append(
             f"--percentage {flags.percentage:g}: expected a share of the files in (0, 1], such as 0.5 for half"

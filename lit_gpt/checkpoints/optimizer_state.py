@@ -62,7 +62,7 @@ def read_optimizer_state(
             for number, (name, parameter) in enumerate(zip(ordered, parameters, strict=True))
         }
     except ValueError as error:
-        raise fault(str(error)) from error
+        raise fault(" ".join(str(error).split())) from error
     return {"state": read, "param_groups": groups}
 
 

@@ -207,7 +207,7 @@ def _check_record(record: dict[str, Any]) -> None:
         _BrokenError: settings or run are no objects, or the run's numbers are none.
     """
     for key in ("settings", "run"):
-        if not isinstance(record.get(key) or {}, dict):
+        if not isinstance(record.get(key), dict | None):
             raise _BrokenError(f"its record is damaged: {key} is {shortened(repr(record[key]))}")
     for key, value in (record.get("run") or {}).items():
         if not _is_count(value) or value < 1:

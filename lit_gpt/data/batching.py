@@ -11,6 +11,7 @@ B rows, T tokens.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,6 +23,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lit_gpt.data.packed_dataset import Extent, Sample
+
+# Threads that read a step's samples, and samples that one of them reads before it looks for more.
+READER_THREADS = 8
+_PIECE_SAMPLES = 4
 
 Prepared = TypeVar("Prepared")
 """What training makes of a micro batch before a device sees it."""
@@ -123,7 +128,9 @@ def largest_group(global_batch_size: int, group_size: int) -> int:
     return next(size for size in range(min(group_size, global_batch_size), 0, -1) if global_batch_size % size == 0)
 
 
-def step_batches(dataset: Dataset, rule: GroupRule, layout: StepLayout, step: int) -> list[MicroBatch]:
+def step_batches(
+    dataset: Dataset, rule: GroupRule, layout: StepLayout, step: int, readers: ThreadPoolExecutor | None = None
+) -> list[MicroBatch]:
     """This device's micro batches of one step, the longest rows first; as many on every device.
 
     Sharded models meet in every pass, so a device whose rows have fewer lengths makes more micro batches of them.
@@ -133,9 +140,10 @@ def step_batches(dataset: Dataset, rule: GroupRule, layout: StepLayout, step: in
         rule: the objective's decision per group.
         layout: rows, groups, micro batches.
         step: optimizer step, from 0.
+        readers: threads that read the samples; without, the caller's own.
 
     Returns:
-        The batches, on the CPU.
+        The batches, on the CPU; the same whatever the threads.
     """
     first_sample = step * layout.global_batch_size
 
@@ -157,13 +165,26 @@ def step_batches(dataset: Dataset, rule: GroupRule, layout: StepLayout, step: in
     first_group = layout.first_row // layout.group_size
     decided = range(groups_per_step) if layout.lengths_vary else [first_group] * groups_per_step
     step_tokens = layout.group_size * sum(decide(index).length for index in decided)
+    samples = _read_samples(dataset, [first_sample + row for rows in own for row in rows], readers)
     batches = []
     for rows in own:
-        samples = [dataset[first_sample + row] for row in rows]
+        row_samples = list(itertools.islice(samples, len(rows)))
         groups = [decide(row // layout.group_size) for row in rows]
-        batch = _collate(samples, groups, rows, groups_per_step)
+        batch = _collate(row_samples, groups, rows, groups_per_step)
         batches.append(replace(batch, step=step, step_tokens=step_tokens))
     return batches
+
+
+def _read_samples(dataset: Dataset, numbers: list[int], readers: ThreadPoolExecutor | None) -> Iterator[Sample]:
+    """The samples, in the order of their numbers in the list."""
+
+    def read(piece: list[int]) -> list[Sample]:
+        return [dataset[number] for number in piece]
+
+    if readers is None:
+        return iter(read(numbers))
+    pieces = [numbers[start : start + _PIECE_SAMPLES] for start in range(0, len(numbers), _PIECE_SAMPLES)]
+    return itertools.chain.from_iterable(readers.map(read, pieces))
 
 
 def _same_lengths(lengths: dict[int, int], largest: int) -> list[list[int]]:
@@ -208,16 +229,18 @@ def prefetched_steps(
     layout: StepLayout,
     steps: Iterable[int],
     prepare: Callable[[MicroBatch], Prepared],
+    threads: int = READER_THREADS,
 ) -> Iterator[tuple[int, list[Prepared]]]:
-    """`step_batches` of each step, read and prepared by a thread one step ahead of training.
+    """`step_batches` of each step, read by several threads and prepared by one, a step ahead of training.
 
-    A sample costs microseconds (memory-mapped), so one thread is enough; it hides a slow disk.
+    The order of a whole corpus opens another file for nearly every sample, and a file system far away takes
+    milliseconds to open one: the threads wait for several at a time.
     """
 
     def read(step: int) -> list[Prepared]:
-        return [prepare(batch) for batch in step_batches(dataset, rule, layout, step)]
+        return [prepare(batch) for batch in step_batches(dataset, rule, layout, step, readers)]
 
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader") as reader:
+    with ThreadPoolExecutor(threads, "files") as readers, ThreadPoolExecutor(1, "reader") as reader:
         reading: tuple[int, Future[list[Prepared]]] | None = None
         for step in steps:
             ahead = step, reader.submit(read, step)

@@ -18,8 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lit_gpt.data.crawl_files import CrawlFiles
-from lit_gpt.data.packed_format import PackedDatasetBuilder
-from lit_gpt.data.preparation_plan import VALIDATION_PREFIX
+from lit_gpt.data.packed_format import VALIDATION_PREFIX, PackedDatasetBuilder
 from lit_gpt.files import folder_lock, make_folder, read_json_object, write_json
 from lit_gpt.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""Reading packed tokens: any sample of any epoch by its number, from memory maps.
+"""Reading packed tokens: any sample of any epoch by its number.
 
 Decisions: the data position of a run is one number k, and sample k is a pure function of (files, weights, seed, k). In
 a mixture k falls on data set d, index j, by a deterministic rule that keeps every set's count within two samples of its
@@ -9,11 +9,12 @@ begins, and without one it is the trailing run of one repeated token.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import heapq
 import math
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,16 +22,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_gpt.data.packed_format import HEADER_BYTES, read_header
+from lit_gpt.data.packed_files import PackedFiles, scan_folder
+from lit_gpt.data.packed_format import HEADER_BYTES, VALIDATION_PREFIX
 from lit_gpt.files import read_json_object
 from lit_gpt.randomness import Stream, permute_index
 
-# Memory maps that stay open: far below the usual limit of 1024 descriptors, with thousands of files.
+# Files of a data set that stay open: far below the usual limit of 1024 descriptors, with thousands of files.
 _OPEN_FILES = 64
 # A block with a single real token predicts nothing.
 _LEAST_REAL_TOKENS = 2
-# Bytes at a file's start and end that tell whether its content changed.
-_FINGERPRINT_BYTES = 4096
 
 
 class Extent(NamedTuple):
@@ -55,7 +55,7 @@ class Sample:
 
 
 class PackedSeries:
-    """One data set: the blocks of some files, in order.
+    """One data set: the blocks of some files, in order; may be read from several threads at once.
 
     Args:
         files: packed files; those that share a name but for the counter form one series with one padded end.
@@ -63,29 +63,16 @@ class PackedSeries:
         vocab_size: ids must lie below.
 
     Raises:
-        ValueError: a foreign or truncated file, a chunk smaller than a block, ids beyond the vocabulary.
+        ValueError: ids beyond the vocabulary.
     """
 
-    def __init__(self, files: Sequence[Path], block_length: int, vocab_size: int) -> None:
-        self.block_length, self.vocab_size = block_length, vocab_size
-        self.chunks = [read_header(path) for path in files]
-        for chunk in self.chunks:
-            if chunk.size < block_length:
-                raise ValueError(
-                    f"{chunk.path}: a chunk of {chunk.size} tokens is smaller than a block of {block_length}: pack "
-                    f"with --chunk_size of at least {block_length}, or train with a smaller --block_size"
-                )
-        self._maps: OrderedDict[int, np.memmap] = OrderedDict()
-        self.real_tokens = [self._count_real(index) for index in range(len(files))]
+    def __init__(self, files: PackedFiles, block_length: int, vocab_size: int) -> None:
+        self.files, self.block_length, self.vocab_size = files, block_length, vocab_size
         # A chunk holds size // block_length blocks; the padded end of a series holds fewer, the last one partly filled.
-        per_file = [
-            min(
-                chunk.size // block_length,
-                (real - _LEAST_REAL_TOKENS) // block_length + 1 if real >= _LEAST_REAL_TOKENS else 0,
-            )
-            for chunk, real in zip(self.chunks, self.real_tokens, strict=True)
-        ]
-        self._ends = np.cumsum(per_file)
+        real = files.real_tokens
+        started = np.where(real >= _LEAST_REAL_TOKENS, (real - _LEAST_REAL_TOKENS) // block_length + 1, 0)
+        self._ends = np.cumsum(np.minimum(files.sizes // block_length, started))
+        self._open_file = _open_file_cache(files)
         if len(self):
             self[0]  # a foreign vocabulary is better refused before training starts
 
@@ -94,7 +81,7 @@ class PackedSeries:
 
     def __getitem__(self, index: int) -> Sample:
         file, first, real = self._locate(index)
-        tokens = np.array(self._map(file)[first : first + self.block_length], dtype=np.int64)
+        tokens = self._read(file, first).astype(np.int64)
         self._check_vocabulary(tokens, file, first)
         return Sample(tokens, real)
 
@@ -109,61 +96,58 @@ class PackedSeries:
         file = int(np.searchsorted(self._ends, index, side="right"))
         before = int(self._ends[file - 1]) if file else 0
         first = (index - before) * self.block_length
-        return file, first, min(self.block_length, self.real_tokens[file] - first)
+        return file, first, min(self.block_length, int(self.files.real_tokens[file]) - first)
 
-    def _map(self, file: int) -> np.memmap:
-        if file in self._maps:
-            self._maps.move_to_end(file)
-            return self._maps[file]
-        if len(self._maps) >= _OPEN_FILES:
-            self._maps.popitem(last=False)
+    def _read(self, file: int, first: int) -> np.ndarray:
+        """A block's tokens in the file's own type."""
+        token_type = self.files.token_type(file)
+        offset, size = HEADER_BYTES + first * token_type.itemsize, self.block_length * token_type.itemsize
         try:
-            opened = self._maps[file] = self.chunks[file].open()
+            opened = self._open_file(file)  # held: another thread may let it go meanwhile
+            raw = os.pread(opened.descriptor, size, offset)
+            if len(raw) < size:
+                raise ValueError(f"it ends at offset {offset + len(raw)}, expected at least {offset + size}")
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.chunks[file].path}: changed or gone since it was opened ({error})") from error
-        return opened
+            raise ValueError(f"{self.files.path(file)}: changed or gone since it was opened ({error})") from error
+        return np.frombuffer(raw, token_type)
 
     def _check_vocabulary(self, tokens: np.ndarray, file: int, first: int) -> None:
         largest, smallest = int(tokens.max()), int(tokens.min())
         if largest >= self.vocab_size or smallest < 0:
             wrong = largest if largest >= self.vocab_size else smallest
             position = first + int(np.flatnonzero(tokens == wrong)[0])
-            chunk = self.chunks[file]
             raise ValueError(
-                f"{chunk.path}: offset {HEADER_BYTES + position * chunk.dtype.itemsize} holds token {wrong}, but the "
-                f"model's vocabulary has {self.vocab_size} tokens: the data was packed with another tokenizer; give "
-                "--vocab_size"
+                f"{self.files.path(file)}: offset {HEADER_BYTES + position * self.files.token_type(file).itemsize} holds "
+                f"token {wrong}, but the model's vocabulary has {self.vocab_size} tokens: the data was packed with another "
+                "tokenizer; give --vocab_size"
             )
 
-    def _count_real(self, file: int) -> int:
-        """Tokens of a file before its padding."""
-        chunk = self.chunks[file]
-        recorded = _manifest_tokens(chunk.path)
-        if recorded is not None:
-            return min(recorded, chunk.size)
-        following = self.chunks[file + 1].path if file + 1 < len(self.chunks) else None
-        if following is not None and _series_name(following) == _series_name(chunk.path):
-            return chunk.size
-        tokens = chunk.open()
-        different = np.flatnonzero(tokens[::-1] != tokens[-1])
-        run = int(different[0]) if len(different) else chunk.size
-        # A single last token is as likely a document's end as padding.
-        return chunk.size - run if run > 1 else chunk.size
-
-    def fingerprint(self) -> str:
-        """sha256 over names, headers and both ends of every file."""
-        digest = hashlib.sha256(str(self.block_length).encode())
-        for chunk, real in zip(self.chunks, self.real_tokens, strict=True):
-            digest.update(f"{chunk.path.name}:{chunk.dtype.str}:{chunk.size}:{real};".encode())
-            with chunk.path.open("rb") as file:
-                digest.update(file.read(_FINGERPRINT_BYTES))
-                file.seek(-min(_FINGERPRINT_BYTES, chunk.path.stat().st_size), 2)
-                digest.update(file.read())
-        return digest.hexdigest()
-
     def __getstate__(self) -> dict[str, Any]:
-        """Data loader workers open their own maps."""
-        return {**self.__dict__, "_maps": OrderedDict()}
+        """Data loader workers open files of their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_open_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _open_file=_open_file_cache(state["files"]))
+
+
+class _OpenFile:
+    """A descriptor that is closed when the last thread that reads by it has let it go."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+def _open_file_cache(files: PackedFiles) -> Callable[[int], _OpenFile]:
+    """The open file of a number; the latest ones stay open, for all threads."""
+
+    def open_file(file: int) -> _OpenFile:
+        # Of a pipe that took the file's place the opening would not return.
+        return _OpenFile(os.open(files.path(file), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+
+    return functools.lru_cache(_OPEN_FILES)(open_file)
 
 
 class PackedMixture:
@@ -216,7 +200,7 @@ class PackedMixture:
     @property
     def fingerprint(self) -> str:
         """sha256 over what decides content and order, the seed apart."""
-        parts = [f"{name}:{weight!r}:{one.fingerprint()}" for name, weight, one in self._described()]
+        parts = [f"{name}:{weight!r}:{one.files.fingerprint}" for name, weight, one in self._described()]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
     def epochs(self, samples: int) -> float:
@@ -227,7 +211,7 @@ class PackedMixture:
     def describe(self) -> str:
         """One line for the console."""
         parts = [
-            f"{name} {len(one)} blocks, {sum(one.real_tokens):,} tokens in {len(one.chunks)} file(s), weight {weight:g}"
+            f"{name} {len(one)} blocks, {one.files.real_tokens.sum():,} tokens in {len(one.files)} file(s), weight {weight:g}"
             for name, weight, one in self._described()
         ]
         return "; ".join(parts)
@@ -264,14 +248,13 @@ def _split_tree(weights: Sequence[float]) -> _Split | int:
     return nodes[0][2]
 
 
-def find_files(folder: Path, prefix: str) -> list[Path]:
-    """The packed files `{prefix}*.bin` of a folder, by name."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in paths if path.name.startswith(prefix) and path.suffix == ".bin" and path.is_file())
-
-
 def open_mixture(
-    folder: Path, weights: Mapping[str, float], block_length: int, vocab_size: int, seed: int
+    folder: Path,
+    weights: Mapping[str, float],
+    block_length: int,
+    vocab_size: int,
+    seed: int,
+    found: Mapping[str, PackedFiles] | None = None,
 ) -> PackedMixture:
     """Open training data by file prefix.
 
@@ -281,34 +264,40 @@ def open_mixture(
         block_length: tokens of a block (the model's block size and one).
         vocab_size: ids must lie below.
         seed: decides the order.
+        found: the folder's scan, where another process has made it.
 
     Raises:
         ValueError: no data, or data that does not fit; says where it looked and how to make it.
     """
     if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
         raise ValueError(f"--data_weights {dict(weights)}: expected weights of at least 0, one of them above 0")
+    prefixes = [prefix for prefix, weight in weights.items() if weight > 0]
+    if found is None:
+        found = scan_folder(folder, prefixes, block_length)
     sets: dict[str, PackedSeries] = {}
-    for prefix in (prefix for prefix, weight in weights.items() if weight > 0):
-        files = find_files(folder, prefix)
-        if not files:
+    for prefix in prefixes:
+        if prefix not in found:
             missing = "" if folder.is_dir() else " (there is no such folder)"
             raise ValueError(
                 f"no training data: looked for {folder / prefix}*.bin{missing}; make it with "
                 "python scripts/prepare_text.py --source_path TEXT --tokenizer_path TOKENIZER "
                 f"--destination_path {folder} --prefix {prefix}, or give --data_dir"
             )
-        sets[prefix] = PackedSeries(files, block_length, vocab_size)
+        sets[prefix] = PackedSeries(found[prefix], block_length, vocab_size)
         if not len(sets[prefix]):
-            raise ValueError(f"{folder / prefix}*.bin: the {len(files)} file(s) hold no real tokens, only padding")
+            raise ValueError(
+                f"{folder / prefix}*.bin: the {len(found[prefix])} file(s) hold no real tokens, only padding"
+            )
     return PackedMixture(sets, [weights[prefix] for prefix in sets], seed)
 
 
 def open_validation(
-    folder: Path, block_length: int, vocab_size: int, prefix: str = "validation"
+    folder: Path, block_length: int, vocab_size: int, found: Mapping[str, PackedFiles] | None = None
 ) -> PackedSeries | None:
     """The validation blocks in file order, or None where there are none; arguments and errors as `open_mixture`."""
-    files = find_files(folder, prefix)
-    series = PackedSeries(files, block_length, vocab_size) if files else None
+    if found is None:
+        found = scan_folder(folder, [VALIDATION_PREFIX], block_length)
+    series = PackedSeries(found[VALIDATION_PREFIX], block_length, vocab_size) if VALIDATION_PREFIX in found else None
     return series if series is not None and len(series) else None
 
 
@@ -328,32 +317,3 @@ def recorded_tokenizer(folder: Path, prefixes: Sequence[str]) -> dict[str, Any]:
                 found["source"] = str(folder / found["source"])
             return found
     return {}
-
-
-def _series_name(path: Path) -> str:
-    """A file's name without its counter."""
-    return path.name.rpartition("_")[0]
-
-
-def _manifest_tokens(path: Path) -> int | None:
-    """Real tokens of a file according to the manifest of its series (`files: {name: {tokens: n}}`)."""
-    manifest = path.with_name(f"{_series_name(path)}.manifest.json")
-    if not manifest.is_file():
-        return None
-    try:
-        entry = _read_manifest(manifest, manifest.stat().st_mtime_ns).get("files", {}).get(path.name)
-        return None if entry is None else int(entry["tokens"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{manifest}: not a manifest of scripts/prepare_text.py ({error}); make it again or delete it"
-        ) from None
-
-
-_manifests: dict[tuple[Path, int], dict[str, Any]] = {}
-
-
-def _read_manifest(path: Path, stamp: int) -> dict[str, Any]:
-    """Parse a manifest once, not once per file of its series."""
-    if (path, stamp) not in _manifests:
-        _manifests[path, stamp] = read_json_object(path)
-    return _manifests[path, stamp]

@@ -11,11 +11,14 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from lit_gpt.files import open_regular
 
+VALIDATION_PREFIX = "validation"
+"""What the names of validation's files begin with."""
 MAGIC = b"LITPKDS"
 _VERSION = 1
 _HEADER = struct.Struct("<7sQBQ")
@@ -31,6 +34,10 @@ _DTYPES: dict[int, type[np.generic]] = {
     7: np.float64,
     8: np.uint16,
 }
+TOKEN_TYPES = {
+    code: np.dtype(known).newbyteorder("<") for code, known in _DTYPES.items() if np.issubdtype(known, np.integer)
+}
+"""By the codes of the format, the types that tokens may have in a file."""
 # Vocabularies up to here are stored in two bytes per token (TinyLlama's limit).
 _UINT16_VOCABULARY = 65500
 
@@ -40,9 +47,15 @@ class Chunk:
     """One packed file's header."""
 
     path: Path
-    dtype: np.dtype
+    type_code: int
+    """One of `TOKEN_TYPES`."""
     size: int
     """Tokens in the file, padding included."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """NumPy's type of a token in the file."""
+        return TOKEN_TYPES[self.type_code]
 
     def open(self) -> np.memmap:
         """The tokens (size,) as a read-only memory map."""
@@ -56,8 +69,13 @@ def read_header(path: Path) -> Chunk:
         ValueError: not a packed file, or a truncated one; says file, offset, what was found and expected.
     """
     with open_regular(path) as file:
-        raw = file.read(HEADER_BYTES)
-        found = os.fstat(file.fileno()).st_size
+        return parse_header(file, path)
+
+
+def parse_header(file: BinaryIO, path: Path) -> Chunk:
+    """`read_header` of an open file at its start."""
+    raw = file.read(HEADER_BYTES)
+    found = os.fstat(file.fileno()).st_size
     if len(raw) < HEADER_BYTES or raw[: len(MAGIC)] != MAGIC:
         raise ValueError(
             f"{path}: not a packed token file: offset 0 holds {raw[: len(MAGIC)]!r}, expected {MAGIC!r} and "
@@ -66,9 +84,9 @@ def read_header(path: Path) -> Chunk:
     _, version, code, size = _HEADER.unpack(raw)
     if version != _VERSION:
         raise ValueError(f"{path}: offset 7 holds format version {version}, expected {_VERSION}")
-    if code not in _DTYPES or code in (6, 7):
+    if code not in TOKEN_TYPES:
         raise ValueError(f"{path}: offset 15 holds dtype code {code}, expected one of the integer codes 1-5 or 8")
-    chunk = Chunk(path, np.dtype(_DTYPES[code]).newbyteorder("<"), size)
+    chunk = Chunk(path, code, size)
     expected = HEADER_BYTES + size * chunk.dtype.itemsize
     if found != expected:
         kind = "truncated" if found < expected else "too long"

@@ -15,11 +15,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.data.packed_format import VALIDATION_PREFIX
 from lit_gpt.data.text_sources import DocumentRules, TextFile
 from lit_gpt.files import HashingFile, make_folder, read_json_object, write_file
 from lit_gpt.tokenizer import Tokenizer
 
-VALIDATION_PREFIX = "validation"
 TOKENIZER_FOLDER = "tokenizer"
 # Raised when a change of the code changes the files.
 _VERSION = 1

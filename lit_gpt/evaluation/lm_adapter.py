@@ -82,6 +82,7 @@ class Adapter:
             pad_to=self.max_length if arguments.padding else 0,
             seed=arguments.seed,
         )
+        self._sampling(arguments.steps or 1, arguments.temperature)  # what is wrong shows now, not at the first text
         self._cache = EvalCache(cache_folder, self._identity(), self._rank)
         self._errors: list[float] = []
 
@@ -243,17 +244,16 @@ class Adapter:
         temperature = float(settings.get("temperature", self.arguments.temperature))
         if settings.get("do_sample") is False:
             temperature = 0.0
-        sampling = Sampling(
-            self.arguments.alg,
-            self.arguments.steps or new_tokens,
-            temperature,
-            self.likelihood_settings.cfg_scale,
-            self.arguments.seed,
-        )
+        sampling = self._sampling(self.arguments.steps or new_tokens, temperature)
         until = settings.get("until") or []
         row = hash_int(number, *prompt) >> 1  # an int64
         stop_strings = [until] if isinstance(until, str) else list(until)
         return GenerationRequest(prompt, len(prompt) + new_tokens, sampling, row, stop_strings)
+
+    def _sampling(self, steps: int, temperature: float) -> Sampling:
+        """The settings of generate_until."""
+        scale = self.likelihood_settings.cfg_scale
+        return Sampling(self.arguments.alg, steps, float(temperature), scale, self.arguments.seed)
 
     def _generate(self, requests: dict[str, GenerationRequest]) -> Iterator[tuple[str, str]]:
         """Texts by key, those with the same settings together; a text does not depend on its batch."""

@@ -22,6 +22,8 @@ from lit_gpt.evaluation.result_cache import results_folder
 from lit_gpt.evaluation.settings import ModelArgs, read_model_args, usage
 from lit_gpt.files import SaveError, make_folder
 
+# The harness reads values as Python's literals, whose parser gives up at a depth of some hundreds without a ValueError.
+_MOST_BRACKETS = 100
 HARNESS_MODEL_KINDS = {"ar": "arm", "mdlm": "mdm"}
 
 
@@ -47,7 +49,7 @@ def registered_models() -> list[Any]:
         class Registered(Adapter, LM):  # type: ignore[misc]
             run: HarnessRun
 
-            def __init__(self, **values: Any) -> None:
+            def __init__(self, /, **values: Any) -> None:
                 LM.__init__(self)
                 arguments = read_model_args(kind, values)
                 Adapter.__init__(self, kind, arguments, self.run.cache_folder, self.run.command)
@@ -76,13 +78,19 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
     Raises:
         ValueError: the user's mistakes, ours and the harness's.
     """
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for word in argv:
+        if max(map(word.count, "([{")) > _MOST_BRACKETS:
+            raise ValueError(f"{word[:40]}...: more than {_MOST_BRACKETS} brackets")
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     flags.add_argument("--use_cache", "-c")
     flags.add_argument("--output_path", "-o")
     flags.add_argument("--device", default="auto")
     flags.add_argument("--batch_size", "-b", default=str(ModelArgs.batch_size))
     flags.add_argument("--model", "-M", default=model)
-    known, rest = flags.parse_known_args([word for word in argv if word != "run"])
+    try:
+        known, rest = flags.parse_known_args([word for word in argv if word != "run"])
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
     if {"-h", "--help"} & set(rest):
         print(usage() + "\n--use_cache FOLDER|off: where finished results are kept (never served to other settings)\n")
     try:

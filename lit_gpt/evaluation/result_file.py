@@ -77,7 +77,12 @@ class ResultFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as failed:
+            # What could not be written is written once more; the first failure has said so.
+            if error is None:
+                raise cannot_write(self.path, failed) from failed
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._results

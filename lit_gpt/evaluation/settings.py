@@ -196,8 +196,9 @@ def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
             + (" and greddy for greedy" if kind == "mdm" else "")
         )
     for name, types in _TYPES.items():
-        value = values.get(name)
-        if value is not None and (not isinstance(value, types) or isinstance(value, bool) != (bool in types)):
+        default = getattr(ModelArgs, name)
+        value = values.get(name, default)
+        if value is not default and (not isinstance(value, types) or isinstance(value, bool) != (bool in types)):
             raise ValueError(f"--model_args: {name}={value}: expected {' or '.join(kind.__name__ for kind in types)}")
         if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER_BITS:
             raise ValueError(f"--model_args: {name} is a number of {value.bit_length()} bits: too large")

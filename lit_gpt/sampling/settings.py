@@ -18,6 +18,10 @@ ALGORITHMS = {
     "entropy": "lit_gpt.sampling.entropy:Entropy",
 }
 """The MDM's algorithms by name: where their classes are, which are imported when they are used."""
+# A row's times are a table of four bytes a step, and no row is longer than a few thousand tokens.
+_MOST_STEPS = 1 << 20
+# What a setting without a limit of its own may be: tensors count in int64 and compute in float32.
+_LARGEST_NUMBER = 2**31 - 1
 
 
 def setting(
@@ -37,7 +41,7 @@ def setting(
             algorithms refuse it.
         needs: another field, without which only the default will do.
         choices: its values, if there are few.
-        bounds: its smallest and its largest value; None is any finite number.
+        bounds: its smallest and its largest value; None is 2**31 - 1.
     """
     algorithm = None if owner in (None, "arm", "mdm") else owner
     kind = "mdm" if algorithm else owner
@@ -61,7 +65,7 @@ class Sampling:
         128,
         "denoising steps, for threshold and entropy at most; more steps than masked positions is normal use.",
         owner="mdm",
-        bounds=(1, None),
+        bounds=(1, _MOST_STEPS),
     )
     temperature: float = setting(
         1.0, "0 takes the likeliest token; 1 samples from the model's distribution.", bounds=(0, None)
@@ -132,10 +136,11 @@ class Sampling:
             return f"{name} is {value!r}: choose from {', '.join(choices)}"
         if bounds is not None:
             low, high = bounds
-            if not (low <= value <= high if high is not None else low <= value and math.isfinite(value)):
+            most = high if high is not None else _LARGEST_NUMBER
+            if not low <= value <= most:
                 number = "a whole number" if field.type == "int" else "a number"
-                expected = f"it must be {number} from {low} " + ("up" if high is None else f"to {high}")
-                return f"{name} is {value}: {f'at least {low} is needed' if low else expected}"
+                expected = f"it must be {number} from {low} " + ("up" if high is None and value < low else f"to {most}")
+                return f"{name} is {value}: {f'at least {low} is needed' if low and value < low else expected}"
         if needs and value != field.default and not getattr(self, needs):
             return f"{name} {value} needs a {needs}"
         if algorithm and value and not field.default and self.algorithm != algorithm:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_gpt import devices
 from lit_gpt.checkpoints import names, weights
 from lit_gpt.config import Config
 from lit_gpt.data import packed_dataset
+from lit_gpt.data.packed_files import scan_folder
+from lit_gpt.data.packed_format import VALIDATION_PREFIX
 from lit_gpt.model.layers import Transformer
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.training import loop, schedule, strategies
@@ -22,6 +24,9 @@ from lit_gpt.training.experiment import Experiment
 from lit_gpt.training.group_sizes import group_size
 from lit_gpt.training.objectives import Objective
 from lit_gpt.training.settings import SHAPE_FLAGS, PretrainConfig
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass
@@ -46,10 +51,6 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
     """
     _check(flags)
     config, tokenizer, record = _shape(flags)
-    data = packed_dataset.open_mixture(
-        Path(flags.data_dir), flags.data_weights, config.block_size + 1, config.vocab_size, flags.seed
-    )
-    validation = packed_dataset.open_validation(Path(flags.data_dir), config.block_size + 1, config.vocab_size)
     tokens_per_sample = schedule.mean_random_length(config.block_size, recipe.ssl_ratio or 0.0)
     if flags.max_steps is None:
         assert flags.flops is not None
@@ -63,6 +64,7 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
     fabric = strategies.start_fabric(
         flags.accelerator, flags.devices, flags.nodes_num, flags.strategy, flags.precision, model.parameter_count
     )
+    data, validation = _open_data(fabric, flags, config)
     if validation is None:
         devices.say(fabric, f"no validation* files in {flags.data_dir}: training without validation")
     kind = recipe.model_class.kind
@@ -109,6 +111,18 @@ def _check(flags: PretrainConfig) -> None:
         problems.append("give either --flops (in 1e18) or --max_steps, not " + ("both" if flags.flops else "neither"))
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _open_data(
+    fabric: Fabric, flags: PretrainConfig, config: Config
+) -> tuple[packed_dataset.PackedMixture, packed_dataset.PackedSeries | None]:
+    """Training and validation data; of all processes only the first looks through the folder."""
+    folder, length = Path(flags.data_dir), config.block_size + 1
+    prefixes = [prefix for prefix, weight in flags.data_weights.items() if weight > 0]
+    prefixes.append(VALIDATION_PREFIX)
+    found = devices.on_rank_zero(fabric, lambda: scan_folder(folder, prefixes, length))
+    data = packed_dataset.open_mixture(folder, flags.data_weights, length, config.vocab_size, flags.seed, found)
+    return data, packed_dataset.open_validation(folder, length, config.vocab_size, found)
 
 
 def _shape(flags: PretrainConfig) -> tuple[Config, Tokenizer | None, dict[str, Any]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+MOST_STEPS = 10**12
+"""Of a run: 31 years at a step a millisecond; the number of a sample stays far below 2**63."""
+
 
 def budget_steps(flops: float, size_in_millions: float, global_batch_size: int, tokens_per_sample: float) -> int:
     """Optimizer steps that a budget pays for: int(F / (6 N B T)), the paper's rule C = 6ND (Hoffmann et al. 2022).
@@ -15,10 +18,13 @@ def budget_steps(flops: float, size_in_millions: float, global_batch_size: int, 
         tokens_per_sample: mean length of a sequence.
 
     Raises:
-        ValueError: the budget does not pay for one step.
+        ValueError: the budget does not pay for one step, or for more than can be counted.
     """
     # 1e18 / 1e6 leaves 1e12; this order of operations is the published code's, so its rounding is too.
-    steps = int(flops * 1e12 / (6 * size_in_millions * global_batch_size * tokens_per_sample))
+    steps_paid = flops * 1e12 / (6 * size_in_millions * global_batch_size * tokens_per_sample)
+    if steps_paid > MOST_STEPS:
+        raise ValueError(f"--flops {flops:g} (in 1e18) pays for {steps_paid:.3g} steps: at most {MOST_STEPS:g}")
+    steps = int(steps_paid)
     if steps < 1:
         per_step = budget_flops(1, size_in_millions, global_batch_size, tokens_per_sample)
         raise ValueError(f"--flops {flops:g} (in 1e18) does not pay for one step, which costs {per_step:.3g}")

@@ -9,9 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from lit_gpt.training import skipped_steps
+from lit_gpt.training.schedule import MOST_STEPS
 
 STRATEGIES = ("auto", "ddp", "fsdp", "hybrid")
 SHAPE_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
+LARGEST_BATCH = 1 << 20
+"""Sequences of one optimizer step. All divisors of a device's are tried; no run comes near."""
+_MOST_EPOCHS = 10**6
 PRECISIONS = ("auto", "bf16-mixed", "bf16-true", "32-true")
 
 
@@ -112,6 +116,9 @@ class TrainConfig:
         for name in ("micro_batch_size", "max_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 found.append(f"--{name} {value}: at least 1")
+        most = {"batch_size": LARGEST_BATCH, "max_steps": MOST_STEPS}
+        found += [f"--{name} {value}: at most {high}" for name, high in most.items()
+                  if (value := getattr(self, name)) is not None and value > high]  # fmt: skip
         try:
             skipped_steps.parse_ranges(self.skip_steps)
         except ValueError as error:
@@ -205,6 +212,8 @@ class FinetuneConfig(TrainConfig):
         found = super().problems()
         if not self.epochs > 0:
             found.append(f"--epoch {self.epochs:g}: more than 0")
+        if self.epochs > _MOST_EPOCHS:
+            found.append(f"--epoch {self.epochs:g}: at most {_MOST_EPOCHS}")
         if not 0 <= self.max_malformed <= 1:
             found.append(f"--max_malformed {self.max_malformed:g}: expected between 0 and 1")
         if self.workers < 1:

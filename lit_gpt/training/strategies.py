@@ -39,6 +39,9 @@ SHARD_FROM_PARAMETERS = 10**9
 16 bytes of each on every device of DDP: 16 GB here, a fifth of an H100. Below, DDP's one all-reduce a step is the least
 to send; above, what sharding frees holds larger micro batches."""
 
+# More than any machine has cores; a slip of the hand would start them all.
+_MOST_CPU_PROCESSES = 512
+
 
 def start_fabric(
     accelerator: str, devices: str, num_nodes: int, strategy: str, precision: str, parameters: int = 0
@@ -181,8 +184,10 @@ def _resolve_devices(accelerator: str, devices: str) -> tuple[str, int]:
     kind = "cuda" if gpus and accelerator != "cpu" else "cpu"
     if devices in ("auto", "-1"):
         return kind, max(1, gpus) if kind == "cuda" else 1
-    if not devices.isdigit() or int(devices) < 1:
+    if not re.fullmatch("[0-9]{1,18}", devices) or int(devices) < 1:
         raise ValueError(f"--devices {devices}: expected auto or a count of at least 1")
+    if kind == "cpu" and int(devices) > _MOST_CPU_PROCESSES:
+        raise ValueError(f"--devices {devices}: at most {_MOST_CPU_PROCESSES} processes on a machine's CPU")
     if kind == "cuda" and int(devices) > gpus:
         raise ValueError(f"--devices {devices}: this machine has {gpus} CUDA device(s)")
     return kind, int(devices)

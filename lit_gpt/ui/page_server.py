@@ -119,11 +119,16 @@ class PageServer:
 
 async def _read_request(request: Request) -> dict[str, Any]:
     """The body, if it is a JSON object of reasonable length and says so (which other sites' pages cannot)."""
+    from starlette.requests import ClientDisconnect
+
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > _MAX_REQUEST_BYTES:
-            raise ValueError(f"the request is longer than {_MAX_REQUEST_BYTES:,} bytes: shorten the prompt")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > _MAX_REQUEST_BYTES:
+                raise ValueError(f"the request is longer than {_MAX_REQUEST_BYTES:,} bytes: shorten the prompt")
+    except ClientDisconnect:
+        raise ValueError("the request ended before its body did") from None
     expected = "expected a JSON object with checkpoint, prompt and sampling, of type application/json"
     try:
         wanted = parse_json(body)

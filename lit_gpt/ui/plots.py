@@ -6,11 +6,17 @@ Matplotlib is imported when it is used.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lit_gpt.files import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLORS = ("#1f6fb4", "#d9560b", "#2a8f4a", "#8a4fb0")
 _LINE_STYLES = ("-", "--", ":", "-.")
@@ -65,7 +71,7 @@ def plot_losses(curves: Sequence[LossCurve], title: str, path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def plot_radar(values: Mapping[str, Sequence[float | None]], spokes: Sequence[str], title: str, path: Path) -> None:
@@ -110,7 +116,7 @@ def plot_radar(values: Mapping[str, Sequence[float | None]], spokes: Sequence[st
     axes.spines["polar"].set_alpha(0.4)
     axes.set_title(title, pad=18)
     figure.legend(loc="outside lower center", ncols=min(4, max(1, len(values))), frameon=False)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def plot_accuracies(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str, path: Path) -> None:
@@ -142,7 +148,14 @@ def plot_accuracies(panels: Mapping[str, Mapping[str, Sequence[tuple[float, floa
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a whole picture, or name the file that could not be written."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=130)
+    write_file(path, lambda file: file.write(content.getvalue()))
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

@@ -7,10 +7,12 @@ are used.
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lit_gpt.files import write_file
 from lit_gpt.ui.trajectory import DenoisingTrajectory
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ def draw_trajectory(
         x = _MARGIN + index % columns * (panel_width + _MARGIN)
         image.paste(painter.panel(step), (x, top + index // columns * (painter.height + _MARGIN)))
     painter.legend(image, image.height - bottom + 8)
-    image.save(path)
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_file(path, lambda file: file.write(content.getvalue()))
 
 
 def animate_trajectory(trajectory: DenoisingTrajectory, path: Path, width: int = 720) -> None:
@@ -61,7 +65,11 @@ def animate_trajectory(trajectory: DenoisingTrajectory, path: Path, width: int =
     palette = both.quantize(255)
     indexed = [frame.quantize(palette=palette, dither=Dither.NONE) for frame in frames]
     durations = [_FRAME_MS] * (len(frames) - 1) + [_LAST_FRAME_MS]
-    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False)
+    content = io.BytesIO()
+    indexed[0].save(
+        content, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False
+    )
+    write_file(path, lambda file: file.write(content.getvalue()))
 
 
 class _TokenPainter:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import importlib
 import json
+import os
 import pickle
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_gpt.data import packed_dataset
 from lit_gpt.data.packed_dataset import PackedMixture, PackedSeries, open_mixture, open_validation, recorded_tokenizer
+from lit_gpt.data.packed_files import scan_folder
 from lit_gpt.data.packed_format import PackedDatasetBuilder
+from lit_gpt.randomness import permute_index
 
 GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "golden" / "data_and_schedule.json").read_text())["packed"]
 # Property tests write small files: quick, but slower than Hypothesis's default deadline on a busy machine.
@@ -42,6 +48,10 @@ def counting(count, start=2):
 def manifest(folder, prefix, **tokens):
     files = {f"{name}.bin": {"tokens": count} for name, count in tokens.items()}
     (folder / f"{prefix}.manifest.json").write_text(json.dumps({"files": files}))
+
+
+def open_series(folder, block_length=4):
+    return PackedSeries(scan_folder(folder, ["train_slim"], block_length)["train_slim"], block_length, 32000)
 
 
 class Rows(Dataset):
@@ -189,13 +199,13 @@ def test_padding_without_manifest_is_the_last_run_of_a_series(tmp_path):
     for process in (0, 1):
         build(tmp_path, f"train_slim_{process}", [counting(13)], 10)
     mixture = open_mixture(tmp_path, {"train_slim": 1.0}, 5, 32000, 0)
-    assert mixture.sets[0].real_tokens == [10, 3, 10, 3]
+    assert mixture.sets[0].files.real_tokens.tolist() == [10, 3, 10, 3]
     assert sorted(mixture.extent(k).length for k in range(6)) == [3, 3, 5, 5, 5, 5]
 
 
 def test_a_full_last_chunk_that_ends_in_one_separator_is_all_real(tmp_path):
     build(tmp_path, "train_slim", [[*counting(9), 1]], 10)
-    assert open_mixture(tmp_path, {"train_slim": 1.0}, 5, 32000, 0).sets[0].real_tokens == [10]
+    assert open_mixture(tmp_path, {"train_slim": 1.0}, 5, 32000, 0).sets[0].files.real_tokens.tolist() == [10]
 
 
 def test_manifest_wins_over_the_guess(tmp_path):
@@ -208,11 +218,11 @@ def test_manifest_wins_over_the_guess(tmp_path):
 def test_thousands_of_files_do_not_exhaust_descriptors(tmp_path):
     import resource
 
-    files = build(tmp_path, "train_slim", [counting(2000)], 4)
+    build(tmp_path, "train_slim", [counting(2000)], 4)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (160, limit[1]))
     try:
-        series = PackedSeries(files, 4, 32000)
+        series = open_series(tmp_path)
         assert [int(series[index].tokens[0]) for index in range(len(series))] == list(range(2, 2002, 4))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
@@ -420,13 +430,48 @@ def test_broken_manifest(tmp_path, content):
         open_mixture(tmp_path, {"train_slim": 1.0}, 4, 32000, 0)
 
 
-def test_file_that_vanishes_during_training(tmp_path):
+IN_PLACE = [lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 24 + 2 * 10)]
+REPLACED = [lambda path: (path.unlink(), os.mkfifo(path)), lambda path: path.unlink()]
+
+
+@pytest.mark.parametrize("change", IN_PLACE + REPLACED)
+def test_file_that_changes_during_training(tmp_path, change):
+    """One line, and no end of the process by the system: a read beyond the end of a memory map is its end."""
     files = build(tmp_path, "train_slim", [counting(40)], 20)
-    series = PackedSeries(files, 4, 32000)
-    files[1].write_bytes(b"")
-    series._maps.clear()
-    with pytest.raises(ValueError, match="changed or gone since it was opened"):
-        series[7]
+    opened, unopened = open_series(tmp_path), open_series(tmp_path)
+    before = opened[7].tokens.tolist()
+    change(files[1])
+    with pytest.raises(ValueError, match=r"0001\.bin: changed or gone since it was opened"):
+        unopened[7]
+    if change in IN_PLACE:
+        with pytest.raises(ValueError, match=r"0001\.bin: changed or gone since it was opened"):
+            opened[7]
+    else:
+        assert opened[7].tokens.tolist() == before
+
+
+def test_several_threads_read_what_one_reads(tmp_path):
+    build(tmp_path, "train_slim", [counting(2400)], 12)
+    numbers = [permute_index(k % 600, 600, 7, k // 600) for k in range(6000)]
+    expected = [list(range(4 * number + 2, 4 * number + 6)) for number in numbers]
+    series = open_series(tmp_path)
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(series.__getitem__, numbers))
+    assert [sample.tokens.tolist() for sample in found] == expected
+    # 200 files, of which the latest stay open, and none of the others does.
+    assert 0 < len(open_packed(tmp_path)) <= 64
+    del series
+    gc.collect()
+    assert not open_packed(tmp_path)
+
+
+def open_packed(folder):
+    """The packed files below a folder that this process has open."""
+    paths = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            paths.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return [path for path in paths if path.startswith(str(folder)) and path.endswith(".bin")]
 
 
 def test_names_that_users_import():

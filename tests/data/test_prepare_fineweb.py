@@ -18,7 +18,7 @@ import pytest
 
 from lit_gpt.data.crawl_files import CrawlFiles, load_datatrove
 from lit_gpt.data.crawl_packing import CrawlPlan, pack_crawl
-from lit_gpt.data.packed_dataset import find_files, open_validation
+from lit_gpt.data.packed_dataset import open_validation
 from lit_gpt.data.packed_format import read_header
 from lit_gpt.tokenizer import DEFAULT_SOURCE
 from scripts import prepare_fineweb
@@ -110,7 +110,7 @@ def test_tokens_are_exact(tmp_path, prepare, tokenizer, kind):
     done = prepare(source, "--tokens", "5000", "--chunk_size", "2048")
     assert found(tmp_path) == expected(tokenizer, DOCUMENTS, 5000)
     folder = tmp_path / "out" / "crawl"
-    assert [read_header(path).size for path in find_files(folder, "validation")] == [2048] * 3
+    assert [read_header(path).size for path in sorted(folder.glob("validation*.bin"))] == [2048] * 3
     manifest = json.loads((folder / "validation.manifest.json").read_text())
     assert [entry["tokens"] for entry in manifest["files"].values()] == [2048, 2048, 904]
     assert manifest["tokens"] == 5000 and manifest["tokenizer"]["fingerprint"] == tokenizer.fingerprint
@@ -145,7 +145,7 @@ def test_files_of_a_folder_are_read_in_order_and_documents_are_counted(tmp_path,
 def test_borders(tmp_path, prepare, tokenizer, tokens):
     prepare(write(tmp_path / "a.jsonl", DOCUMENTS), "--tokens", str(tokens), "--chunk_size", "2048")
     (folder,) = (tmp_path / "out").iterdir()
-    chunks = [np.asarray(read_header(path).open()) for path in find_files(folder, "validation")]
+    chunks = [np.asarray(read_header(path).open()) for path in sorted(folder.glob("validation*.bin"))]
     ids = np.concatenate(chunks).tolist()
     assert len(ids) == -(-tokens // 2048) * 2048
     assert ids[:tokens] == expected(tokenizer, DOCUMENTS, tokens) and set(ids[tokens:]) <= {tokenizer.bos_id}

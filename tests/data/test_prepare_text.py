@@ -159,7 +159,7 @@ def test_training_finds_data_padding_and_tokenizer(tmp_path, plan_of, tokenizer)
     plan = plan_of(write_jsonl(tmp_path / "a.jsonl", DOCUMENTS))
     run_plan(plan)
     mixture = packed_dataset.open_mixture(plan.destination, {"train_slim": 1.0}, 12, 400, seed=0)
-    assert sum(mixture.sets[0].real_tokens) == len(expected_tokens(tokenizer, DOCUMENTS))
+    assert mixture.sets[0].files.real_tokens.sum() == len(expected_tokens(tokenizer, DOCUMENTS))
     record = packed_dataset.recorded_tokenizer(plan.destination, ["train_slim"])
     assert (record["fingerprint"], record["vocab_size"]) == (tokenizer.fingerprint, 400)
     assert Tokenizer(record["source"]).fingerprint == tokenizer.fingerprint

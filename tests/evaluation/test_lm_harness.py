@@ -259,6 +259,12 @@ MISTAKES = {
     "no draws": ([], {"mc_num": -5}, "mc_num"),
     "guidance": ([], {"cfg": "nan"}, "cfg is nan: it must be a number"),
     "endless guidance": ([], {"cfg": "1e999"}, "cfg is inf: it must be"),
+    "brackets": ([], {"tokenizer": "[" * 5000}, "more than 100 brackets"),
+    "no value": (["--use_cache"], {}, "--use_cache/-c: expected one argument"),
+    "no temperature": ([], {"temperature": "None"}, "temperature=None: expected int or float"),
+    "endless temperature": ([], {"temperature": "inf"}, "temperature is inf: it must be a number from 0"),
+    "algorithm": ([], {"alg": "best"}, "unknown sampling algorithm 'best'"),
+    "self": ([], {"self": 1}, "self is unknown; known are"),
     "folder": (["--output_path", "README.md/out"], {}, "cannot write into the folder README.md/out: Not a directory"),
     "file": (["--output_path", "README.md/out.json"], {}, "cannot write into the folder README.md: "),
 }

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lit_gpt.evaluation.result_file import ResultFile
+from lit_gpt.files import SaveError
 
 
 def opened(path, existing="continue", **settings):
@@ -73,3 +74,11 @@ def test_a_second_writer_is_kept_out(tmp_path):
     path = tmp_path / "answers.jsonl"
     with opened(path), pytest.raises(ValueError, match="answers.jsonl is in use by another process"):
         opened(path)
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    """The file is closed on the way out, which must not say less than the write that failed."""
+    path = tmp_path / "answers.jsonl"
+    path.symlink_to("/dev/full")
+    with pytest.raises(SaveError, match="cannot write .*answers.jsonl: No space left on device"), opened(path) as file:
+        file.add({"id": 1})

@@ -59,6 +59,8 @@ class FileKind:
     """Damage one of them."""
     read: Callable[[Path], object]
     """Read them all as the scripts do, without keeping anything."""
+    load: Callable[[], object] = lambda: None
+    """Import what reading needs, once for all inputs."""
 
 
 def damage_one(damages: dict[str, Callable[[bytes, random.Random], bytes]]) -> Callable[[Path, random.Random], None]:

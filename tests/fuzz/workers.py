@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
@@ -19,7 +20,7 @@ _LONGEST_LINE = 2000
 class Limits:
     """Of one input."""
 
-    seconds: float = 20.0
+    seconds: float = 60.0
     """Of waiting."""
     more_memory: int = 3 << 30
     """Bytes of addresses beyond what the process has when it begins."""
@@ -58,9 +59,10 @@ def run_limited(work: Callable[[], object], limits: Limits) -> Outcome:
     child = os.fork()
     if not child:
         os.close(reading)
+        os.setsid()
         try:
             outcome = _attempt(work, limits)
-            os.write(writing, f"{outcome.kind}\n{outcome.text}".encode("utf-8", "replace")[-60_000:])
+            os.write(writing, f"{outcome.kind}\n{outcome.text[-20_000:]}".encode("utf-8", "replace"))
         finally:
             os._exit(0)
     os.close(writing)
@@ -70,6 +72,8 @@ def run_limited(work: Callable[[], object], limits: Limits) -> Outcome:
     with open(reading, "rb") as file:
         content = file.read().decode("utf-8", "replace")
     _, status = os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # whatever it started
     if not ready:
         return Outcome("hang", f"nothing after {limits.seconds:g} s")
     if not content:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from lit_gpt.files import SaveError
 from lit_gpt.ui.trajectory import DenoisingTrajectory
 from lit_gpt.ui.trajectory_images import animate_trajectory, draw_trajectory
 from tests.support.images import share_of_color
@@ -51,3 +54,17 @@ def test_long_tokens_and_blank_lines_stay_on_the_picture(tmp_path: Path) -> None
     odd = DenoisingTrajectory(["x" * 200, "\n", "\n", "\n", "", " ", "\u6f22", "\ufffd"], [0, 1, 1, 1, 2, 2, 3, 9], 3)
     draw_trajectory(odd, "Odd", tmp_path / "odd.png", panels=4)
     assert Image.open(tmp_path / "odd.png").size[1] < 600
+
+
+@pytest.mark.parametrize("name", ["full.png", "full.gif"])
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path, trajectory: DenoisingTrajectory, monkeypatch, name) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SaveError, match=f"cannot write .*{name}: No space left on device"):
+        if name.endswith("png"):
+            draw_trajectory(trajectory, "Tokens by step", tmp_path / name)
+        else:
+            animate_trajectory(trajectory, tmp_path / name)
+    assert not list(tmp_path.iterdir())

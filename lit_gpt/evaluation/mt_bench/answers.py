@@ -32,6 +32,9 @@ from lit_gpt.evaluation.settings import MtBenchAnswerFlags
 from lit_gpt.processes import launched_world
 from lit_gpt.sampling.settings import Sampling
 
+# Each is as much work as the first, which alone is judged.
+_MOST_CHOICES = 1000
+
 
 def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
     """Answer the questions that have no answer yet, and sort the file.
@@ -89,6 +92,8 @@ def check_answer_flags(flags: MtBenchAnswerFlags) -> None:
     for name in ("max_new_token", "steps", "num_choices", "batch_size"):
         if getattr(flags, name) < 1:
             problems.append(f"--{name.replace('_', '-')} {getattr(flags, name)}: expected at least 1")
+    if flags.num_choices > _MOST_CHOICES:
+        problems.append(f"--num-choices {flags.num_choices}: at most {_MOST_CHOICES}")
     if flags.model_type == "arm" and flags.cfg_scale:
         problems.append(f"--cfg-scale {flags.cfg_scale} needs an MDM: an ARM cannot read a masked prompt")
     if flags.answer_file is not None and Path(flags.answer_file).suffix != ".jsonl":

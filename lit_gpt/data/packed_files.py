@@ -1,0 +1,339 @@
+"""The packed files of a folder: how many tokens each holds, and a fingerprint of all; scanned once, and kept.
+
+Decisions: a scan opens each file once, from several threads, since a file system far away answers each late. What it
+found is kept beside the data, or in the user's cache where that folder cannot be written to, and the next start only
+lists the folder: it is believed while name, size, times and inode of every file and manifest are what they were. A file
+that changed in the moment of the scan could change again without another time, so nothing is kept of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lit_gpt.data.packed_format import HEADER_BYTES, TOKEN_TYPES, Chunk, parse_header
+from lit_gpt.files import open_regular, read_json_object, write_json
+
+SCANS_CACHE = Path("~/.cache/smdm/packed_files")
+"""Where scans of folders are kept that cannot be written to."""
+SCAN_SUFFIX = ".scan.json"
+# Bytes at a file's start and end that tell whether its content changed.
+_FINGERPRINT_BYTES = 4096
+# Changes whenever a kept scan would be read in another way.
+_VERSION = 1
+# The coarsest times of a file system (FAT): two changes within them can look like one.
+_TIME_RESOLUTION_NS = 2 * 10**9
+# Threads of a scan, the files that one of them opens at a time, and the files whose ends are in memory at once.
+_SCAN_THREADS = 8
+_PIECE_FILES = 64
+_WINDOW_FILES = _SCAN_THREADS * _PIECE_FILES
+# A scan that takes longer shows how far it is.
+_PROGRESS_DELAY_S = 3
+
+
+@dataclass(frozen=True)
+class PackedFiles:
+    """The packed files of one data set, by name; small enough to be sent to every process."""
+
+    folder: Path
+    names: list[str]
+    """Sorted."""
+    type_codes: np.ndarray
+    """(files,) uint8: the tokens' types, by the format's codes."""
+    sizes: np.ndarray
+    """(files,) int64: tokens, padding included."""
+    real_tokens: np.ndarray
+    """(files,) int64: tokens before the padding."""
+    fingerprint: str
+    """SHA-256 over the block length, and names, headers and both ends of every file."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        """Of a file."""
+        return self.folder / self.names[index]
+
+    def token_type(self, index: int) -> np.dtype:
+        """Of a file."""
+        return TOKEN_TYPES[int(self.type_codes[index])]
+
+
+def scan_folder(folder: Path, prefixes: Sequence[str], block_length: int) -> dict[str, PackedFiles]:
+    """Find the packed files `{prefix}*.bin` of a folder; those whose scan was kept are not opened.
+
+    Args:
+        folder: where the files lie; it need not exist.
+        prefixes: of the data sets; one without files is not in the result.
+        block_length: tokens of a block.
+
+    Raises:
+        ValueError: a foreign or truncated file, a chunk smaller than a block, a broken manifest; names the file.
+        OSError: the folder or a file cannot be read.
+    """
+    now_ns = _file_system_time(folder) if folder.is_dir() else 0
+    listings = _list_folder(folder, prefixes)
+    return {prefix: _found(folder, prefix, listings[prefix], block_length, now_ns) for prefix in listings}
+
+
+def _found(folder: Path, prefix: str, listing: _Listing, block_length: int, now_ns: int) -> PackedFiles:
+    """The scan that was kept of a data set, or a new one."""
+    identity = hashlib.sha256(os.fsencode(f"{folder.absolute()}/{prefix}:{block_length}")).hexdigest()[:32]
+    beside = folder / f".{prefix}-{block_length}{SCAN_SUFFIX}"
+    places = (beside, SCANS_CACHE.expanduser() / f"{identity}{SCAN_SUFFIX}")
+    stamps = listing.stamps(block_length)
+    for place in places:
+        # Whatever is the matter with it, a scan tells.
+        with contextlib.suppress(OSError, ValueError):
+            return _restored(folder, listing, stamps, read_json_object(place))
+    files = _scan(folder, listing, block_length)
+    if listing.newest_ns < now_ns - _TIME_RESOLUTION_NS:
+        _keep(places, _record(files, stamps))
+    return files
+
+
+# --- what a folder says of its files without opening them ------------------------------------------------------------
+
+
+class _Stamp(NamedTuple):
+    """What changes with a file."""
+
+    size: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> _Stamp:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+class _Listing(NamedTuple):
+    """The files of a data set as the folder lists them."""
+
+    files: dict[str, _Stamp]
+    """By name, sorted."""
+    manifests: dict[str, _Stamp]
+    """Those that are there, by name, sorted."""
+
+    @property
+    def newest_ns(self) -> int:
+        """When a file or manifest was changed last."""
+        stamps = (*self.files.values(), *self.manifests.values())
+        return max(max(stamp.modified_ns, stamp.changed_ns) for stamp in stamps)
+
+    def stamps(self, block_length: int) -> str:
+        """SHA-256 that changes whenever what a scan would find may have changed."""
+        lines = [
+            f"{name}\0{size}:{modified_ns}:{changed_ns}:{inode}"
+            for listed in (self.files, self.manifests)
+            for name, (size, modified_ns, changed_ns, inode) in listed.items()
+        ]
+        return hashlib.sha256(os.fsencode("\n".join([str(block_length), *lines]))).hexdigest()
+
+
+def _list_folder(folder: Path, prefixes: Sequence[str]) -> dict[str, _Listing]:
+    """One pass over a folder; data sets without files are left out."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        listed = {entry.name: entry for entry in entries if entry.name.endswith((".bin", ".manifest.json"))}
+    found: dict[str, _Listing] = {}
+    for prefix in prefixes:
+        names = sorted(name for name in listed if name.startswith(prefix) and name.endswith(".bin") and name != ".bin")
+        files = {name: _Stamp.of(listed[name].stat()) for name in names if listed[name].is_file()}
+        if files:
+            beside = sorted({_manifest_name(name) for name in files} & listed.keys())
+            manifests = {name: _Stamp.of(listed[name].stat()) for name in beside if listed[name].is_file()}
+            found[prefix] = _Listing(files, manifests)
+    return found
+
+
+def _file_system_time(folder: Path) -> int:
+    """Nanoseconds on the clock that gives a folder's files their times; on ours where that cannot be asked."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return time.time_ns()
+
+
+def _series_name(name: str) -> str:
+    """A file's name without its counter."""
+    return name.rpartition("_")[0]
+
+
+def _manifest_name(name: str) -> str:
+    """The manifest of a file's series."""
+    return f"{_series_name(name)}.manifest.json"
+
+
+# --- scanning ---------------------------------------------------------------------------------------------------------
+
+
+class _Ends(NamedTuple):
+    """What a scan reads of a file."""
+
+    chunk: Chunk
+    start: bytes
+    end: bytes
+
+
+def _scan(folder: Path, listing: _Listing, block_length: int) -> PackedFiles:
+    """Open every file of a data set, once."""
+    names = list(listing.files)
+    recorded: dict[str, int] = {}
+    for manifest in listing.manifests:
+        recorded |= _recorded_tokens(folder / manifest, names)
+    digest = hashlib.sha256(str(block_length).encode())
+    codes, sizes, real_tokens = [], [], []
+    for name, following, (chunk, start, end) in zip(names, [*names[1:], ""], _read_ends(folder, names), strict=True):
+        if chunk.size < block_length:
+            raise ValueError(
+                f"{chunk.path}: a chunk of {chunk.size} tokens is smaller than a block of {block_length}: pack "
+                f"with --chunk_size of at least {block_length}, or train with a smaller --block_size"
+            )
+        if name in recorded:
+            real = min(recorded[name], chunk.size)
+        else:
+            is_last = not following or _series_name(following) != _series_name(name)
+            real = _tokens_before_padding(chunk) if is_last else chunk.size
+        digest.update(f"{name}:{chunk.dtype.str}:{chunk.size}:{real};".encode())
+        digest.update(start)
+        digest.update(end)
+        codes.append(chunk.type_code)
+        sizes.append(chunk.size)
+        real_tokens.append(real)
+    numbers = (np.array(codes, np.uint8), np.array(sizes, np.int64), np.array(real_tokens, np.int64))
+    return PackedFiles(folder, names, *numbers, digest.hexdigest())
+
+
+def _read_ends(folder: Path, names: Sequence[str]) -> Iterator[_Ends]:
+    """Header, start and end of every file, in order."""
+    from tqdm import tqdm
+
+    def read(piece: Sequence[str]) -> list[_Ends]:
+        return [_file_ends(folder / name) for name in piece]
+
+    bar = tqdm(total=len(names), desc=f"opening the files of {folder}", delay=_PROGRESS_DELAY_S, leave=False)
+    with bar, ThreadPoolExecutor(_SCAN_THREADS, "scan") as pool:
+        for first in range(0, len(names), _WINDOW_FILES):
+            window = names[first : first + _WINDOW_FILES]
+            pieces = [window[start : start + _PIECE_FILES] for start in range(0, len(window), _PIECE_FILES)]
+            for ends in pool.map(read, pieces):
+                yield from ends
+                bar.update(len(ends))
+
+
+def _file_ends(path: Path) -> _Ends:
+    with open_regular(path) as file:
+        chunk = parse_header(file, path)
+        file.seek(0)
+        start = file.read(_FINGERPRINT_BYTES)
+        file.seek(-min(_FINGERPRINT_BYTES, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        return _Ends(chunk, start, file.read())
+
+
+def _tokens_before_padding(chunk: Chunk) -> int:
+    """Tokens of a series' last file before the run of one repeated token that it ends with."""
+    tokens = chunk.open()
+    different = np.flatnonzero(tokens[::-1] != tokens[-1])
+    run = int(different[0]) if len(different) else chunk.size
+    # A single last token is as likely a document's end as padding.
+    return chunk.size - run if run > 1 else chunk.size
+
+
+def _recorded_tokens(manifest: Path, names: Sequence[str]) -> dict[str, int]:
+    """Real tokens of those files that a manifest names (`files: {name: {tokens: n}}`), of its own series."""
+    try:
+        entries = read_json_object(manifest).get("files", {})
+        own = [name for name in names if _manifest_name(name) == manifest.name and entries.get(name) is not None]
+        found = {name: int(entries[name]["tokens"]) for name in own}
+        if any(tokens < 0 for tokens in found.values()):
+            raise ValueError("it counts fewer than 0 tokens")
+        return found
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{manifest}: not a manifest of scripts/prepare_text.py ({error}); make it again or delete it"
+        ) from None
+
+
+# --- keeping what was found -------------------------------------------------------------------------------------------
+
+
+def _record(files: PackedFiles, stamps: str) -> dict[str, Any]:
+    """A scan as JSON: of most files the type says everything, since their sizes are the folder's and nothing is padded."""
+    starts = np.flatnonzero(np.diff(files.type_codes, prepend=0))
+    lengths = np.diff(starts, append=len(files))
+    padded = np.flatnonzero(files.real_tokens < files.sizes)
+    found = {
+        "version": _VERSION,
+        "stamps": stamps,
+        "fingerprint": files.fingerprint,
+        "type_codes": [
+            [int(files.type_codes[start]), int(length)] for start, length in zip(starts, lengths, strict=True)
+        ],
+        "padded": [[int(index), int(files.real_tokens[index])] for index in padded],
+    }
+    return {"found": found, "sha256": _json_hash(found)}
+
+
+def _restored(folder: Path, listing: _Listing, stamps: str, record: Mapping[str, Any]) -> PackedFiles:
+    """A kept scan; ValueError if it is damaged, or of other files."""
+    found = record.get("found")
+    if not isinstance(found, dict) or record.get("sha256") != _json_hash(found):
+        raise ValueError("damaged")
+    if found.get("version") != _VERSION or found.get("stamps") != stamps:
+        raise ValueError("of other files")
+    runs, padded, fingerprint = _pairs(found, "type_codes"), _pairs(found, "padded"), found.get("fingerprint")
+    count = len(listing.files)
+    if not all(code in TOKEN_TYPES and 0 < length <= count for code, length in runs):
+        raise ValueError("unknown types")
+    if sum(length for _, length in runs) != count or not isinstance(fingerprint, str):
+        raise ValueError("not as many types as files")
+    codes = np.repeat(np.array([code for code, _ in runs], np.uint8), [length for _, length in runs])
+    token_bytes = np.array([TOKEN_TYPES[code].itemsize if code in TOKEN_TYPES else 0 for code in range(256)])[codes]
+    sizes, surplus = np.divmod(np.array([stamp.size for stamp in listing.files.values()]) - HEADER_BYTES, token_bytes)
+    real_tokens = sizes.copy()
+    for index, real in padded:
+        if not (0 <= index < count and 0 <= real < sizes[index]):
+            raise ValueError("more real tokens than tokens")
+        real_tokens[index] = real
+    if surplus.any():
+        raise ValueError("no whole number of tokens")
+    return PackedFiles(folder, list(listing.files), codes, sizes, real_tokens, fingerprint)
+
+
+def _pairs(found: Mapping[str, Any], name: str) -> list[tuple[int, int]]:
+    """A list of pairs of whole numbers out of JSON; ValueError if it is none."""
+    value = found.get(name)
+    if not isinstance(value, list) or not all(isinstance(one, list) and len(one) == 2 for one in value):
+        raise ValueError(f"{name}: no pairs")
+    if not all(type(number) is int for one in value for number in one):
+        raise ValueError(f"{name}: no whole numbers")
+    return [(first, second) for first, second in value]
+
+
+def _json_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _keep(places: Sequence[Path], record: Mapping[str, Any]) -> None:
+    """Write a scan to the first place that takes it; without any, the next start scans again."""
+    for place in places:
+        with contextlib.suppress(OSError):
+            # The data's folder is there; the cache's may not be.
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_json(place, record)
+            return
