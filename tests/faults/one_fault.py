@@ -7,6 +7,7 @@ import csv
 import json
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,8 +39,8 @@ class Finished:
     """The exported weights."""
     rows: dict[tuple[str, str], str]
     """(step, column) to what the log says of the losses."""
-    files: set[str]
-    """All of them, but those of the data."""
+    files: Counter[str]
+    """All of them, but those of the data; by their names without numbers, how many."""
 
 
 @dataclass
@@ -173,8 +174,10 @@ def _obey(refusal: str, file: Path, whole: bytes) -> None:
 
 def _compare(folder: Path, unbroken: Finished, report: Report, whole_log: bool) -> None:
     """Weights, optimizer and losses are those of the unbroken run, bit for bit; so are the files."""
-    if files := _files(folder) ^ unbroken.files:
-        report.problems.append(f"files that only one of the runs has: {', '.join(sorted(files))}")
+    files = _files(folder)
+    if files != unbroken.files:
+        differ = sorted(name for name in files | unbroken.files if files[name] != unbroken.files[name])
+        report.problems.append(f"other files than the unbroken run's: {', '.join(differ)}")
         return
     finished = read_finished(folder)
     for name in ("state", "exported"):
@@ -189,8 +192,13 @@ def _compare(folder: Path, unbroken: Finished, report: Report, whole_log: bool) 
         report.problems.append(f"the log differs at {len(wrong)} places, first step {wrong[0][0]}, {wrong[0][1]}")
 
 
-def _files(folder: Path) -> set[str]:
-    """Names of all files but the data's; a run that ended before its first checkpoint begins another log."""
+def _files(folder: Path) -> Counter[str]:
+    """How many files of each name there are, but for the data's.
+
+    Numbers do not count: a signal saves between two checkpoints, and a run that ended before its first one begins a new log,
+    which is one more.
+    """
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     names = (str(path) for path in paths if path.parts[0] != "data" or path.suffix == ".tmp")
-    return {re.sub(r"/version_\d+/", "/version_N/", name) for name in names}
+    counts = Counter(re.sub(r"(version_|iter-)\d+", r"\1N", name) for name in names)
+    return Counter({name: 1 if "version_N" in name else count for name, count in counts.items()})

@@ -44,12 +44,13 @@ def main() -> int:
     parser.add_argument("--kind", choices=sorted(KINDS), help="one kind of faults")
     parser.add_argument("--setup", choices=sorted(SETUPS), help="one way of starting a run")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    parser.add_argument("--minutes", type=float, default=1e6, help="after these, no other fault begins")
     parser.add_argument("--keep", type=Path, help="where the runs that show a problem are kept")
     flags = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     numbers = [flags.only] if flags.only is not None else list(range(flags.faults))
     with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(Path(folder), flags.seed, len(numbers), flags.keep)
+        trial = Trial(Path(folder), flags, len(numbers))
         pool = ThreadPoolExecutor(flags.jobs)
         try:
             for number in numbers:
@@ -72,8 +73,9 @@ def plan(seed: int, number: int, kind: str | None = None, setup: str | None = No
 class Trial:
     """Faults one by one, from several threads, and what came out."""
 
-    def __init__(self, folder: Path, seed: int, count: int, keep: Path | None) -> None:
-        self.folder, self.seed, self.count, self.keep = folder, seed, count, keep
+    def __init__(self, folder: Path, flags: argparse.Namespace, count: int) -> None:
+        self.folder, self.seed, self.count, self.keep = folder, flags.seed, count, flags.keep
+        self.seconds = flags.minutes * 60
         self.began = time.monotonic()
         self.outcomes: Counter[str] = Counter()
         self.problems: Counter[str] = Counter()
@@ -83,6 +85,8 @@ class Trial:
     def run(self, number: int, kind: str, setup: str) -> None:
         """Try a fault, and print a line."""
         began = time.monotonic()
+        if began - self.began > self.seconds:
+            return
         folder = self.folder / str(number)
         try:
             report = try_fault(kind, setup, f"{self.seed} {number} {kind} {setup}", folder, self.unbroken(setup))
@@ -131,7 +135,8 @@ class Trial:
         for kind, count in self.problems.most_common():
             print(f"{count} x {kind.splitlines()[0]}")
         minutes = (time.monotonic() - self.began) / 60
-        print(f"{self.count} faults in {minutes:.0f} minutes: {dict(self.outcomes)}")
+        done = sum(self.outcomes.values())
+        print(f"{done} faults in {minutes:.0f} minutes, {self.count - done} not begun: {dict(self.outcomes)}")
         return int(bool(self.problems))
 
 
