@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 # Whole numbers may be larger than any float.
 _LARGEST_NUMBER = 1e300
-_ENTRIES = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_ENTRIES = ("step", *MOMENTS)
 # Settings of a parameter group that decide how a step is computed, not what: the current ones stay.
 _MATTERS_OF_SPEED = ("fused", "foreach")
 
@@ -28,7 +29,8 @@ def read_optimizer_state(
 
     Args:
         source: the file, for messages.
-        saved: what the file holds under `optimizer`: parameters by number, or by name as FSDP2 keeps them.
+        saved: what the file holds under `optimizer`: parameters by number, or by name as FSDP2 keeps them. Moments on
+            the meta device stand for those that are read later, and then checked by `check_moment`.
         module: the model; its parameters have the shapes that the moments must have.
         optimizer: the one to restore.
         step: optimizer steps that the file says were done; only at 0 there need be no moments.
@@ -39,10 +41,6 @@ def read_optimizer_state(
     Raises:
         ValueError: an entry is missing, or is not of the parameter's shape, not finite ...; the first is named.
     """
-
-    def fault(text: str) -> ValueError:
-        return ValueError(f"checkpoint {source}: its optimizer state does not fit this model ({text})")
-
     names = {parameter: name for name, parameter in module.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ordered = [names[parameter] for parameter in parameters]
@@ -62,8 +60,15 @@ def read_optimizer_state(
             for number, (name, parameter) in enumerate(zip(ordered, parameters, strict=True))
         }
     except ValueError as error:
-        raise fault(" ".join(str(error).split())) from error
+        raise misfit(source, error) from error
     return {"state": read, "param_groups": groups}
+
+
+def misfit(source: Path | str, reason: ValueError) -> ValueError:
+    """The line about a state that cannot be restored."""
+    return ValueError(
+        f"checkpoint {source}: its optimizer state does not fit this model ({' '.join(str(reason).split())})"
+    )
 
 
 def keep_speed(optimizer: torch.optim.Optimizer, before: Sequence[dict[str, Any]]) -> None:
@@ -124,7 +129,7 @@ def _check_settings(group: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _is_number(value: Any) -> bool:
     """Whether a value is a finite number of at least 0."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta:
         value = value.item()
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _LARGEST_NUMBER
 
@@ -149,16 +154,26 @@ def _read_entries(name: str, entries: Any, parameter: Tensor) -> dict[str, Tenso
     if not _is_number(entries["step"]):
         raise ValueError(f"step of {name} is {_shown(entries['step'])}, expected a number of steps")
     read = {"step": torch.tensor(float(entries["step"]), dtype=torch.float32)}
-    for entry in _ENTRIES[1:]:
+    for entry in MOMENTS:
         value = entries[entry]
         if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_floating_point():
             found = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ValueError(f"{entry} of {name} is {found}, expected a tensor of floats")
         if value.shape != parameter.shape:
             raise ValueError(f"{entry} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}")
-        # One pass; NaN anywhere comes out at both ends.
-        low, high = (float(end) for end in torch.aminmax(value))
-        if not math.isfinite(low) or not math.isfinite(high) or (entry == "exp_avg_sq" and low < 0):
-            raise ValueError(f"{entry} of {name} has values from {low} to {high}")
+        if not value.is_meta:
+            check_moment(entry, name, value)
         read[entry] = value
     return read
+
+
+def check_moment(entry: str, name: str, value: Tensor) -> None:
+    """Refuse a moment (`exp_avg` or `exp_avg_sq`), or rows of one, that AdamW cannot compute with; one pass over it.
+
+    Raises:
+        ValueError: it is not finite, or a square is negative.
+    """
+    # NaN anywhere comes out at both ends.
+    low, high = (float(end) for end in torch.aminmax(value))
+    if not math.isfinite(low) or not math.isfinite(high) or (entry == "exp_avg_sq" and low < 0):
+        raise ValueError(f"{entry} of {name} has values from {low} to {high}")

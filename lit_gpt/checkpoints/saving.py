@@ -2,8 +2,8 @@
 
 Decisions: one file for every strategy, streamed to the disk and hashed on the way (Fabric's own saving builds a copy in
 memory and writes it by way of the system's temporary folder); a checkpoint of one strategy loads under another; a save
-that fails on the first process fails on all, with the last good checkpoint named. How files are named, marked and
-found is in `run_files`.
+that fails on the first process fails on all, with the last good checkpoint named. Large states are saved as folders of
+shards (`sharded`), and restored here like files. How files are named, marked and found is in `markers` and `run_files`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import torch
 from torch import nn
 
 from lit_gpt import devices
+from lit_gpt.checkpoints.markers import checkpoint_path, is_sharded, marker_path, new_marker
 from lit_gpt.checkpoints.optimizer_state import keep_speed, read_optimizer_state
 from lit_gpt.checkpoints.run_files import (
     PUBLISHED_KEYS,
     CheckpointInfo,
-    marker_path,
-    new_marker,
     newest_complete,
     open_checkpoint,
     remove_older,
+    remove_twin,
 )
+from lit_gpt.checkpoints.shard_files import total_bytes
+from lit_gpt.checkpoints.sharded import load_sharded, state_tensors
 from lit_gpt.checkpoints.tensor_checks import check_finite, check_state
 from lit_gpt.checkpoints.torch_files import clean_names, open_torch_file
 from lit_gpt.files import FileStamp, SaveError, read_json_object, write_file, write_json
@@ -67,13 +69,14 @@ def save_checkpoint(
     """
     missing = [key for key in PUBLISHED_KEYS if key not in state]
     assert not missing, f"state lacks {missing}"
-    if alone and fabric.world_size > 1 and _is_sharded(_module(state["model"])):
-        raise ValueError("the model is sharded over processes that may be gone")
+    if alone:
+        check_alone(fabric, state)
     content = {**_gather(fabric, state), "record": record}
 
     def work() -> Path:
-        path = Path(run_dir) / f"iter-{state['iter_num']:06d}-ckpt.pth"
+        path = checkpoint_path(run_dir, state["iter_num"])
         _write(path, content, state["step_count"], state["iter_num"], record)
+        remove_twin(path)
         if keep:
             remove_older(path, keep)
         return path
@@ -83,14 +86,35 @@ def save_checkpoint(
     return path
 
 
+def check_alone(fabric: Fabric, state: dict[str, Any]) -> None:
+    """Refuse to save without the other processes where they have parts of the model.
+
+    Raises:
+        ValueError: they have.
+    """
+    if fabric.world_size > 1 and _is_distributed(_module(state["model"])):
+        raise ValueError("the model is sharded over processes that may be gone")
+
+
+def unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    """A run's state with the model and the optimizer that Fabric wrapped."""
+    return {**state, "model": _module(state["model"]), "optimizer": _optimizer(state["optimizer"])}
+
+
+def state_bytes(state: dict[str, Any]) -> int:
+    """What the tensors of a run's state take in a checkpoint."""
+    plain = unwrapped(state)
+    return total_bytes(state_tensors(plain["model"], plain["optimizer"]).values())
+
+
 def _gather(fabric: Fabric, state: dict[str, Any]) -> dict[str, Any]:
     """Replace model and optimizer by whole state dicts; the values count on the first process only."""
     module = _module(state["model"])
-    if _is_sharded(module):
+    if _is_distributed(module):
         from torch.distributed.checkpoint import state_dict as sharded
 
         options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = getattr(state["optimizer"], "optimizer", state["optimizer"])
+        optimizer = _optimizer(state["optimizer"])
         model_state: Any = sharded.get_model_state_dict(module, options=options)
         optimizer_state: Any = sharded.get_optimizer_state_dict(module, optimizer, options=options)
     elif fabric.is_global_zero:
@@ -115,12 +139,12 @@ def _write(path: Path, content: dict[str, Any], step: int, iter_num: int, record
         stamp = write_file(path, lambda file: torch.save(content, cast(IO[bytes], file)), announce)
         write_json(marker_path(path), new_marker(step, iter_num, record, stamp))
     except SaveError as error:
-        raise SaveError(f"{error}; {_last_good(path)}") from error
+        raise SaveError(f"{error}; {last_good(path.parent)}") from error
 
 
-def _last_good(failed: Path) -> str:
+def last_good(run_dir: Path) -> str:
     """What a user still has after a failed save."""
-    found = newest_complete(failed.parent, lambda line: None)
+    found = newest_complete(run_dir, lambda line: None)
     return f"the last good checkpoint is {found.path}" if found else "there is no earlier checkpoint"
 
 
@@ -130,7 +154,8 @@ def _last_good(failed: Path) -> str:
 def load_checkpoint(fabric: Fabric, checkpoint: CheckpointInfo | Path, state: dict[str, Any]) -> dict[str, Any]:
     """Restore model and optimizer in place; every process calls it.
 
-    A checkpoint of one strategy loads under another: optimizer states by parameter number and by name are both read.
+    A checkpoint of one strategy loads under another, a file as well as a folder of shards: optimizer states by parameter
+    number and by name are both read.
 
     Args:
         fabric: as in `save_checkpoint`.
@@ -143,7 +168,11 @@ def load_checkpoint(fabric: Fabric, checkpoint: CheckpointInfo | Path, state: di
     Raises:
         ValueError: it does not fit the model (the first parameter that does not is named), or is no checkpoint.
     """
-    path = checkpoint.path if isinstance(checkpoint, CheckpointInfo) else open_checkpoint(Path(checkpoint)).path
+    module, optimizer = _module(state["model"]), _optimizer(state["optimizer"])
+    found = checkpoint if isinstance(checkpoint, CheckpointInfo) else open_checkpoint(Path(checkpoint))
+    path = found.path
+    if is_sharded(path):
+        return load_sharded(found, module, optimizer, fabric.world_size)
     content = open_torch_file(path)
     if missing := [key for key in PUBLISHED_KEYS if not isinstance(content, dict) or key not in content]:
         raise ValueError(f"{path} is no checkpoint: it lacks {', '.join(missing)}")
@@ -153,13 +182,11 @@ def load_checkpoint(fabric: Fabric, checkpoint: CheckpointInfo | Path, state: di
         raise ValueError(
             f"{path} is of step {content['step_count']}, its marker says {checkpoint.step}: one is damaged"
         )
-    module = _module(state["model"])
-    optimizer = getattr(state["optimizer"], "optimizer", state["optimizer"])
     model_state = clean_names(content["model"], path)
     check_state(path, model_state, {name: tuple(value.shape) for name, value in module.state_dict().items()})
     check_finite(path, model_state)
     optimizer_state = read_optimizer_state(path, content["optimizer"], module, optimizer, content["step_count"])
-    if _is_sharded(module):
+    if _is_distributed(module):
         before = [dict(group) for group in optimizer.param_groups]
         fabric.load(path, {"model": state["model"], "optimizer": state["optimizer"]}, weights_only=True)
         keep_speed(optimizer, before)
@@ -179,7 +206,14 @@ def _module(model: Any) -> nn.Module:
     return module
 
 
-def _is_sharded(module: nn.Module) -> bool:
+def _optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that Fabric wrapped."""
+    plain = getattr(optimizer, "optimizer", optimizer)
+    assert isinstance(plain, torch.optim.Optimizer)
+    return plain
+
+
+def _is_distributed(module: nn.Module) -> bool:
     """Whether FSDP2 holds the parameters."""
     from torch.distributed.tensor import DTensor
 

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, read_record
-from lit_gpt.checkpoints.run_files import marker_path, open_checkpoint
+from lit_gpt.checkpoints.markers import is_sharded, marker_path
+from lit_gpt.checkpoints.run_files import CheckpointInfo, open_checkpoint
+from lit_gpt.checkpoints.sharded import read_model_state
 from lit_gpt.checkpoints.tensor_checks import check_finite, check_state
 from lit_gpt.checkpoints.torch_files import clean_names, open_torch_file
 from lit_gpt.config import SIZES, Config
@@ -45,7 +47,7 @@ def load_weights(
     """Read weights from an export, a run folder or checkpoint of ours, or a published `.safetensors` or `.pth`.
 
     Args:
-        path: a file, or a run folder (its newest complete checkpoint counts).
+        path: a file, a folder of shards, or a run folder (its newest complete checkpoint counts).
         warn: called with a line for what is skipped.
 
     Returns:
@@ -58,7 +60,12 @@ def load_weights(
     path = Path(path)
     from_folder = path.is_dir()
     if from_folder:
-        path = _in_folder(path)
+        found = _in_folder(path)
+        path = found.path
+        if is_sharded(path):
+            state = of_family(path, read_model_state(found))
+            check_finite(path, state)
+            return state, _record_of(path, {"record": found.record}, warn)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}: no such file{_neighbours(path)}")
     if path.suffix == SUFFIX:
@@ -293,10 +300,10 @@ def _check_name(path: Path | str, config: Config, model_name: str | int) -> None
         raise ValueError(f"{path} holds {config.name}, {asked.name} was asked for: give the file's model, or none")
 
 
-def _in_folder(folder: Path) -> Path:
-    """The checkpoint of a run folder."""
+def _in_folder(folder: Path) -> CheckpointInfo:
+    """The checkpoint of a run folder, or that a folder of shards is."""
     try:
-        return open_checkpoint(folder).path
+        return open_checkpoint(folder)
     except FileNotFoundError:
         files = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
         if not files:

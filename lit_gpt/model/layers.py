@@ -149,12 +149,35 @@ class Block(nn.Module):
         self.attn = SelfAttention(config)
         self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
+        self.keeps_products = False
+        """Keep the outputs of matrix products and attention for backward, and compute everything else again there."""
 
     def forward(self, x: Tensor, context: AttentionContext, cached: LayerUpdate | None = None) -> Tensor:
         """(B, T, C) to (B, T, C), or to (B, W, C) at the context's columns."""
+        if self.keeps_products and torch.is_grad_enabled():
+            # In here, where torch.compile sees it: around a compiled block it would see none of the products.
+            return torch.utils.checkpoint.checkpoint(
+                self._compute, x, context, cached, use_reentrant=False, context_fn=_keep_products
+            )
+        return self._compute(x, context, cached)
+
+    def _compute(self, x: Tensor, context: AttentionContext, cached: LayerUpdate | None) -> Tensor:
         attended = self.attn(self.norm_1(x), context, cached)
         x = (x if context.columns is None else _at_columns(x, context.columns)) + attended
         return x + self.mlp(self.norm_2(x))
+
+
+def _keep_products() -> Any:
+    """The contexts of a forward pass and its repetition in backward, for `torch.utils.checkpoint`."""
+    return torch.utils.checkpoint.create_selective_checkpoint_contexts(_is_kept)
+
+
+def _is_kept(context: Any, operation: Any, *_: Any, **__: Any) -> Any:
+    """Whether an operation's output is kept: matrix products and attention, by any kernel."""
+    name = operation.overloadpacket.__name__
+    kept = name in ("mm", "addmm", "bmm", "baddbmm") or "attention" in name or "flash" in name
+    policy = torch.utils.checkpoint.CheckpointPolicy
+    return policy.MUST_SAVE if kept else policy.PREFER_RECOMPUTE
 
 
 class Transformer(nn.Module):
@@ -172,8 +195,6 @@ class Transformer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False
-        """Recompute each block in backward instead of keeping its activations (activation checkpointing)."""
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.transformer = nn.ModuleDict(
             {
@@ -185,6 +206,18 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(config)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        self.checkpoint_blocks = False
+
+    @property
+    def checkpoint_blocks(self) -> bool | str:
+        """Activation checkpointing: True computes each block again in backward, `selective` all but products and attention."""
+        return self._checkpoint_blocks
+
+    @checkpoint_blocks.setter
+    def checkpoint_blocks(self, value: bool | str) -> None:
+        self._checkpoint_blocks = value
+        for block in self.transformer.h:
+            block.keeps_products = value == "selective"
 
     @classmethod
     def from_name(cls, name: str | int, **overrides: Any) -> Self:
@@ -274,7 +307,7 @@ class Transformer(nn.Module):
                 query_rope = self._rope_at(columns if positions is None else positions.gather(1, columns))
                 arguments = visibility.attention_arguments(columns, keys, device)
                 context = AttentionContext(rope, *arguments, columns, query_rope)
-            if self.checkpoint_blocks and torch.is_grad_enabled():
+            if self.checkpoint_blocks is True and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context, None if cache is None else functools.partial(cache.update, layer))

@@ -104,8 +104,8 @@ class _Trainer:
         self.step = folder.restore(fabric, self.prepared.model, self.prepared.optimizer)
         self._trials_left = _TRIAL_STEPS
         self.tokens = folder.total_tokens
-        # The step that is on the disk, and whether the weights are a whole step's (false while they are updated).
-        self._saved_step, self._whole = self.step, True
+        # Whether the weights are a whole step's (false while they are updated).
+        self._whole = True
         self.speed = speed_monitor.SpeedMonitor(
             fabric.world_size, speed_monitor.peak_flops(fabric.device, folder.precision)
         )
@@ -146,6 +146,8 @@ class _Trainer:
             saves = last or stop or self.step % config.save_interval == 0
             if logs or validates or saves:
                 numbers = self._checked_numbers()
+                with self.speed.saving():
+                    self.folder.saves.look(self.fabric)
             if logs:
                 self._log(numbers)
             if validates:
@@ -332,15 +334,17 @@ class _Trainer:
             "step_count": self.step,
             "total_tokens": self.tokens,
         }
-        self.folder.save(self.fabric, state, self.layout.micro_batch_size, alone)
-        self._saved_step = self.step
+        with self.speed.saving():
+            self.folder.save(self.fabric, state, self.layout.micro_batch_size, alone)
 
     def _save_what_is_whole(self) -> None:
         """Before an error ends the run: save the last whole step, unless it is on the disk or its numbers are no good.
 
         The other processes may be gone or wait elsewhere, so the first one does it alone, where it has the whole model.
         """
-        if not self._whole or self.step == self._saved_step or not self.fabric.is_global_zero:
+        saves = self.folder.saves
+        saves.settle()
+        if not self._whole or self.step == saves.saved_step or not self.fabric.is_global_zero:
             return
         try:
             # From a bad step on the weights are older than the step's number.
@@ -352,6 +356,9 @@ class _Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Export the final weights, and write down the result."""
+        with self.speed.saving():
+            self.folder.saves.wait(self.fabric)
+        devices.say(self.fabric, self.speed.saving_line())
         result: dict[str, Any] = {"step": self.step, "total_tokens": self.tokens}
         if self.validated is not None:
             result.update(self.validated.record())

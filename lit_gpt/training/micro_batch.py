@@ -102,7 +102,7 @@ def _activation_bytes(model: Transformer, terms: LossTerms) -> float:
     """Memory that a training step keeps per row, in float32: an estimate from above."""
     config, length = model.config, terms.input_ids.size(1)
     per_block = 16 * config.n_embd + 6 * config.intermediate_size
-    blocks = 2 if model.checkpoint_blocks else config.n_layer
+    blocks = 2 if model.checkpoint_blocks is True else config.n_layer
     # The embedding's output, the final norm and the loss's own rows come on top.
     per_token = per_block * blocks + (config.n_layer + 8) * config.n_embd
     # Where attention needs a mask, torch keeps one of numbers in every block.

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lit_gpt import cli, devices, files, processes
 from lit_gpt.checkpoints import export, run_files, run_record, saving, weights
 from lit_gpt.training import loggers, skipped_steps, speed_monitor
+from lit_gpt.training.checkpoint_saves import CheckpointSaves
 from lit_gpt.training.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class RunFolder:
         # Checkpoints of later micro steps than this one are not this run's any more; the first save deletes them.
         self._valid_until: int | None = None
         self._loggers: loggers.RunLoggers | None = None
+        self.saves = CheckpointSaves(path, config.shard_checkpoints_gb, self._discard_later)
+        """Writes the checkpoints."""
 
     @classmethod
     @contextlib.contextmanager
@@ -194,6 +197,7 @@ class RunFolder:
         state = {"model": model, "optimizer": optimizer}
         rest = saving.load_checkpoint(fabric, self.start, state)
         self.total_tokens = int(rest.get("total_tokens", 0))
+        self.saves.saved_step = self.start.step
         return self.start.step
 
     def micro_batch_size(self, world_size: int) -> int | None:
@@ -207,23 +211,13 @@ class RunFolder:
             self._loggers.log(metrics, step)
 
     def save(self, fabric: Fabric, state: dict[str, Any], micro_batch_size: int, alone: bool = False) -> None:
-        """Write a checkpoint; every process calls it, or the first one alone. The final one does not count as kept.
-
-        Raises:
-            SaveError: it could not be written.
-            ValueError: alone, and the model is sharded over processes.
-        """
+        """Write a checkpoint, as `CheckpointSaves.save` does. The final one does not count as kept."""
         run = {"micro_batch_size": micro_batch_size, "world_size": fabric.world_size}
         record = {**self.record, "settings": self.experiment.settings, "run": run}
         keep = self.config.keep_checkpoints
         if keep and state["step_count"] == self.experiment.max_steps:
             keep += 1
-        path = saving.save_checkpoint(fabric, self.path, state, record, keep or None, alone)
-        if alone:
-            self._discard_later(path)
-        else:
-            devices.on_rank_zero(fabric, lambda: self._discard_later(path))
-        devices.say(fabric, f"saved {path}")
+        self.saves.save(fabric, state, record, keep or None, alone)
 
     def _discard_later(self, saved: Path) -> None:
         """After the first save of a run that was taken back: delete what it was taken back from."""
@@ -265,6 +259,7 @@ class RunFolder:
 
     def interrupted(self, fabric: Fabric, signal_number: int, step: int) -> NoReturn:
         """Leave after a signal; everything is saved."""
+        self.saves.wait(fabric)
         fabric.barrier()
         name = signal.Signals(signal_number).name
         raise cli.Interrupted(

@@ -28,7 +28,7 @@ class TrainConfig:
         "max_steps", "warmup_steps", "accelerator", "devices", "nodes_num", "strategy", "precision", "compile",
         "attention_kernel", "micro_batch_size", "activation_checkpointing", "log_interval", "save_interval",
         "keep_checkpoints", "val_interval", "val_samples", "val_draws", "logger", "log_dir", "models_dir", "resume",
-        "overwrite", "skip_steps",
+        "overwrite", "skip_steps", "shard_checkpoints_gb",
     })  # fmt: skip
 
     batch_size: int = 256
@@ -74,8 +74,9 @@ class TrainConfig:
     """Fuse kernels with torch.compile: on, off, or auto (on for runs of 200 steps or more of rows of one length)."""
     attention_kernel: str = "auto"
     """auto, torch, flash_attn or xformers."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    activation_checkpointing: bool | str = False
+    """Recompute activations in the backward pass: true all of them (less memory, a third more time), selective all but what
+    matrix products and attention give, false none."""
 
     log_interval: int = 10
     """Steps between two lines of the log."""
@@ -83,6 +84,9 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """How many checkpoints of a run are kept beside the final one; 0 keeps all."""
+    shard_checkpoints_gb: float = 10.0
+    """Checkpoints of more GB than this (12 bytes a parameter, optimizer included) are folders, of which each process writes
+    its part while training goes on; smaller ones are single files, for which training waits."""
     val_interval: int = 0
     """Steps between two validations; 0 validates at the end only."""
     val_samples: int = 512
@@ -123,6 +127,8 @@ class TrainConfig:
             skipped_steps.parse_ranges(self.skip_steps)
         except ValueError as error:
             found.append(str(error))
+        if not 0 <= self.shard_checkpoints_gb < float("inf"):
+            found.append(f"--shard_checkpoints_gb {self.shard_checkpoints_gb:g}: at least 0")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             found.append(f"--warmup_steps {self.warmup_steps}: at least 0")
         if not 0 <= self.min_lr <= self.learning_rate:
@@ -133,10 +139,11 @@ class TrainConfig:
             "compile": ("auto", "on", "off"),
             "strategy": STRATEGIES,
             "precision": PRECISIONS,
+            "activation_checkpointing": (False, True, "selective"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                found.append(f"--{name} {getattr(self, name)}: expected {', '.join(allowed)}")
+                found.append(f"--{name} {getattr(self, name)}: expected {', '.join(map(str, allowed)).lower()}")
         return found
 
 

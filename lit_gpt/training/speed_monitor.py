@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class _Interval:
 
 @dataclass
 class SpeedMonitor:
-    """Counts what training does between two lines of the log, and its rates; validation's time is left out."""
+    """Counts what training does between two lines of the log, and its rates; the time of validation and saving is left out."""
 
     world_size: int
     """Devices."""
@@ -65,17 +66,33 @@ class SpeedMonitor:
     """Of one device, in the precision in use; None where unknown (CPUs)."""
     validation_s: float = 0.0
     """Seconds spent in validation so far."""
+    saving_s: float = 0.0
+    """Seconds for which training waited for checkpoints so far."""
     _start: float = field(default_factory=time.perf_counter)
     _train_s: float = 0.0
     _interval: _Interval = field(default_factory=_Interval)
 
     def elapsed_s(self) -> float:
-        """Seconds since the start, validation included."""
+        """Seconds since the start, validation and saving included."""
         return time.perf_counter() - self._start
 
     def add_validation(self, seconds: float) -> None:
         """Count seconds as validation's."""
         self.validation_s += seconds
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count what is done in this context as saving."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.saving_s += time.perf_counter() - started
+
+    def saving_line(self) -> str:
+        """What saving has cost, for the console."""
+        total = self.elapsed_s()
+        return f"saving took {self.saving_s:.1f} s of {total:.1f} s ({self.saving_s / max(total, 1e-9):.1%})"
 
     def add_micro_batch(self, work: MicroBatchWork) -> None:
         """Count what this device did in a micro batch; the other devices do as much."""
@@ -95,7 +112,7 @@ class SpeedMonitor:
     def rates(self) -> dict[str, float]:
         """Metrics since the last call, under the published names."""
         total = self.elapsed_s()
-        train = total - self.validation_s
+        train = total - self.validation_s - self.saving_s
         span = max(train - self._train_s, 1e-9)
         interval = self._interval
         batches_per_s = interval.micro_batches / span
@@ -104,6 +121,7 @@ class SpeedMonitor:
         metrics = {
             "time/train": train,
             "time/val": self.validation_s,
+            "time/save": self.saving_s,
             "time/total": total,
             "data/wait_ms": 1000 * interval.data_wait_s / max(interval.steps, 1),
             "data/wait_share": interval.data_wait_s / span,
@@ -124,6 +142,7 @@ class SpeedMonitor:
 RATE_COLUMNS = (
     "time/train",
     "time/val",
+    "time/save",
     "time/total",
     "data/wait_ms",
     "data/wait_share",

@@ -7,6 +7,7 @@ the reason; hashes are computed from the bytes, never copied from a record.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors import safe_open
 
 from lit_gpt.checkpoints import run_files, run_record, torch_files, weights
 from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, read_record
-from lit_gpt.checkpoints.run_files import marker_path
+from lit_gpt.checkpoints.markers import is_sharded, marker_path
 from lit_gpt.checkpoints.run_record import RUN_RECORD_NAME
+from lit_gpt.checkpoints.shard_files import read_index
 from lit_gpt.data import packed_format
 from lit_gpt.files import file_sha256, lock_holder, open_regular, read_json_object
 from lit_gpt.tokenizer import Tokenizer
@@ -24,8 +26,8 @@ from lit_gpt.tokenizer import Tokenizer
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt")
 _EXPECTED = (
-    "a run folder, a checkpoint (.pth), weights (.safetensors), packed data (.bin or a folder of them), a manifest, "
-    "or a tokenizer"
+    "a run folder, a checkpoint (.pth, or a folder of shards), weights (.safetensors), packed data (.bin or a folder of "
+    "them), a manifest, or a tokenizer"
 )
 
 
@@ -65,6 +67,8 @@ def path_info(path: Path | str) -> dict[str, Any]:
 
 def _folder(path: Path) -> dict[str, Any]:
     """A folder, by what lies in it."""
+    if is_sharded(path):
+        return _shards(path)
     if (path / RUN_RECORD_NAME).exists() or run_files.list_checkpoints(path):
         return _run_folder(path)
     if any((path / name).exists() for name in _TOKENIZER_FILES) and not any(path.glob("*.bin")):
@@ -91,6 +95,7 @@ def _run_folder(path: Path) -> dict[str, Any]:
         entry: dict[str, Any] = {"file": file.name, "size": file.stat().st_size}
         try:
             info = run_files.open_checkpoint(file)
+            entry["size"] = info.size
             complete = "complete" if info.sha256 else "opens, but has no completion marker"
             entry |= {"step": info.step, "iter_num": info.iter_num, "sha256": info.sha256, "state": complete}
             record = record or info.record
@@ -130,6 +135,26 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     described["parameters"] = sum(value.numel() for value in state.values())
     settings = record.get("settings") if isinstance(record, dict) else content.get("hparams")
     return {**described, "settings": settings if isinstance(settings, dict) else {}}
+
+
+def _shards(path: Path) -> dict[str, Any]:
+    """A checkpoint that is a folder of shards, without reading its tensors."""
+    info = run_files.open_checkpoint(path)
+    index = read_index(info.shards)
+    sizes = [math.prod(saved.shape) for name, saved in index.items() if name.startswith("model.")]
+    return {
+        "what": "checkpoint",
+        "path": str(path),
+        "size": info.size,
+        "sha256": info.sha256,
+        "state": "complete",
+        **_model_of(info.record),
+        "step": info.step,
+        "iter_num": info.iter_num,
+        "shards": len(info.shards),
+        "parameters": sum(sizes),
+        "settings": info.settings,
+    }
 
 
 def _weights(path: Path) -> dict[str, Any]:
@@ -263,6 +288,8 @@ def _json_file(path: Path) -> dict[str, Any]:
     value = read_json_object(path)
     if path.name == RUN_RECORD_NAME and "run_id" in value:
         return _run_folder(path.parent)
+    if {"iter_num", "shards", "record"} <= value.keys():
+        return _shards(path.parent)
     if {"iter_num", "sha256", "record"} <= value.keys():
         return _checkpoint(path.with_suffix(".pth"))
     if isinstance(value.get("files"), dict):

@@ -205,6 +205,7 @@ def test_an_mdm_starts_from_an_arms_weights(folder):
         ({"accelerator": "cuda", "max_steps": 5}, "no CUDA device"),
         ({"init_from": "missing.safetensors", "max_steps": 5}, "missing.safetensors"),
         ({"max_steps": 5, "min_lr": 1.0}, "0 <= min_lr <= learning_rate"),
+        ({"max_steps": 5, "activation_checkpointing": "some"}, "expected false, true, selective"),
         (
             {"max_steps": 30, "learning_rate": 1e30, "grad_clip": 0, "save_interval": 1},
             "not finite, stopped before the update",

@@ -294,16 +294,19 @@ def test_loss_over_nothing_is_zero_and_trains(kind: type[Transformer]):
 
 
 @BOTH
-def test_recomputing_activations_changes_nothing(kind: type[Transformer]):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputing_activations_changes_nothing(kind: type[Transformer], compiled: bool):
     model = tiny(kind)
+    model.compile_blocks(compiled)
     ids, weights = tokens(2, 10), torch.ones(2, 10)
     results = []
-    for model.checkpoint_blocks in (False, True):
+    for model.checkpoint_blocks in (False, True, "selective"):
         model.zero_grad()
         total, _, _ = weighted_nll(model, ids, ids, weights, weights.bool())
         total.backward()
         results.append([total.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
     assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
 
 
 @BOTH

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lit_gpt.checkpoints.run_files import FORMAT_VERSION
+from lit_gpt.checkpoints.markers import FORMAT_VERSION
 from lit_gpt.config import Config
 from lit_gpt.files import file_sha256
 from lit_gpt.model.layers import Transformer

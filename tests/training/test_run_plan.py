@@ -74,6 +74,15 @@ def test_memory_is_within_15_percent_of_a_real_step(name, model_class, precision
     assert planned.total == pytest.approx(measured, rel=0.15)
 
 
+def test_selective_checkpointing_takes_less_memory_than_none_and_more_than_full():
+    config, logits = CONFIGS["many layers"], kernels.chunk_elements(torch.device("cpu"))
+    none, selective, full = (
+        measured_memory(StepShape(TransEncoder, "bf16-mixed", which, logits), config)
+        for which in (False, "selective", True)
+    )
+    assert full < 0.7 * selective and selective < 0.7 * none
+
+
 @pytest.mark.parametrize(
     ("script", "ssl_ratio"), [("train_mdm.py", 0.0), ("train_ar.py", 0.0), ("train_mdm_rl.py", 0.5)]
 )
