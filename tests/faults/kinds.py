@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.setups import SAVE_EVERY, STEPS, TIMEOUT_S, VALIDATE_EVERY, Start, send
+from tests.faults.setups import SAVE_EVERY, SETUPS, STEPS, TIMEOUT_S, VALIDATE_EVERY, Start, send
 
 # Room for a run's checkpoints, with its data; small enough to be filled at once.
 DISK_BYTES = 24 << 20
@@ -161,8 +161,9 @@ def damage(folder: Path, chance: random.Random) -> tuple[str, Path, bytes] | Non
     Returns:
         What was done, the file, and its contents before; None where there is no such file yet.
     """
-    patterns = ["**/iter-*-ckpt.pth", "**/iter-*-ckpt.pth", "**/iter-*-ckpt.json", "**/run.json"]
-    files = sorted((folder / "workdir").glob(chance.choice(patterns)))
+    weights = ("iter-*-ckpt.pth", "iter-*-ckpt/*.safetensors")
+    patterns = chance.choice([weights, weights, ("iter-*-ckpt.json", "iter-*-ckpt/checkpoint.json"), ("run.json",)])
+    files = sorted(path for pattern in patterns for path in folder.glob(f"workdir/*/*/{pattern}"))
     truncates, share = chance.random() < 0.4, chance.random()
     flips = [(chance.random(), chance.randrange(8)) for _ in range(chance.choice([1, 1, 2, 8]))]
     if not files:
@@ -201,7 +202,7 @@ KINDS = {
     "damage": Kind(kill, 4, damages=True),
     "disk": Kind(fill_disk, 2),
     "quota": Kind(limit_files, 1),
-    "stop": Kind(stop, 2, setups=("ddp", "fsdp", "torchrun", "torchrun-fsdp", "torchrun-restarts", "lightning")),
+    "stop": Kind(stop, 2, setups=tuple(name for name, setup in SETUPS.items() if setup.processes > 1)),
 }
 
 

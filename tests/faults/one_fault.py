@@ -63,7 +63,15 @@ def read_finished(folder: Path) -> Finished:
     columns = ("metric/train_loss", "metric/grad_norm", "metric/val_loss", "total_tokens")
     with log.open(newline="") as file:
         rows = {(row["step"], name): row[name] for row in csv.DictReader(file) for name in columns if row[name]}
-    return Finished(final_state(folder), load_file(export), rows, _files(folder))
+    return Finished(_last_state(folder), load_file(export), rows, _files(folder))
+
+
+def _last_state(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint, be it a file or a folder of shards."""
+    if not (shards := sorted(folder.glob("workdir/*/*/iter-*-ckpt/*.safetensors"))):
+        return final_state(folder)
+    last = [path for path in shards if path.parent == shards[-1].parent]
+    return {f"{path.name} {name}": value for path in last for name, value in load_file(path).items()}
 
 
 def run_unbroken(setup: str, folder: Path) -> Finished:

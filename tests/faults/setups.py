@@ -56,12 +56,15 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 LIGHTNING = (str(BIN / "lightning"), "run", "model", "--accelerator=cpu", "--devices=2")
 TWO = {"devices": 2}
 SHARDED = {"strategy": "fsdp"}
+FOLDERS = {"strategy": "fsdp", "shard_checkpoints_gb": 0}
 SETUPS = {
     "one": Setup((sys.executable,), processes=1),
     "ddp": Setup((sys.executable,), TWO),
     "fsdp": Setup((sys.executable,), TWO | SHARDED),
+    "folders": Setup((sys.executable,), TWO | FOLDERS),
     "torchrun": Setup(TORCHRUN),
     "torchrun-fsdp": Setup(TORCHRUN, SHARDED),
+    "torchrun-folders": Setup(TORCHRUN, FOLDERS),
     "torchrun-restarts": Setup((*TORCHRUN, "--max-restarts", "2")),
     "lightning": Setup(LIGHTNING),
 }
