@@ -36,6 +36,7 @@ def test_every_twenty_faults_hold_every_kind():
 def test_what_a_run_may_print():
     lines = ["warning: a checkpoint is skipped\n", "error: no data\n"]
     assert read_output(lines) == (["error: no data"], [])
+    assert read_output(["warning: step 2 is lost: [third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error\n"])[1]
     trace = ["Traceback (most recent call last):\n", '  File "a.py", line 1\n', "ValueError: no\n"]
     assert read_output([*lines, *trace])[1] == [line.rstrip() for line in trace]
     report = [
