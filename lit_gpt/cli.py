@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar
 
-from lit_gpt.processes import lost_a_process, process_rank, speaks_for_run
+from lit_gpt.processes import end_children, end_with_parent, lost_a_process, process_rank, speaks_for_run
 
 FlagsT = TypeVar("FlagsT")
 USER_ERROR_CODE = 2
@@ -99,6 +99,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     _use_utf8()
     _open_closed_streams()
     show_warnings()
+    end_with_parent()
     try:
         main()
         try:
@@ -188,6 +189,7 @@ def leave(code: int) -> NoReturn:
             sys.stdout.flush()
             sys.stderr.flush()
         if code:
+            end_children()
             os._exit(code)
         distributed.destroy_process_group()
     for name in ("stdout", "stderr"):

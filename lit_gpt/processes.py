@@ -6,9 +6,13 @@ put into torchrun's here, so that everything else (torch.distributed, Lightning)
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
+import re
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -17,6 +21,8 @@ EVALUATION_TIMEOUT_S = 24 * 3600
 # Where srun's tasks meet: this port and the last four digits of the job's number, as Lightning has it, so that two jobs
 # on a machine seldom take the same one.
 _LEAST_PORT = 15000
+# torch's and Lightning's own default.
+_TRAINING_TIMEOUT_S = "1800"
 # How long a process other than the first waits before it reports an error of its own.
 _OTHERS_WAIT_S = 3.0
 
@@ -66,6 +72,20 @@ def launched_world() -> LaunchedWorld | None:
     return LaunchedWorld(launcher, rank, size, local_size)
 
 
+def training_timeout() -> datetime.timedelta:
+    """How long a run's processes wait for one that does not answer: SMDM_TIMEOUT_S in the environment, or half an hour.
+
+    Raises:
+        ValueError: the variable is no number of seconds.
+    """
+    text = os.environ.get("SMDM_TIMEOUT_S", _TRAINING_TIMEOUT_S)
+    if not re.fullmatch(r"[1-9]\d{0,7}", text):
+        raise ValueError(
+            f"the environment's SMDM_TIMEOUT_S is {text[:20]!r}: expected whole seconds, such as {_TRAINING_TIMEOUT_S}"
+        )
+    return datetime.timedelta(seconds=int(text))
+
+
 def launch_name() -> str | None:
     """What stays the same when the launcher starts its processes again: Slurm's job, or torchrun's agent; None without."""
     if "SLURM_JOB_ID" in os.environ:
@@ -88,6 +108,7 @@ def connect_after_restart(backend: str) -> None:
     store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     distributed.init_process_group(
         backend,
+        timeout=training_timeout(),
         store=distributed.PrefixStore(f"start_{count}", store),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
@@ -157,3 +178,27 @@ def speaks_for_run() -> bool:
     parent = os.getppid()
     time.sleep(_OTHERS_WAIT_S)
     return os.getppid() == parent
+
+
+def end_with_parent() -> None:
+    """From now on, end a process that a launcher has started as soon as the launcher is gone, however that ended.
+
+    Called before anything slow: while processes start and look for each other nothing else would end them for half an hour.
+    """
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=_await_another_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _await_another_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def end_children() -> None:
+    """Kill the processes that this one has started; they end with it anyhow, but for one that hangs or is stopped."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()

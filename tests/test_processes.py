@@ -7,7 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -198,6 +200,86 @@ def test_sruns_tasks_are_one_run(folder):
     assert [task.returncode for task in tasks] == [0, 0], results
     assert "device: 2 x cpu" in results[0][0] and results[1][0] == ""
     assert 12 in read_losses(folder)
+
+
+STARTING = """
+import os, subprocess, sys, time
+from lit_gpt import cli
+
+def main():
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+if sys.argv[1:] == ["launcher"]:
+    subprocess.run([sys.executable, sys.argv[0]], env={**os.environ, "LOCAL_RANK": "1"})
+else:
+    cli.run(main)
+"""
+
+
+def test_processes_end_with_their_launcher_while_they_still_start(tmp_path):
+    """Whatever they are doing then: they look for each other, or read the data, and would wait for half an hour."""
+    script = tmp_path / "starting.py"
+    script.write_text(STARTING)
+    environment = {**one_thread_environment(), "PYTHONPATH": str(ROOT)}
+    launcher = subprocess.Popen(
+        [sys.executable, script, "launcher"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    process = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()
+    launcher.wait()
+    try:
+        process.wait(20)
+    finally:
+        if process.is_running():
+            process.kill()
+
+
+@pytest.fixture
+def started(folder):
+    """A run of two processes by --devices, with a short time-out; nothing is left of it afterwards."""
+    command = [sys.executable, *pretraining_command("train_mdm.py", folder, **FLAGS | {"max_steps": 10**6}, devices=2)]
+    environment = {**one_thread_environment(), "SMDM_TIMEOUT_S": "15"}  # starting takes several seconds
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+    yield process
+    for child in psutil.Process(process.pid).children() if process.poll() is None else ():
+        child.kill()
+    process.kill()
+    process.communicate()
+
+
+def second_process(first):
+    """The process that the first one starts."""
+    while not (children := psutil.Process(first.pid).children()):
+        assert first.poll() is None
+        time.sleep(0.01)
+    return children[0]
+
+
+def test_a_process_that_ends_while_it_starts_is_named(started):
+    """Lightning would kill the first process five seconds later, without a word."""
+    second_process(started).kill()
+    _, err = started.communicate(timeout=100)
+    assert (started.returncode, err) == (1, "error: process 1 was ended by SIGKILL while the processes were starting\n")
+
+
+def test_a_stopped_process_ends_the_run_and_is_not_left_behind(started):
+    assert any("step 5:" in line for line in started.stdout)
+    second = second_process(started)
+    second.suspend()
+    _, err = started.communicate(timeout=100)
+    assert (
+        started.returncode == 1 and err.count("\n") == 1 and "another process of this run has ended, or does not" in err
+    )
+    second.wait(5)
+
+
+@pytest.mark.parametrize("text", ["", "0", "half an hour", "1e3", "9" * 99])
+def test_a_timeout_that_is_none_is_refused(folder, monkeypatch, text):
+    monkeypatch.setenv("SMDM_TIMEOUT_S", text)
+    with pytest.raises(ValueError, match="SMDM_TIMEOUT_S is .* expected whole seconds"):
+        processes.training_timeout()
 
 
 LATE = """

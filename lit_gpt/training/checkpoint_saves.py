@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lit_gpt import cli, devices
+from lit_gpt import cli, devices, processes
 from lit_gpt.checkpoints import run_files, saving
 from lit_gpt.checkpoints.markers import checkpoint_path
 from lit_gpt.checkpoints.sharded import ShardedSaves
@@ -136,4 +136,6 @@ class CheckpointSaves:
             self.saved_step = pending.step
         # The error that ends the run is the one to tell.
         except Exception as error:
-            cli.warn(f"step {pending.step} could not be saved: {error}")
+            lost = isinstance(error, RuntimeError) and processes.lost_a_process(error)
+            reason = "a process that has a part of it is gone" if lost else error
+            cli.warn(f"step {pending.step} could not be saved: {reason}")

@@ -7,23 +7,28 @@ imported late, so that a program without training does not wait for it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
-import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_gpt import processes
 from lit_gpt.devices import (
     default_precision,
     group_backend,
     keep_freed_memory,
     use_expandable_segments,
 )
-from lit_gpt.processes import LaunchedWorld, connect_after_restart, launched_world
+from lit_gpt.processes import LaunchedWorld, connect_after_restart, launched_world, training_timeout
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -86,18 +91,51 @@ def start_fabric(
         plugins=[environment] if plugin is None else [environment, plugin],
     )
     if not through_fabric:
-        if "LOCAL_RANK" in os.environ:
-            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         if world is not None:
             connect_after_restart(group_backend(kind))
-        fabric.launch()
-        # Everyone is connected before anyone may fail: who waits for a process that is gone waits for half an hour.
-        fabric.barrier()
+        with _watch_start(getattr(fabric.strategy.launcher, "procs", [])):
+            fabric.launch()
+            # Everyone is connected before anyone may fail: who waits for a process that is gone waits for half an hour.
+            fabric.barrier()
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
     return fabric
+
+
+@contextlib.contextmanager
+def _watch_start(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Until all processes are connected: end the run, in one line, when one that Lightning has started from here ends.
+
+    Lightning's own watch would kill this process without a word, later on while it saves the last step, too. It is
+    relieved of its list. Once connected, the next collective tells that a process is gone.
+
+    Args:
+        started: Lightning's list, still empty.
+    """
+    connected, children = threading.Event(), []
+
+    def watch() -> None:
+        while not connected.wait(0.2):
+            while started:
+                children.append(started.pop(0))
+            codes = {rank: code for rank, child in enumerate(children, start=1) if (code := child.poll())}
+            for rank, code in codes.items():
+                if code < 0:  # otherwise it has said why itself
+                    name = signal.Signals(-code).name
+                    line = f"error: process {rank} was ended by {name} while the processes were starting"
+                    print(line, file=sys.stderr, flush=True)
+                processes.end_children()
+                os._exit(max(code, 1))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        connected.set()
+        started.clear()
 
 
 # --- what the flags and the launcher say ------------------------------------------------------------------------------
@@ -155,13 +193,6 @@ def _resolve_devices(accelerator: str, devices: str) -> tuple[str, int]:
     return kind, int(devices)
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process when the one that started it is gone, however that ended."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +230,7 @@ def _strategy(name: str, kind: str, count: int, num_nodes: int, precision: str) 
     """Fabric's strategy of a name."""
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
-    backend = group_backend(kind)
+    backend, timeout = group_backend(kind), training_timeout()
     if name in ("fsdp", "hybrid"):
         return ModelParallelStrategy(
             parallelize_fn=functools.partial(
@@ -209,13 +240,16 @@ def _strategy(name: str, kind: str, count: int, num_nodes: int, precision: str) 
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=backend,
+            timeout=timeout,
         )
     if name != "ddp":
         return name
     # Views: gradients lie in what is sent, instead of beside it. The buffers are the rotary tables, which are constants.
     # No static graph: torch 2.13 fails with it (an assertion of its own) where the first step has several micro batches, and
     # what it spares, the search for parameters without gradients, is off.
-    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DDPStrategy(
+        process_group_backend=backend, timeout=timeout, gradient_as_bucket_view=True, forward_sync_buffers=False
+    )
 
 
 def _shard(model: Any, mesh: Any, replicas: int, mixed: bool) -> Any:
