@@ -25,6 +25,21 @@ TOY = [
 ]
 
 
+def test_scans_ranks_and_rates_in_this_process(tmp_path: Path):
+    corpus = input_ranks.Corpus(tmp_path, files=20, tokens=10**6, block_length=65, ranks=2, samples=128, batches=12)
+    input_ranks.make_sparse_files(corpus)
+    files = input_ranks._build_scanner(corpus)()[0]
+    # No token of the last file is taken for padding.
+    assert files.real_tokens.tolist() == [50_000] * 20
+    for rank in (0, 1):
+        first_s, early_mb, late_mb = input_ranks._build_rank(corpus, rank)(files)
+        assert first_s > 0 and late_mb >= 0.9 * early_mb > 0
+    assert [name for name, _ in input_ranks._build_rates(corpus, files)()] == [
+        f"{kind} files, {threads}" for threads in ("1 reader thread", "8 reader threads") for kind in ("cold", "warm")
+    ]
+
+
+@pytest.mark.slow
 def test_simulated_ranks_are_measured_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
