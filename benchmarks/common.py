@@ -41,7 +41,8 @@ class OwnProcess:
 
 def _serve(connection: Any, build: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
     work = build(*arguments)
-    with contextlib.suppress(EOFError):
+    # The other side has ended, or was interrupted.
+    with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             connection.send(work(*connection.recv()))
 

@@ -2,15 +2,23 @@
 
     python benchmarks/input_pipeline.py
     python benchmarks/input_pipeline.py --megabytes 2000 --files 500
+    python benchmarks/input_pipeline.py --ranks 16 --files 300000 --output docs/results/input_pipeline.md
 
 Writes made-up packed files to a temporary folder (removed at the end), opens them as training does, and prints a table.
 "Cold" means that the kernel was told to forget the files' pages first; the disk's own cache may still hold them. With
 --train_tokens_per_s (from a run's log) it also says how many times faster reading is than training. About 10 s.
+
+With --ranks it measures a start at the size of a large run instead: --tokens in --files sparse files, which take 4 KB of
+the disk each, read by so many ranks one after the other. Some minutes for 300,000 files, a third of them for removing them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
+import platform
+import signal
 import sys
 import tempfile
 import time
@@ -20,6 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
 
 from lit_gpt.cli import parse, run
 
@@ -38,6 +48,14 @@ class Flags:
     """Tokens of a sample."""
     megabytes: int = 400
     """Size of the made-up data, in 10^6 bytes of two bytes per token."""
+    ranks: int = 0
+    """Simulated processes that read sparse files; 0: one process reads real ones."""
+    tokens: float = 1e12
+    """Tokens of all sparse files."""
+    batches: int = 1000
+    """Batches that each of the simulated processes reads."""
+    output: str | None = None
+    """Also write what --ranks measured to this file, as a page."""
     files: int = 100
     """Number of files; more than 64 are not all mapped at once."""
     samples: int = 2000
@@ -51,8 +69,63 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, __doc__)
     if min(flags.block_length - 1, flags.megabytes, flags.files, flags.samples) < 1:
         raise ValueError("--block_length must be at least 2, --megabytes, --files and --samples at least 1")
+    if flags.ranks < 0 or flags.batches < 1 or flags.tokens < flags.files * flags.block_length:
+        raise ValueError("--ranks must be at least 0, --batches at least 1, --tokens at least a block for each file")
+    if flags.output is not None and (not flags.ranks or not Path(flags.output).parent.is_dir()):
+        raise ValueError(f"--output {flags.output}: needs --ranks, and a folder that is there")
+    # A scheduler's signal ends the work as Ctrl-C does, so that the files are removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="input_pipeline_") as folder:
-        measure(flags, Path(folder))
+        if flags.ranks:
+            simulate(flags, Path(folder))
+        else:
+            measure(flags, Path(folder))
+
+
+def simulate(flags: Flags, folder: Path) -> None:
+    """Print the page of a large corpus made in `folder`, and write it where --output says."""
+    from benchmarks.common import table
+    from benchmarks.input_ranks import Corpus, measure_ranks
+    from lit_gpt.evaluation import versions
+
+    started, load = time.perf_counter(), os.getloadavg()[0]
+    rows = measure_ranks(
+        Corpus(folder, flags.files, int(flags.tokens), flags.block_length, flags.ranks, flags.samples, flags.batches)
+    )
+    minutes = (time.perf_counter() - started) / 60
+    names = ("ranks", "files", "tokens", "batches", "samples", "block_length")
+    changed = [name for name in names if getattr(flags, name) != getattr(Flags, name)]
+    command = " ".join(
+        ["python benchmarks/input_pipeline.py", *(f"--{name} {getattr(flags, name)}" for name in changed)]
+    )
+    text = "\n\n".join(
+        [
+            "# Reading packed data at the size of a large run",
+            f"{datetime.date.today()}, commit {(versions.commit() or 'unknown')[:7]}, {os.cpu_count()} cores of "
+            f"{processor()}, {psutil.virtual_memory().total / 2**30:.0f} GB; load of the machine {load:.1f} before and "
+            f"{os.getloadavg()[0]:.1f} after, {minutes:.1f} minutes without removing the files:",
+            f"```\n{command}\n```",
+            f"{flags.tokens:g} tokens in {flags.files:,} sparse packed files (a block of the disk each), blocks of "
+            f"{flags.block_length} tokens, {flags.ranks} simulated ranks, each a process, one after the other, "
+            f"{flags.batches} batches of 8 samples each. "
+            "The first scan reads the headers that were just written. Sparse files take no time of the disk: cold means "
+            "that nothing of these samples was read before. Above a load of 1 the times are those of a busy machine. "
+            "Goals: the first batch under 2 s after the first scan, and no growth of a rank's memory.",
+            table(["what", "measured"], [list(row) for row in rows]),
+        ]
+    )
+    print(text, flush=True)
+    if flags.output is not None:
+        Path(flags.output).write_text(text + "\n")
+
+
+def processor() -> str:
+    """The processor's name as the kernel gives it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def measure(flags: Flags, folder: Path) -> None:

@@ -120,7 +120,7 @@ def largest_of_processes(fabric: Fabric, values: Sequence[float]) -> list[float]
 
 
 def on_rank_zero(fabric: Fabric, work: Callable[[], Any]) -> Any:
-    """Do file work on the first process; its result, or its error, is every process's."""
+    """Do work on the first process; its result, or its error, is every process's."""
     outcome: tuple[Any, Exception | None] = (None, None)
     if fabric.is_global_zero:
         try:

@@ -12,6 +12,7 @@ from lit_gpt.files import read_json_object, write_json
 RUN_RECORD_NAME = "run.json"
 # Of a long value (a hash), as much as tells two apart.
 _SHOWN_CHARACTERS = 40
+_REMEDY = "delete it, and the run goes on under a new id"
 
 
 def read_run_record(run_dir: Path, texts: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -27,11 +28,14 @@ def read_run_record(run_dir: Path, texts: tuple[str, ...] = ()) -> dict[str, Any
     path = Path(run_dir) / RUN_RECORD_NAME
     if not path.exists():
         return {}
-    record = read_json_object(path)
+    try:
+        record = read_json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_REMEDY}") from error
     wrong = [name for name in texts if not isinstance(record.get(name), str)]
     wrong += [name for name in ("result", "settings", "config") if not isinstance(record.get(name, {}), dict)]
     if wrong:
-        raise ValueError(f"{path} is damaged: it has no {wrong[0]}; delete it, and the run goes on under a new id")
+        raise ValueError(f"{path} is damaged: it has no {wrong[0]}; {_REMEDY}")
     return record
 
 

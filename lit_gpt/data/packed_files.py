@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_gpt.data.packed_format import HEADER_BYTES, TOKEN_TYPES, Chunk, parse_header
-from lit_gpt.files import open_regular, read_json_object, write_json
+from lit_gpt.files import read_json_object, write_json
 
 SCANS_CACHE = Path("~/.cache/smdm/packed_files")
 """Where scans of folders are kept that cannot be written to."""
@@ -194,8 +195,8 @@ def _scan(folder: Path, listing: _Listing, block_length: int) -> PackedFiles:
     """Open every file of a data set, once."""
     names = list(listing.files)
     recorded: dict[str, int] = {}
-    for manifest in listing.manifests:
-        recorded |= _recorded_tokens(folder / manifest, names)
+    for manifest, own in _names_by_manifest(listing).items():
+        recorded |= _recorded_tokens(folder / manifest, own)
     digest = hashlib.sha256(str(block_length).encode())
     codes, sizes, real_tokens = [], [], []
     for name, following, (chunk, start, end) in zip(names, [*names[1:], ""], _read_ends(folder, names), strict=True):
@@ -237,12 +238,17 @@ def _read_ends(folder: Path, names: Sequence[str]) -> Iterator[_Ends]:
 
 
 def _file_ends(path: Path) -> _Ends:
-    with open_regular(path) as file:
-        chunk = parse_header(file, path)
-        file.seek(0)
-        start = file.read(_FINGERPRINT_BYTES)
-        file.seek(-min(_FINGERPRINT_BYTES, os.fstat(file.fileno()).st_size), os.SEEK_END)
-        return _Ends(chunk, start, file.read())
+    # Five system calls and no file object: each call hands the interpreter's lock over, which costs more than the call.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: no regular file")
+        start = os.pread(descriptor, _FINGERPRINT_BYTES, 0)
+        end = os.pread(descriptor, _FINGERPRINT_BYTES, max(0, status.st_size - _FINGERPRINT_BYTES))
+    finally:
+        os.close(descriptor)
+    return _Ends(parse_header(start, status.st_size, path), start, end)
 
 
 def _tokens_before_padding(chunk: Chunk) -> int:
@@ -254,12 +260,19 @@ def _tokens_before_padding(chunk: Chunk) -> int:
     return chunk.size - run if run > 1 else chunk.size
 
 
+def _names_by_manifest(listing: _Listing) -> dict[str, list[str]]:
+    """The files of each manifest's series."""
+    names: dict[str, list[str]] = {manifest: [] for manifest in listing.manifests}
+    for name in listing.files if names else ():
+        names.get(_manifest_name(name), []).append(name)
+    return names
+
+
 def _recorded_tokens(manifest: Path, names: Sequence[str]) -> dict[str, int]:
-    """Real tokens of those files that a manifest names (`files: {name: {tokens: n}}`), of its own series."""
+    """Real tokens of those of a series' files that its manifest names (`files: {name: {tokens: n}}`)."""
     try:
         entries = read_json_object(manifest).get("files", {})
-        own = [name for name in names if _manifest_name(name) == manifest.name and entries.get(name) is not None]
-        found = {name: int(entries[name]["tokens"]) for name in own}
+        found = {name: int(entries[name]["tokens"]) for name in names if entries.get(name) is not None}
         if any(tokens < 0 for tokens in found.values()):
             raise ValueError("it counts fewer than 0 tokens")
         return found

@@ -11,7 +11,6 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -69,13 +68,12 @@ def read_header(path: Path) -> Chunk:
         ValueError: not a packed file, or a truncated one; says file, offset, what was found and expected.
     """
     with open_regular(path) as file:
-        return parse_header(file, path)
+        return parse_header(file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size, path)
 
 
-def parse_header(file: BinaryIO, path: Path) -> Chunk:
-    """`read_header` of an open file at its start."""
-    raw = file.read(HEADER_BYTES)
-    found = os.fstat(file.fileno()).st_size
+def parse_header(raw: bytes, found: int, path: Path) -> Chunk:
+    """`read_header` of a file's first bytes and its size in bytes."""
+    raw = raw[:HEADER_BYTES]
     if len(raw) < HEADER_BYTES or raw[: len(MAGIC)] != MAGIC:
         raise ValueError(
             f"{path}: not a packed token file: offset 0 holds {raw[: len(MAGIC)]!r}, expected {MAGIC!r} and "

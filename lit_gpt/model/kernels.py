@@ -1,9 +1,9 @@
 """The arithmetic that decides speed: attention, RMSNorm, rotary, SwiGLU, and linear + cross-entropy on chosen rows.
 
 Each is one function with a torch implementation that runs anywhere. Attention can also run on flash-attn or xformers
-where they are installed and the tensors suit them; the elementwise kernels are fused by torch.compile, which the trainer
-applies to whole blocks (`layers.Transformer.compile_blocks`) and, on GPUs, this file to the softmax of the loss. This is
-the only file that knows what is installed, and it looks only when asked.
+where they are installed and the tensors suit them, or on one of torch's own fast kernels; the elementwise kernels are
+fused by torch.compile, which the trainer applies to whole blocks (`layers.Transformer.compile_blocks`) and, on GPUs, this
+file to the softmax of the loss. This is the only file that knows what is installed, and it looks only when asked.
 
 B batch, T query tokens, S key tokens, H heads, G query groups (key/value heads), D head size, C width, V vocabulary, N rows.
 """
@@ -13,14 +13,24 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ATTENTION_CHOICES = ("auto", "torch", "flash_attn", "xformers")
+ATTENTION_CHOICES = ("auto", "torch", "flash_attn", "xformers", "torch_flash", "torch_cudnn")
+_PACKAGES = ("flash_attn", "xformers")
+# Torch's own by name: the one that is meant, then those for tensors that it does not take. The other fast one is left
+# out, because torch prefers cuDNN to flash or flash to cuDNN by its own judgement of the GPU.
+_TORCH_KERNELS = {
+    "torch_flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "torch_cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
+# Calls of a kernel that is timed: cuDNN makes its plan in the first one, and clocks rise.
+_WARM_UP_CALLS, _TIMED_CALLS = 3, 10
 # Logits of the loss that exist at one time, in elements: 64 MB of float32 on CPUs, where 512 rows of 32000 took 385 ms in
 # one chunk, 410 in two and 516 in eight (each chunk adds a pass over the head's gradient). On GPUs such a pass weighs as
 # much as the products of 500 rows, so the chunks are larger.
@@ -38,7 +48,8 @@ def choose(attention_kernel: str, device: torch.device, dtype: torch.dtype, comp
 
     Args:
         attention_kernel: one of ATTENTION_CHOICES; `auto` takes flash-attn on CUDA in half precision if it is installed,
-            then xformers, else torch (whose scaled_dot_product_attention has flash kernels of its own).
+            then xformers, else torch (whose scaled_dot_product_attention chooses among kernels of its own). Training
+            gives the name that `measured_attention` found instead.
         device: where the model runs.
         dtype: what the matrix products run in.
         compiled: whether torch.compile fuses the elementwise kernels.
@@ -50,16 +61,15 @@ def choose(attention_kernel: str, device: torch.device, dtype: torch.dtype, comp
         ValueError: a forced package is not installed or cannot run on this device and dtype.
     """
     global _attention_choice, _compile_loss
-    suits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    suits = _suits_fast_attention(device, dtype)
     if attention_kernel not in ATTENTION_CHOICES:
         raise ValueError(
             f"attention kernel {attention_kernel!r} is unknown: choose from {', '.join(ATTENTION_CHOICES)}"
         )
     if attention_kernel == "auto":
-        packages = [name for name in ("flash_attn", "xformers") if suits and importlib.util.find_spec(name)]
-        attention_kernel = packages[0] if packages else "torch"
+        attention_kernel = next(iter(_installed() if suits else []), "torch")
     elif attention_kernel != "torch":
-        if not importlib.util.find_spec(attention_kernel):
+        if attention_kernel in _PACKAGES and attention_kernel not in _installed():
             raise ValueError(
                 f"attention kernel {attention_kernel} is not installed: pip install 'smdm[fused]', or use torch"
             )
@@ -72,6 +82,76 @@ def choose(attention_kernel: str, device: torch.device, dtype: torch.dtype, comp
     _attention_choice, _compile_loss = attention_kernel, compiled and device.type != "cpu"
     blocks, loss = ("fused by torch.compile" if flag else "torch" for flag in (compiled, _compile_loss))
     return f"kernels: attention {attention_kernel}; rms_norm, rotary and swiglu {blocks}; linear + cross-entropy {loss}"
+
+
+def measured_attention(
+    shape: tuple[int, int, int, int], groups: int, is_causal: bool, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Time forward and backward of the attention kernels that are there, if there are several.
+
+    Args:
+        shape: (B, H, T, D) of the queries.
+        groups: G, of the keys and values.
+        is_causal: as `attention`.
+        device: where the model runs.
+        dtype: what the matrix products run in.
+
+    Returns:
+        Milliseconds by name, the fastest first; empty where `choose` has nothing to choose among.
+    """
+    if not _suits_fast_attention(device, dtype):
+        return {}
+    batch, _, length, size = shape
+    key_shape = (batch, groups, length, size)
+    q, k, v = (
+        torch.randn(each, device=device, dtype=dtype, requires_grad=True) for each in (shape, key_shape, key_shape)
+    )
+    names = [*_installed(), *_torch_kernels(q, k, v, is_causal)]
+    return fastest(names, lambda name: _milliseconds(name, q, k, v, is_causal)) if len(names) > 1 else {}
+
+
+def fastest(candidates: Sequence[str], timer: Callable[[str], float]) -> dict[str, float]:
+    """Every candidate's time, the least first; those that the timer cannot run are left out."""
+    times = {}
+    for name in candidates:
+        try:
+            times[name] = timer(name)
+        except (RuntimeError, ValueError):  # a package's own refusal of this GPU or shape; others may take it
+            continue
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def _milliseconds(name: str, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> float:
+    """Mean time of a kernel's forward and backward on a GPU, by the GPU's own clock."""
+    upstream = torch.ones_like(q)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for call in range(_WARM_UP_CALLS + _TIMED_CALLS):
+        if call == _WARM_UP_CALLS:
+            start.record()
+        torch.autograd.grad(_chosen_attention(name, q, k, v, is_causal), (q, k, v), upstream)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / _TIMED_CALLS
+
+
+def _suits_fast_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+
+
+def _installed() -> list[str]:
+    """The packages with attention kernels that are installed."""
+    return [name for name in _PACKAGES if importlib.util.find_spec(name)]
+
+
+def _torch_kernels(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> list[str]:
+    """Those of torch's own kernels that take these tensors."""
+    backends = torch.backends.cuda
+    params = backends.SDPAParams(q, k, v, None, 0.0, is_causal, q.size(1) != k.size(1))
+    usable = {
+        "torch_flash": backends.can_use_flash_attention(params),
+        "torch_cudnn": backends.can_use_cudnn_attention(params),
+    }
+    return [name for name, can_use in usable.items() if can_use]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -90,7 +170,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, mask: Te
     """
     if mask is None:
         if _attention_choice != "torch":
-            return _package_attention(q, k, v, is_causal)
+            return _chosen_attention(_attention_choice, q, k, v, is_causal)
         if q.size(2) == k.size(2) <= _PRODUCTS_KEYS and q.dtype == torch.bfloat16 and q.device.type == "cpu":
             return _attention_by_products(q, k, v, is_causal)
     return F.scaled_dot_product_attention(
@@ -110,10 +190,13 @@ def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> 
     return scores.softmax(-1).to(q.dtype) @ v
 
 
-def _package_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-    """`attention` by flash-attn or xformers: both take (B, T, H, D) and CUDA half precision."""
+def _chosen_attention(name: str, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    """`attention` by flash-attn or xformers, which both take (B, T, H, D) and CUDA half precision, or by a kernel of torch."""
+    if name in _TORCH_KERNELS:
+        with sdpa_kernel(_TORCH_KERNELS[name], set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if _attention_choice == "flash_attn":
+    if name == "flash_attn":
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q, k, v, causal=is_causal).transpose(1, 2)

@@ -5,8 +5,9 @@ Decision: what ended in the background is told where all processes look at the s
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,6 +47,8 @@ class CheckpointSaves:
         self._pending: _Pending | None = None
         self.saved_step = 0
         """The newest step that is on the disk, as far as this process knows."""
+        self.failed_step = 0
+        """The newest step that could not be written, and whose error has been raised."""
 
     def save(
         self, fabric: Fabric, state: dict[str, Any], record: dict[str, Any], keep: int | None, alone: bool = False
@@ -66,17 +69,27 @@ class CheckpointSaves:
         self.wait(fabric)
         started = time.perf_counter()
         if saving.state_bytes(state) > self._shard_above_gb * _GB:
-            self._start(fabric, state, record, keep, alone)
+            with self._noting_failure(state["step_count"]):
+                self._start(fabric, state, record, keep, alone)
             if alone:
                 self.settle()
             return
-        path = saving.save_checkpoint(fabric, self._run_dir, state, record, keep, alone)
+        with self._noting_failure(state["step_count"]):
+            path = saving.save_checkpoint(fabric, self._run_dir, state, record, keep, alone)
         if alone:
             self._committed(path)
         else:
             devices.on_rank_zero(fabric, lambda: self._committed(path))
         self.saved_step = state["step_count"]
         devices.say(fabric, f"saved {path} ({time.perf_counter() - started:.1f} s)")
+
+    @contextlib.contextmanager
+    def _noting_failure(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except SaveError:
+            self.failed_step = step
+            raise
 
     def _start(
         self, fabric: Fabric, state: dict[str, Any], record: dict[str, Any], keep: int | None, alone: bool
@@ -116,7 +129,8 @@ class CheckpointSaves:
         pending, self._pending = self._pending, None
         started = time.perf_counter()
         try:
-            seconds = self._background.wait()
+            with self._noting_failure(pending.step):
+                seconds = self._background.wait()
         except SaveError as error:
             raise SaveError(f"{error}; {devices.on_rank_zero(fabric, self._last_good)}") from error
         self.saved_step = pending.step

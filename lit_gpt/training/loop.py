@@ -340,11 +340,12 @@ class _Trainer:
     def _save_what_is_whole(self) -> None:
         """Before an error ends the run: save the last whole step, unless it is on the disk or its numbers are no good.
 
+        A save of this very step that has just failed is the error itself, and is not tried again.
         The other processes may be gone or wait elsewhere, so the first one does it alone, where it has the whole model.
         """
         saves = self.folder.saves
         saves.settle()
-        if not self._whole or self.step == saves.saved_step or not self.fabric.is_global_zero:
+        if not self._whole or self.step in (saves.saved_step, saves.failed_step) or not self.fabric.is_global_zero:
             return
         try:
             # From a bad step on the weights are older than the step's number.

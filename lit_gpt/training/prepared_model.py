@@ -57,6 +57,7 @@ class PreparedModel:
         self.model: Any = None
         """As Fabric trains it; another object after a failed pass."""
         self.optimizer: Any = None
+        self._attention = config.attention_kernel
         self._attempts = Attempts(fabric)
         # Whether the step's next micro batch adds to gradients that are there.
         self._accumulates = False
@@ -114,7 +115,25 @@ class PreparedModel:
         )
         self.optimizer = fabric.setup_optimizers(adamw)
         size = min(known, self.device_rows) if known else self._choose_size()
-        devices.say(fabric, self._warm_up(size, self._wants_compile()))
+        times = devices.on_rank_zero(fabric, lambda: self._time_attention(size))
+        self._attention = next(iter(times), self._attention)
+        line = self._warm_up(size, self._wants_compile())
+        measured = ", ".join(f"{name} {milliseconds:.3g} ms" for name, milliseconds in times.items())
+        devices.say(fabric, f"{line}; measured: {measured}" if measured else line)
+
+    def _time_attention(self, rows: int) -> dict[str, float]:
+        """Milliseconds by attention kernel at the run's shape, the fastest first; empty if a flag names one."""
+        if self.config.attention_kernel != "auto":
+            return {}
+        config, length = self.experiment.model.config, self.block_size
+        is_causal, _ = self.experiment.model.visibility.attention_arguments(length, length)
+        shape = (rows, config.n_head, length, config.head_size)
+        return kernels.measured_attention(shape, config.n_query_groups, is_causal, self.fabric.device, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What matrix products run in."""
+        return torch.float32 if self.precision == "32-true" else torch.bfloat16
 
     def _fill(self, resumes: bool) -> None:
         """Set the weights that the run starts from; zeros where a checkpoint's come later."""
@@ -129,9 +148,8 @@ class PreparedModel:
 
     def _use_kernels(self, compiled: bool) -> str:
         """Compile blocks and loss, or not; returns the console's line."""
-        dtype = torch.float32 if self.precision == "32-true" else torch.bfloat16
         self.experiment.model.compile_blocks(compiled)
-        return kernels.choose(self.config.attention_kernel, self.fabric.device, dtype, compiled)
+        return kernels.choose(self._attention, self.fabric.device, self._dtype, compiled)
 
     def _wants_compile(self) -> bool:
         choice = self.config.compile

@@ -73,7 +73,9 @@ class TrainConfig:
     compile: str = "auto"
     """Fuse kernels with torch.compile: on, off, or auto (on for runs of 200 steps or more of rows of one length)."""
     attention_kernel: str = "auto"
-    """auto, torch, flash_attn or xformers."""
+    """torch, flash_attn, xformers, torch_flash or torch_cudnn (torch's own by name), or auto: on GPUs in bf16 the fastest of
+    those that are there, timed at the start at the run's shape. A resumed run may then choose another one, and its numbers
+    differ in the last bits: name one to prevent that."""
     activation_checkpointing: bool | str = False
     """Recompute activations in the backward pass: true all of them (less memory, a third more time), selective all but what
     matrix products and attention give, false none."""

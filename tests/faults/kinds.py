@@ -36,23 +36,27 @@ class Struck:
     """In words, for the report."""
     undo: Callable[[], object] | None = None
     """Called when the start has ended."""
-    one_line: bool = False
-    """Whether the user must be told."""
 
 
-def wait_for_moment(start: Start, chance: random.Random) -> str | None:
+def wait_for_moment(start: Start, chance: random.Random, before_save: bool = False) -> str | None:
     """Wait for a random moment of a start.
+
+    Args:
+        start: of a run.
+        chance: decides the moment.
+        before_save: only one that a save is sure to follow; files on a small disk are written too fast to be met.
 
     Returns:
         Its name; None when the start ended before.
     """
-    phase = chance.choice(["starting", "training", "training", "validating", "saving", "saving", "finishing"])
+    phases = ["starting", "training", "training", "validating", "saving", "saving", "finishing"]
+    phase = chance.choice(phases[:3] if before_save else phases)
     pause = chance.random()
     if phase == "starting":
         pause *= STARTING_S
         name, reached = f"after {pause:.2f} s", None
     elif phase == "training":
-        step = chance.randrange(1, STEPS)
+        step = chance.randrange(1, STEPS - 2 * SAVE_EVERY if before_save else STEPS)
         pause *= 0.05
         name, reached = f"training, step {step}", lambda: start.last_step() >= step
     elif phase == "validating":
@@ -70,7 +74,7 @@ def wait_for_moment(start: Start, chance: random.Random) -> str | None:
     while reached is not None and not reached():
         if start.process.poll() is not None or time.monotonic() > deadline:
             return None
-        if start.last_step():
+        if start.last_step() and not before_save:
             start.find_roles()  # now, while there is time
         time.sleep(0.0005)
     time.sleep(pause)
@@ -125,7 +129,7 @@ def fill_disk(start: Start, chance: random.Random) -> Struck:
         free = os.statvfs(start.folder).f_bavail * os.statvfs(start.folder).f_frsize
         with contextlib.suppress(OSError):
             os.posix_fallocate(file.fileno(), 0, max(1, free - rest))
-    return Struck(f"full disk, {rest} bytes left", filler.unlink, one_line=True)
+    return Struck(f"full disk, {rest} bytes left", filler.unlink)
 
 
 def limit_files(start: Start, chance: random.Random) -> Struck:
@@ -135,7 +139,7 @@ def limit_files(start: Start, chance: random.Random) -> Struck:
         with contextlib.suppress(ProcessLookupError):
             hard = resource.prlimit(one.pid, resource.RLIMIT_FSIZE)[1]
             resource.prlimit(one.pid, resource.RLIMIT_FSIZE, (size, hard))
-    return Struck(f"no file above {size} bytes", one_line=True)
+    return Struck(f"no file above {size} bytes")
 
 
 def _choose(start: Start, chance: random.Random, *more: str) -> str:
@@ -192,6 +196,8 @@ class Kind:
     """Of 20 faults."""
     damages: bool = False
     """Whether what is left is damaged, too."""
+    fails_saves: bool = False
+    """Whether the next save must fail, which ends the start with an error."""
     setups: tuple[str, ...] = ()
     """Where it makes sense; empty means everywhere."""
 
@@ -200,8 +206,8 @@ KINDS = {
     "kill": Kind(kill, 6),
     "preempt": Kind(preempt, 5),
     "damage": Kind(kill, 4, damages=True),
-    "disk": Kind(fill_disk, 2),
-    "quota": Kind(limit_files, 1),
+    "disk": Kind(fill_disk, 2, fails_saves=True),
+    "quota": Kind(limit_files, 1, fails_saves=True),
     "stop": Kind(stop, 2, setups=tuple(name for name, setup in SETUPS.items() if setup.processes > 1)),
 }
 

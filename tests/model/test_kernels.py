@@ -144,6 +144,24 @@ def test_attention_in_bf16_is_near_float32(causal: bool, groups: int, length: in
         assert (exact - rounded).abs().max() <= 0.03 * exact.abs().max()
 
 
+@on_devices
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("name", ["torch_flash", "torch_cudnn"])
+def test_torchs_kernels_by_name(name: str, groups: int, causal: bool, monkeypatch: pytest.MonkeyPatch):
+    """Eager and in a single compiled graph. In float32 the other kernels of the name's list compute."""
+    monkeypatch.setattr(kernels, "_attention_choice", name)
+    for run in (kernels.attention, torch.compile(kernels.attention, backend="aot_eager", fullgraph=True)):
+        check(
+            lambda q, k, v, run=run: run(q, k, v, causal),
+            lambda q, k, v: plain_attention(q, k, v, causal, None),
+            rand(2, 4, 6, 8),
+            rand(2, groups, 6, 8, seed=1),
+            rand(2, groups, 6, 8, seed=2),
+        )
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_without_any_key_is_zero(causal: bool):
     q = rand(1, 2, 3, 4).float().requires_grad_()
@@ -275,7 +293,63 @@ def test_unknown_kernel_lists_the_choices():
         kernels.choose("triton", CPU, torch.float32)
 
 
-@pytest.mark.parametrize("package", ["flash_attn", "xformers"])
+def test_the_fastest_comes_first_and_what_cannot_run_is_left_out():
+    def timer(name: str) -> float:
+        if name == "xformers":
+            raise NotImplementedError("no operator for this GPU")
+        return {"flash_attn": 3.0, "torch_flash": 2.0, "torch_cudnn": 1.0}[name]
+
+    times = kernels.fastest(["flash_attn", "xformers", "torch_flash", "torch_cudnn"], timer)
+    assert list(times.items()) == [("torch_cudnn", 1.0), ("torch_flash", 2.0), ("flash_attn", 3.0)]
+    assert kernels.fastest(["xformers"], timer) == {}
+
+
+@pytest.mark.parametrize(
+    ("installed", "flash", "cudnn", "timed"),
+    [
+        ([], True, True, ["torch_flash", "torch_cudnn"]),
+        (["flash_attn"], True, False, ["flash_attn", "torch_flash"]),
+        (["flash_attn"], False, False, []),
+        ([], False, True, []),
+        ([], False, False, []),
+    ],
+)
+def test_only_where_several_kernels_are_there_are_they_timed(
+    installed: list[str], flash: bool, cudnn: bool, timed: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+
+    def timer(name: str, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> float:
+        assert (q.shape, k.shape, v.shape, q.dtype) == ((3, 4, 8, 2), (3, 2, 8, 2), (3, 2, 8, 2), torch.bfloat16)
+        asked.append(name)
+        return 1.0
+
+    monkeypatch.setattr(kernels, "_suits_fast_attention", lambda device, dtype: True)
+    monkeypatch.setattr(kernels, "_installed", lambda: installed)
+    monkeypatch.setattr(kernels, "_milliseconds", timer)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: flash)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda params: cudnn)
+    times = kernels.measured_attention((3, 4, 8, 2), 2, True, CPU, torch.bfloat16)
+    assert list(times) == asked == timed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_is_measured_on_gpus(device: str):
+    """Whatever is chosen there computes what torch's own choice does; on a CPU nothing is timed."""
+    assert kernels.measured_attention((2, 4, 256, 64), 4, True, torch.device(device), torch.float32) == {}
+    times = kernels.measured_attention((2, 4, 256, 64), 4, True, torch.device(device), torch.bfloat16)
+    assert list(times.values()) == sorted(times.values()) and all(0 < value < 1000 for value in times.values())
+    q, k, v = (rand(2, 4, 256, 64, seed=seed).to(device, torch.bfloat16) for seed in range(3))
+    exact = kernels.attention(q.float(), k.float(), v.float(), True)
+    for name in times:
+        kernels.choose(name, torch.device(device), torch.bfloat16)
+        y = kernels.attention(q, k, v, True)
+        kernels.choose("torch", CPU, torch.float32)
+        assert (y.float() - exact).abs().max() <= 0.03 * exact.abs().max()
+    assert device == "cuda" or times == {}
+
+
+@pytest.mark.parametrize("package", ["flash_attn", "xformers", "torch_flash", "torch_cudnn"])
 def test_forced_package_that_cannot_run_is_refused(package: str):
     # Not installed, or installed and of no use on a CPU: either way one line that says what to do.
     with pytest.raises(ValueError, match=rf"{package}.*torch$"):

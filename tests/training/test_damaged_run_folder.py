@@ -22,7 +22,7 @@ from tests.checkpoints.test_saving import make_state, save
         ({"run_id": 3, "log_path": "x"}, "it has no run_id"),
         ({"run_id": "a", "log_path": None}, "it has no log_path"),
         ({"run_id": "a", "log_path": "x", "result": [1]}, "it has no result"),
-        ([], "holds a JSON list"),
+        ([], "holds a JSON list.*; delete it, and the run goes on under a new id"),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lit_gpt.data.packed_format import PackedDatasetBuilder
+from tests.checkpoints.test_sharded import largest_file
 from tests.support.training_runs import (
     assert_same_run,
     differing_tensors,
@@ -287,3 +288,34 @@ def test_a_log_with_other_columns_goes_on(finished):
     assert [row["step"] for row in after] == ["1", "8", "10", "12"]
     assert {name: after[0][name] for name in old} == {name: before[0][name] for name in old}
     assert not after[0]["memory/peak_gb"] and float(after[1]["memory/peak_gb"]) > 0
+
+
+def test_a_damaged_record_is_deleted_and_the_run_goes_on_under_a_new_id(folder, tmp_path_factory):
+    unbroken = tmp_path_factory.mktemp("unbroken")
+    make_packed_data(unbroken / "data")
+    run_pretraining("train_ar.py", unbroken, **FLAGS)
+    run_pretraining("train_ar.py", folder, **FLAGS)
+    (record,) = folder.glob("workdir/*/*/run.json")
+    (export,) = folder.glob("models/*.safetensors")
+    first_id = json.loads(record.read_text())["run_id"]
+    # As if the run had been killed after its sixth step.
+    for path in (checkpoints(folder)[9], checkpoints(folder)[12]):
+        path.with_suffix(".json").unlink()
+        path.unlink()
+    export.unlink()
+    record.write_bytes(record.read_bytes()[:82])
+    _, err = run_pretraining("train_ar.py", folder, code=2, **FLAGS)
+    assert err.count("\n") == 1 and "run.json is not readable as JSON" in err
+    assert err.endswith("; delete it, and the run goes on under a new id\n")
+    record.unlink()
+    out, err = run_pretraining("train_ar.py", folder, **FLAGS)
+    assert not err and "resumed at step 6 of 12" in out
+    assert json.loads(record.read_text())["run_id"] != first_id
+    assert not differing_tensors(final_state(folder), final_state(unbroken))
+
+
+def test_a_save_that_fails_is_told_once(folder):
+    with largest_file(30_000):
+        _, err = run_pretraining("train_ar.py", folder, code=2, **FLAGS)
+    assert err.count("\n") == 1 and err.startswith("error: cannot write ") and "iter-000003-ckpt.pth" in err
+    assert not list(folder.glob("workdir/*/*/iter-*"))
