@@ -8,7 +8,6 @@ whatever the vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,8 +109,10 @@ class Config:
                 problems.append(f"{field} must be at most {most}, not {_shown(value)}")
         for field in ("rope_theta", "norm_eps"):
             value = getattr(self, field)
-            if type(value) not in (int, float) or not 0 < value < math.inf or value > _LARGEST_REAL:
-                problems.append(f"{field} must be a finite number above 0, not {_shown(value)}")
+            if type(value) not in (int, float) or not 0 < value <= _LARGEST_REAL:
+                problems.append(
+                    f"{field} must be a finite number above 0 and at most {_LARGEST_REAL:g}, not {_shown(value)}"
+                )
         return problems
 
     @property
@@ -222,7 +223,8 @@ _LARGEST = {
 }
 # Positions times head size: the rotary tables take 4 bytes for each, 512 MB here.
 _LARGEST_TABLE = 1 << 27
-_LARGEST_REAL = 1e30
+# A whole number up to here fits into what kernels take for one.
+_LARGEST_REAL = 1e15
 _NAME_WORDS = "a short printable text without /"
 _SHOWN_CHARACTERS = 60
 

@@ -115,8 +115,8 @@ def read_json_questions(path: Path, fields: Sequence[str]) -> list[JsonQuestion]
                 raise ValueError(f"{path}:{number} holds a JSON {type(value).__name__}: {expected}")
             for field in fields:
                 if not isinstance(value.get(field), str) or not value[field].strip():
-                    found = json.dumps(value[field])[:60] if field in value else f"only {', '.join(value) or 'nothing'}"
-                    raise ValueError(f"{path}:{number} has no text in {field} (found {found}): {expected}")
+                    found = json.dumps(value[field]) if field in value else f"only {', '.join(value) or 'nothing'}"
+                    raise ValueError(f"{path}:{number} has no text in {field} (found {found[:60]}): {expected}")
             questions.append({"index": len(questions), **{field: valid_text(value[field]) for field in fields}})
     if not questions:
         raise ValueError(f"{path} holds no question: {expected} on each line")

@@ -485,6 +485,7 @@ BAD_DATA = {
     "utf-8": (GOOD + "\udcff\n", r"data.jsonl:2 is not JSON"),
     "list": ("[1]\n", r"data.jsonl:1 holds a JSON list: expected"),
     "field": ("\n" + GOOD + '{"question": "a", "answer": "1"}\n', r"data.jsonl:3 has no text in target \(found only ques.*\)"),
+    "long": (f'{{"{"a" * 20000}": 1}}\n', r"data.jsonl:1 has no text in question \(found only a{55}\)"),
     "number": ('{"question": "a", "target": 1}\n', r"data.jsonl:1 has no text in target \(found 1\)"),
     "blank": ('{"question": " ", "target": "1"}\n', r"data.jsonl:1 has no text in question \(found \" \"\)"),
     "empty": ("\n", "data.jsonl holds no question"),
