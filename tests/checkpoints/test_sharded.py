@@ -485,6 +485,7 @@ try:
     saves.wait(fabric)
 except files.SaveError as error:
     print(f"{error}", flush=True)
+fabric.barrier()  # the first process's end would end the second before it has spoken
 """
 
 
