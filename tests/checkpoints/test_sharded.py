@@ -484,7 +484,8 @@ saves.save(fabric, state, state["record"], None)
 try:
     saves.wait(fabric)
 except files.SaveError as error:
-    print(f"{error}", flush=True)
+    sys.stdout.write(f"{error}\\n")  # at once: both processes write to one pipe
+    sys.stdout.flush()
 fabric.barrier()  # the first process's end would end the second before it has spoken
 """
 
