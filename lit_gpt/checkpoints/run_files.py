@@ -225,11 +225,19 @@ def _examine_unmarked(path: Path, size: int) -> CheckpointInfo:
 # --- deleting ------------------------------------------------------------------------------------------------------
 
 
-def remove_older(newest: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints up to and including `newest`, which is complete.
+def remove_replaced(newest: Path, keep: int | None) -> None:
+    """Delete what a checkpoint that was just completed replaces: the same micro step's in the other form, and older ones.
 
-    Later ones are left alone: they are what a resumed run skipped as broken and will write again.
+    Args:
+        newest: the checkpoint.
+        keep: how many up to and including it stay; None or 0 keeps all. Later ones are left alone: they are what a resumed
+            run skipped as broken and will write again.
     """
+    other = checkpoint_path(newest.parent, iter_num_of(newest), sharded=not is_sharded(newest))
+    if other.exists():
+        _remove(other)
+    if not keep:
+        return
     older = [path for path in list_checkpoints(newest.parent) if iter_num_of(path) < iter_num_of(newest)]
     ours = [path for path in older if marker_path(path).exists()]
     whole = [path for path in ours if _has_right_size(path)]
@@ -259,13 +267,6 @@ def remove_checkpoints(run_dir: Path, after_iter_num: int = -1, but: Path | None
     for path in list_checkpoints(run_dir):
         if iter_num_of(path) > after_iter_num and path != but:
             _remove(path)
-
-
-def remove_twin(saved: Path) -> None:
-    """Delete the checkpoint of the same micro step in the other form, after one was saved."""
-    other = checkpoint_path(saved.parent, iter_num_of(saved), sharded=not is_sharded(saved))
-    if other.exists():
-        _remove(other)
 
 
 def remove_temporary(run_dir: Path) -> None:

@@ -24,8 +24,7 @@ from lit_gpt.checkpoints.run_files import (
     CheckpointInfo,
     newest_complete,
     open_checkpoint,
-    remove_older,
-    remove_twin,
+    remove_replaced,
 )
 from lit_gpt.checkpoints.shard_files import total_bytes
 from lit_gpt.checkpoints.sharded import load_sharded, state_tensors
@@ -76,9 +75,7 @@ def save_checkpoint(
     def work() -> Path:
         path = checkpoint_path(run_dir, state["iter_num"])
         _write(path, content, state["step_count"], state["iter_num"], record)
-        remove_twin(path)
-        if keep:
-            remove_older(path, keep)
+        remove_replaced(path, keep)
         return path
 
     path = work() if alone else devices.on_rank_zero(fabric, work)

@@ -56,11 +56,6 @@ class ShardedSaves:
         self._stager: Any = None
 
     @property
-    def pending(self) -> bool:
-        """Whether a save was begun whose end was not looked at; the same on every process."""
-        return self._thread is not None
-
-    @property
     def written(self) -> bool:
         """Whether this process has nothing left to do for the pending save."""
         return self._thread is None or not self._thread.is_alive()

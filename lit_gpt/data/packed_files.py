@@ -83,12 +83,11 @@ def scan_folder(folder: Path, prefixes: Sequence[str], block_length: int) -> dic
         ValueError: a foreign or truncated file, a chunk smaller than a block, a broken manifest; names the file.
         OSError: the folder or a file cannot be read.
     """
-    now_ns = _file_system_time(folder) if folder.is_dir() else 0
     listings = _list_folder(folder, prefixes)
-    return {prefix: _found(folder, prefix, listings[prefix], block_length, now_ns) for prefix in listings}
+    return {prefix: _found(folder, prefix, listings[prefix], block_length) for prefix in listings}
 
 
-def _found(folder: Path, prefix: str, listing: _Listing, block_length: int, now_ns: int) -> PackedFiles:
+def _found(folder: Path, prefix: str, listing: _Listing, block_length: int) -> PackedFiles:
     """The scan that was kept of a data set, or a new one."""
     identity = hashlib.sha256(os.fsencode(f"{folder.absolute()}/{prefix}:{block_length}")).hexdigest()[:32]
     beside = folder / f".{prefix}-{block_length}{SCAN_SUFFIX}"
@@ -98,6 +97,7 @@ def _found(folder: Path, prefix: str, listing: _Listing, block_length: int, now_
         # Whatever is the matter with it, a scan tells.
         with contextlib.suppress(OSError, ValueError):
             return _restored(folder, listing, stamps, read_json_object(place))
+    now_ns = _file_system_time(folder)
     files = _scan(folder, listing, block_length)
     if listing.newest_ns < now_ns - _TIME_RESOLUTION_NS:
         _keep(places, _record(files, stamps))

@@ -100,9 +100,7 @@ class CheckpointSaves:
             saving.check_alone(fabric, state)
 
         def committed(path: Path) -> None:
-            run_files.remove_twin(path)
-            if keep:
-                run_files.remove_older(path, keep)
+            run_files.remove_replaced(path, keep)
             self._committed(path)
 
         self._background.start(fabric, self._run_dir, saving.unwrapped(state), record, committed, alone)

@@ -25,6 +25,7 @@ from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.training import strategies
+from tests.support.training_runs import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Config("tiny", 1, 2, 16, 32, 2, block_size=16, vocab_size=50)
@@ -584,11 +585,7 @@ def test_one_strategys_checkpoint_is_anothers(fabric: Any, tmp_path: Path, strat
     before = weights_of(unbroken)
     train_step(fabric, unbroken)
     (tmp_path / "across.py").write_text(ACROSS)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "across.py"), strategy, str(tmp_path)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_python(ROOT, tmp_path / "across.py", strategy, tmp_path)
     assert done.stdout.count("refused") == 2
     after = torch.load(tmp_path / "after" / "iter-000012-ckpt.pth", weights_only=True)["model"]
     restored = make_state(fabric, seed=7, steps=0)

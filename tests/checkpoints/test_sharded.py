@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +36,7 @@ from tests.checkpoints.test_saving import (
     truncate,
     weights_of,
 )
+from tests.support.training_runs import run_python
 
 
 @pytest.fixture(scope="module")
@@ -498,11 +496,7 @@ def test_shards_of_one_strategy_are_anothers(fabric: Any, tmp_path: Path, strate
     unbroken = make_state(fabric, steps=2)
     save_shards(fabric, tmp_path / "one", unbroken)
     (tmp_path / "across.py").write_text(ACROSS)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "across.py"), strategy, str(tmp_path)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_python(ROOT, tmp_path / "across.py", strategy, tmp_path)
     again = tmp_path / "again" / "iter-000008-ckpt"
     shards = list(again.glob("*.safetensors"))
     assert len(shards) == 2 and max(one.stat().st_size for one in shards) < 0.6 * sum(

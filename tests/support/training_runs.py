@@ -59,6 +59,20 @@ def one_thread_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def run_python(folder: Path, *words: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Run a Python script in `folder`, where it finds this project's modules, to its good end."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=folder,
+        env={**one_thread_environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def restore_interrupts() -> None:
     """For a child process: below a shell's background job Ctrl-C is ignored, and would be in what a test starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_gpt.training import loop
-from tests.support.training_runs import ROOT, make_packed_data, one_thread_environment, pretraining_command
+from tests.support.training_runs import make_packed_data, pretraining_command, run_python
 
 
 class Collectives(TorchDispatchMode):
@@ -41,15 +40,7 @@ def watch(script: str, folder: Path, **flags: object) -> dict[str, Any]:
     """Train in processes of their own, in `folder`; what the first one printed."""
     make_packed_data(folder / "data")
     path, *words = pretraining_command(script, folder, **flags)
-    done = subprocess.run(
-        [sys.executable, __file__, path, *words],
-        cwd=folder,
-        env={**one_thread_environment(), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_python(folder, __file__, path, *words)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lit_gpt.model import kernels
 from tests.support.training_runs import (
-    ROOT,
     make_packed_data,
-    one_thread_environment,
     pretraining_command,
     run_pretraining,
+    run_python,
 )
 
 # Which kernel is fastest differs by process here; the second's would be refused on a CPU.
@@ -42,15 +39,8 @@ FLAGS = {"max_steps": 2, "log_interval": 1, "val_samples": 0, "micro_batch_size"
 def test_every_process_follows_the_first(tmp_path: Path):
     make_packed_data(tmp_path / "data")
     (tmp_path / "played.py").write_text(PLAYED)
-    done = subprocess.run(
-        [sys.executable, "played.py", *pretraining_command("train_ar.py", tmp_path, **FLAGS, devices=2)],
-        cwd=tmp_path,
-        env={**one_thread_environment(), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = pretraining_command("train_ar.py", tmp_path, **FLAGS, devices=2)
+    done = run_python(tmp_path, "played.py", *command, timeout=200)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("kernels: "))
     assert line.startswith("kernels: attention torch; ")
     assert line.endswith("; measured: torch 1.5 ms, torch_cudnn 2.25 ms")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from lit_gpt.config import Config
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.layers import Transformer, rope_tables
 from lit_gpt.training import prepared_model, strategies
-from tests.support.training_runs import ROOT, make_packed_data, read_losses, run_pretraining
+from tests.support.training_runs import ROOT, make_packed_data, read_losses, run_pretraining, run_python
 
 CONFIG = Config("small", 2, 2, 32, 48, 2, block_size=16, vocab_size=100, rope_table_dtype="float32")
 
@@ -65,11 +62,7 @@ for rank in range(2):
 def test_two_processes_start_from_the_numbers_of_one(tmp_path: Path, strategy: str, precision: str):
     """Bit for bit; under FSDP2 each holds half of the model from the first number on."""
     (tmp_path / "child.py").write_text(CHILD)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "child.py"), strategy, precision],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_python(ROOT, tmp_path / "child.py", strategy, precision)
     assert "Parameter initialization incomplete" not in done.stderr  # Fabric's, which would have drawn on its own
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     model = TransEncoder(CONFIG)
