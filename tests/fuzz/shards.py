@@ -14,8 +14,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lit_gpt.checkpoints import run_files, run_record, saving, weights
 from lit_gpt.checkpoints.markers import DESCRIPTION_NAME
 from lit_gpt.checkpoints.shard_files import read_index, read_tensor, write_shard
