@@ -6,8 +6,9 @@
 
 A question is answered in two rounds: from `Question: ...` the model writes its thought, and from the text of both the
 answer, behind `####`; --length counts everything, the question too. An ARM gets a second round where the first, which
-ends with its end token, gave no answer. The last answer in the text counts; it is right if it equals the target as a
-number.
+ends with its end token, gave no answer. The last answer in the text counts. By --grader default it is right if it
+equals the target as a number, units, `x =`, \\boxed{} and their like aside; by --grader published if it is the same
+text after the published normalisation. Both shares are printed, and `Acc:` is the chosen one's.
 
 Every answer is kept with its verdict in out/gsm8k/{checkpoint}.jsonl as it comes: a killed evaluation goes on where it
 stood. The last line is `Acc: {x}`, a fraction.
@@ -32,6 +33,8 @@ class Flags(AnswerFlags):
     """MDM: guidance in the first round; 0.1 unless given."""
     cfg2: float | None = None
     """MDM: guidance in the second round; 0.1 unless given."""
+    grader: str = "default"
+    """Which rule `Acc:` follows: default (equal as numbers) or published (equal as normalised texts)."""
     temperature: float = 0.1
     """0 takes the likeliest token; 1 samples from the model's distribution."""
 
@@ -40,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Ask every question, print the accuracy."""
     flags = parse(Flags, argv, __doc__)
 
-    from lit_gpt.evaluation.generated_answers import accuracy, accuracy_line, check_flags, generate_answers
-    from lit_gpt.evaluation.gsm8k import gsm8k_task
+    from lit_gpt.evaluation.generated_answers import check_flags, generate_answers
+    from lit_gpt.evaluation.gsm8k import graded_lines, gsm8k_task
 
     check_flags(flags)
     if answers := generate_answers(flags, gsm8k_task(flags)):
-        print(f"{accuracy_line(answers)}\nAcc: {accuracy(answers)}")
+        print("\n".join(graded_lines(flags.grader, answers)))
 
 
 if __name__ == "__main__":

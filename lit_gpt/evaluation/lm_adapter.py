@@ -8,7 +8,7 @@ trailing white space goes to the continuation.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,36 +18,18 @@ from lit_gpt.checkpoints.loaded import load_model
 from lit_gpt.cli import warn
 from lit_gpt.devices import join_processes
 from lit_gpt.evaluation import versions
+from lit_gpt.evaluation.harness_generation import GenerationRequest, TextWriter
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key
 from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.likelihood.estimators import make_estimator
 from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings
-from lit_gpt.randomness import hash_int
-from lit_gpt.sampling.sample import sample
-from lit_gpt.sampling.settings import Sampling
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 # Results that are put on the disk together.
 _RESULTS_AT_ONCE = 64
-_DEFAULT_NEW_TOKENS = 256  # the harness's own default for max_gen_toks
 _REPORTED_VERSIONS = ("smdm", "torch", "lm_eval", "numpy", "sentencepiece", "tokenizers")
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationRequest:
-    """A prompt whose continuation the harness asks for."""
-
-    prompt: list[int]
-    """Token ids."""
-    length: int
-    """Tokens of the finished row."""
-    sampling: Sampling
-    row: int
-    """The row's number, which decides its random numbers."""
-    stop_strings: list[str]
-    """The text ends before the first one of them."""
 
 
 class Adapter:
@@ -82,7 +64,7 @@ class Adapter:
             pad_to=self.max_length if arguments.padding else 0,
             seed=arguments.seed,
         )
-        self._sampling(arguments.steps or 1, arguments.temperature)  # what is wrong shows now, not at the first text
+        self._writer = TextWriter(self.loaded, arguments, self.max_length, self._batch_tokens())
         self._cache = EvalCache(cache_folder, self._identity(), self._rank)
         self._errors: list[float] = []
 
@@ -143,8 +125,8 @@ class Adapter:
             seen[key] = number = seen.get(key, -1) + 1
             keys.append(f"{key}-{number}")
             if self._cache.get(keys[-1], _is_text) is None:
-                todo[keys[-1]] = self._generation_request(context, settings, number)
-        texts = self._progress(self._generate(todo), len(todo), "generating", disable_tqdm)
+                todo[keys[-1]] = self._writer.request(context, settings, number)
+        texts = self._progress(self._writer.texts(todo), len(todo), "generating", disable_tqdm)
         fresh = dict(self._cache.keep(texts, str, 1))
         return [fresh[key] if key in fresh else self._cache.get(key) for key in keys]
 
@@ -234,52 +216,6 @@ class Adapter:
             found.update(self._progress(kept, len(names), "likelihoods", disable_tqdm))
         self._errors += [found[key].standard_error for key in keys]
         return [found[key] for key in keys]
-
-    # --- generation ---------------------------------------------------------------------------------------------------
-
-    def _generation_request(self, context: str, settings: dict[str, Any], number: int) -> GenerationRequest:
-        """A request as tokens; what the task's `generation_kwargs` say goes before `--model_args`."""
-        new_tokens = min(int(settings.get("max_gen_toks", _DEFAULT_NEW_TOKENS)), self.max_length - 1)
-        prompt = self.loaded.prompt_ids(context)[-(self.max_length - new_tokens) :]
-        temperature = float(settings.get("temperature", self.arguments.temperature))
-        if settings.get("do_sample") is False:
-            temperature = 0.0
-        sampling = self._sampling(self.arguments.steps or new_tokens, temperature)
-        until = settings.get("until") or []
-        row = hash_int(number, *prompt) >> 1  # an int64
-        stop_strings = [until] if isinstance(until, str) else list(until)
-        return GenerationRequest(prompt, len(prompt) + new_tokens, sampling, row, stop_strings)
-
-    def _sampling(self, steps: int, temperature: float) -> Sampling:
-        """The settings of generate_until."""
-        scale = self.likelihood_settings.cfg_scale
-        return Sampling(self.arguments.alg, steps, float(temperature), scale, self.arguments.seed)
-
-    def _generate(self, requests: dict[str, GenerationRequest]) -> Iterator[tuple[str, str]]:
-        """Texts by key, those with the same settings together; a text does not depend on its batch."""
-        alike: dict[Sampling, list[str]] = {}
-        for key, request in requests.items():
-            alike.setdefault(request.sampling, []).append(key)
-        at_once = max(1, self._batch_tokens() // self.max_length)
-        for sampling, names in alike.items():
-            # Rows of about the same length waste the least.
-            names.sort(key=lambda name: -len(requests[name].prompt))
-            for start in range(0, len(names), at_once):
-                batch = {name: requests[name] for name in names[start : start + at_once]}
-                prompts, lengths, rows = zip(
-                    *((one.prompt, one.length, one.row) for one in batch.values()), strict=True
-                )
-                with self.loaded.autocast():
-                    ids = sample(self.loaded.model, prompts, sampling, lengths, self.tokenizer.eos_id, rows)
-                for (name, request), row in zip(batch.items(), ids, strict=True):
-                    yield name, self._text(row.tolist()[len(request.prompt) :], request.stop_strings)
-
-    def _text(self, ids: list[int], stop_strings: Sequence[str]) -> str:
-        """What was written, up to the end token or a stop string."""
-        text = self.tokenizer.decode(self.loaded.until_end(ids))
-        for stop in filter(None, stop_strings):
-            text = text.split(stop)[0]
-        return text
 
     # --- the rest -----------------------------------------------------------------------------------------------------
 
