@@ -58,7 +58,7 @@ class TokenScores:
     """The results of one request's rows, all (R, T) and 0 where nothing is scored."""
 
     nll: Tensor
-    """float32: -log p(target), nats."""
+    """float32: -log p(target), nats; NaN or infinite where a logit of the position is, or where all of them are equal."""
     best_ids: Tensor
     """int64: the likeliest token."""
     best_probability: Tensor
@@ -145,7 +145,11 @@ def _scores(logits: Iterator[Tensor], targets: Tensor, vocab_size: int) -> tuple
         own = targets[start : (start := start + len(chunk))]
         total = chunk.logsumexp(1)
         best, best_ids = chunk[:, :vocab_size].max(1)
-        parts.append((total - chunk.gather(1, own[:, None]).squeeze(1), best_ids, (best - total).exp()))
+        lowest = chunk.amin(1)
+        # A logit of -inf vanishes in the sum, and states that overflow vanish in the last norm: their logits are all equal.
+        sound = lowest.isfinite() & (lowest < best)
+        nll = torch.where(sound, total - chunk.gather(1, own[:, None]).squeeze(1), torch.nan)
+        parts.append((nll, best_ids, (best - total).exp()))
     nll, best_ids, best_probability = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return nll, best_ids, best_probability
 
