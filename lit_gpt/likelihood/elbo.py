@@ -9,6 +9,7 @@ R rows (masked copies of the text), T tokens of prefix and target, V vocabulary.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ TokensToLogits = Callable[[Tensor], Tensor]
 # 1 GB of logits in float32: choices that bound memory, not measurements.
 _LOGITS_AT_ONCE = 2**28
 _TOKENS_AT_ONCE = 8192
+# Stands for a logit of -inf: e to this power is 0, and sums stay numbers.
+_IMPOSSIBLE = -1e30
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def elbo(
 
     Args:
         logits_fn: the model: (R, T) int64 tokens, [MASK] among them, to (R, T, V) logits. A row's logits must not depend
-            on the other rows: put the model into evaluation mode.
+            on the other rows: put the model into evaluation mode. A logit of -inf excludes a token, as some models do
+            with [MASK].
         prefix: (P,) token ids, never masked; may be empty.
         target: (L,) token ids, at least one. The tokens that `logits_fn` gets are on the target's device.
         mask_id: id of [MASK].
@@ -62,18 +66,19 @@ def elbo(
         seed: of the random masks; the same seed gives the same masks for all targets behind a prefix.
 
     Raises:
-        ValueError: an empty target, one with [MASK] in it, a budget below 2, logits of another shape or not finite.
+        ValueError: an empty target, one with [MASK] in it or with a token that the model excludes, a budget below 2,
+            logits of another shape, NaN or infinite.
     """
     device = target.device if isinstance(target, Tensor) else "cpu"
     before, scored = (tuple(torch.as_tensor(ids, dtype=torch.int64).flatten().tolist()) for ids in (prefix, target))
     if not scored or mask_id in scored:
         raise ValueError(f"elbo: the target {'holds the mask' if scored else 'is empty'}: it must be tokens of a text")
     settings, request = LikelihoodSettings(ExactBound(budget), seed=seed), LikelihoodRequest(before, scored)
-    # The likeliest token is not asked for, so the vocabulary needs no size.
-    scoring_model = ScoringModel(_at_indices(logits_fn), mask_id, len(scored), _TOKENS_AT_ONCE, device)
+    # All columns of the logits are tokens, however many there are.
+    scoring_model = ScoringModel(_at_indices(logits_fn), mask_id, sys.maxsize, _TOKENS_AT_ONCE, device)
     ((_, result),) = mdm_likelihoods(scoring_model, [request], settings)
-    if not math.isfinite(result.nll):
-        raise ValueError(f"elbo: the estimate is {result.nll}: logits_fn returned numbers that are not finite")
+    if result.nll > math.sqrt(-_IMPOSSIBLE):
+        raise ValueError("elbo: the model excludes a token of the target: its logit is -inf")
     return BoundEstimate(result.nll, result.standard_error, len(masking_plan(settings, request).masks))
 
 
@@ -91,7 +96,8 @@ def _at_indices(logits_fn: TokensToLogits) -> LogitsFn:
                     f"elbo: logits_fn returned {tuple(found.shape)} for tokens {tuple(part.shape)}: expected (R, T, V)"
                 )
             here = (batch.indices >= start * length) & (batch.indices < (start + len(part)) * length)
-            yield found.flatten(0, 1)[batch.indices[here] - start * length].float()
+            wanted = found.flatten(0, 1)[batch.indices[here] - start * length].float()
+            yield wanted.masked_fill(wanted == -math.inf, _IMPOSSIBLE)
             start, at_once = start + len(part), max(1, _LOGITS_AT_ONCE // (length * found.size(2)))
 
     return logits

@@ -112,12 +112,26 @@ def test_tensors_and_lists_are_the_same(logits_fn):
     assert elbo(logits_fn, *tensors, mask_id=MASK, budget=9) == elbo(logits_fn, PREFIX, TARGET, mask_id=MASK, budget=9)
 
 
+def excluding(token: int) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
+    """A model that gives a token the probability 0, as a logit of -inf."""
+    return lambda logits_fn: lambda tokens: logits_fn(tokens).masked_fill(torch.arange(VOCABULARY) == token, -torch.inf)
+
+
+def test_the_mask_may_be_excluded(logits_fn):
+    """Some models give [MASK] the probability 0; the others' probabilities grow by what it had."""
+    without = elbo(excluding(MASK)(logits_fn), PREFIX, TARGET, mask_id=MASK)
+    assert without.nll == pytest.approx(enumerated(excluding(MASK)(logits_fn), PREFIX, TARGET), rel=1e-5)
+    assert without.nll < elbo(logits_fn, PREFIX, TARGET, mask_id=MASK).nll
+
+
 MISTAKES = {
     "the target is empty": {"target": []},
     "the target holds the mask": {"target": [3, MASK]},
     "budget is 1: at least 2 forward passes are needed": {"budget": 1},
     r"returned \(7, 40\) for tokens \(1, 7\): expected": {"logits_fn": lambda tokens: torch.zeros(7, VOCABULARY)},
-    "not finite": {"logits_fn": lambda tokens: torch.full((*tokens.shape, VOCABULARY), torch.nan)},
+    "logits are NaN": {"logits_fn": lambda tokens: torch.full((*tokens.shape, VOCABULARY), torch.nan)},
+    "logits are NaN, infinite": {"logits_fn": lambda tokens: torch.full((*tokens.shape, VOCABULARY), torch.inf)},
+    "excludes a token of the target": {"logits_fn": lambda tokens: excluding(TARGET[1])(bert())(tokens)},
 }
 
 
