@@ -211,19 +211,20 @@ def _plan(estimator: Estimator, length: int, *keys: int) -> MaskingPlan:
 def _rounds(
     model: ScoringModel, requests: Sequence[LikelihoodRequest], passes: Callable[[LikelihoodRequest], int]
 ) -> Iterator[list[int]]:
-    """Numbers of requests in rounds of some batches of work; longest first, like prefixes together."""
+    """Numbers of requests in rounds of some batches of work, or less on slow devices; longest first, like prefixes together."""
 
     def order(number: int) -> tuple[int, tuple[int, ...], int]:
         request = requests[number]
         return -len(request.prefix) - len(request.target), request.prefix, number
 
     current: list[int] = []
-    tokens = 0
+    tokens, most = 0, _BATCHES_PER_ROUND * model.max_tokens
+    most = min(most, model.tokens_per_result or most)
     for number in sorted(range(len(requests)), key=order):
         request = requests[number]
         current.append(number)
         tokens += (len(request.prefix) + len(request.target)) * passes(request)
-        if tokens >= _BATCHES_PER_ROUND * model.max_tokens:
+        if tokens >= most:
             yield current
             current, tokens = [], 0
     if current:

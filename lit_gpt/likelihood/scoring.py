@@ -19,6 +19,11 @@ from lit_gpt.model.layers import Transformer
 from lit_gpt.model.logits import LogitsBatch, LogitsFn, model_logits
 
 
+# Work after which results should come, so that an evaluation that is stopped has kept some: about 30 s of two cores (100
+# GFLOP/s). A GPU's 32 batches take seconds.
+_FLOPS_PER_RESULT = {"cpu": 3e12}
+
+
 @dataclass(frozen=True)
 class ScoringModel:
     """A model as likelihoods use it: a function from batches to logits, and its limits."""
@@ -31,12 +36,16 @@ class ScoringModel:
     """Tokens of a batch, padding included; a longer row is a batch of its own. Decides speed and memory, not results."""
     device: torch.device | str = "cpu"
     """Where the batches go."""
+    tokens_per_result: int | None = None
+    """Tokens that are read before the first results must come; None: only the number of batches counts."""
 
     @classmethod
     def of(cls, model: Transformer, max_tokens: int) -> ScoringModel:
         """A network on its own device."""
         config, device = model.config, next(model.parameters()).device
-        return cls(model_logits(model), config.mask_id, config.vocab_size, max_tokens, device)
+        flops = _FLOPS_PER_RESULT.get(device.type)
+        tokens = None if flops is None else int(flops / (2 * sum(value.numel() for value in model.parameters())))
+        return cls(model_logits(model), config.mask_id, config.vocab_size, max_tokens, device, tokens)
 
 
 @dataclass(frozen=True)

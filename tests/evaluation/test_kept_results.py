@@ -133,3 +133,15 @@ def test_a_diverged_checkpoint_ends_the_run_and_leaves_nothing(tmp_path: Path, k
     adapter.close()
     (kept,) = (tmp_path / "cache").glob("*.jsonl")
     assert len(kept.read_text().splitlines()) == 1  # its settings
+
+
+def test_a_result_is_kept_before_the_next_is_begun(tmp_path: Path) -> None:
+    """64 were written together: an expensive evaluation that was killed after minutes had kept none."""
+    cache = EvalCache(tmp_path, {"a": 1})
+    assert cache.path is not None
+    for number, _ in enumerate(cache.keep(((str(n), n) for n in range(3)), lambda n: [n, 0.0], 64), start=1):
+        assert len(cache.path.read_text().splitlines()) == 1 + number
+        other = EvalCache(tmp_path, {"a": 1}, rank=1)
+        assert other.get(str(number - 1)) == [number - 1, 0.0]
+        other.close()
+    cache.close()

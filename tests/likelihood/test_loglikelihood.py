@@ -416,6 +416,27 @@ def test_an_arms_logits_that_are_no_numbers_end_the_scoring():
             list(arm_likelihoods(ScoringModel.of(model, 4096), requests))
 
 
+def test_results_come_after_a_bounded_amount_of_work():
+    """An evaluation that is stopped has kept some: a batch of many rows does not hold the first results back."""
+    read = 0
+
+    def counted(batch: LogitsBatch):
+        nonlocal read
+        read += batch.input_ids.numel()
+        yield from model_logits(model)(batch)
+
+    model, settings = tiny(TransEncoder), LikelihoodSettings(MonteCarlo(4))
+    scoring_model = dataclasses.replace(ScoringModel.of(model, 10**6), logits_fn=counted, tokens_per_result=500)
+    between = []
+    for _ in mdm_likelihoods(scoring_model, mixed_requests(), settings):
+        between.append(read)
+        read = 0
+    # The largest request is 28 tokens in 4 passes.
+    assert sum(between) > 1000 and max(between) < 500 + 4 * 28
+    parameters = sum(value.numel() for value in model.parameters())
+    assert ScoringModel.of(model, 10**6).tokens_per_result == int(3e12 / (2 * parameters))
+
+
 def test_wrong_settings_are_refused_together():
     with pytest.raises(ValueError, match=r"'montecarlo' is unknown: choose from mc, .*mc_num is 0.*budget is 1"):
         make_estimator("montecarlo", {"mc_num": 0, "budget": 1})
