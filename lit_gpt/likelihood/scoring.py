@@ -18,7 +18,6 @@ from torch import Tensor
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.logits import LogitsBatch, LogitsFn, model_logits
 
-
 # Work after which results should come, so that an evaluation that is stopped has kept some: about 30 s of two cores (100
 # GFLOP/s). A GPU's 32 batches take seconds.
 _FLOPS_PER_RESULT = {"cpu": 3e12}
