@@ -12,7 +12,6 @@ opened when it is first asked for, since scoring token files needs none; the eva
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -280,11 +279,14 @@ class LoadedModel:
             requests: token ids, no longer than the model reads.
             settings: how an MDM's are estimated.
             max_tokens: tokens of a batch; a matter of speed and memory only.
+
+        Raises:
+            NotFiniteError: the model's logits are no numbers.
         """
         scoring_model = ScoringModel.of(self.model, max_tokens)
         if self.kind == "arm":
-            return _finite(arm_likelihoods(scoring_model, requests))
-        return _finite(mdm_likelihoods(scoring_model, requests, settings))
+            return arm_likelihoods(scoring_model, requests)
+        return mdm_likelihoods(scoring_model, requests, settings)
 
     def prompt_ids(self, text: str) -> list[int]:
         """A prompt as fine-tuning reads it: bos, then the text's tokens."""
@@ -332,18 +334,3 @@ class LoadedModel:
         for number, row in zip(has_room, ids, strict=True):
             finished[number] = row.tolist()
         return finished
-
-
-def _finite(results: Iterator[tuple[int, Likelihood]]) -> Iterator[tuple[int, Likelihood]]:
-    """The results as they come.
-
-    Raises:
-        ValueError: one is not finite; it must not enter a mean or a cache.
-    """
-    for number, result in results:
-        if not math.isfinite(result.nll):
-            raise ValueError(
-                f"the model's log-likelihood of a text is {-result.nll}: its numbers overflow; give dtype float32 or "
-                "another checkpoint"
-            )
-        yield number, result

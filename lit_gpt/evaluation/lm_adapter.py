@@ -23,13 +23,14 @@ from lit_gpt.evaluation.harness_generation import GenerationRequest, TextWriter
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key
 from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.likelihood.estimators import make_estimator
-from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings
+from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings, NotFiniteError
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 # Results that are put on the disk together.
 _RESULTS_AT_ONCE = 64
+_SHOWN_CHARACTERS = 60  # of each text of a request in an error
 _REPORTED_VERSIONS = ("smdm", "torch", "lm_eval", "numpy", "sentencepiece", "tokenizers")
 
 
@@ -94,7 +95,7 @@ class Adapter:
             )
         if empty := sum(not target for _, target in pairs):
             warn(f"{empty} of {len(pairs)} continuations are empty: their log-likelihood is 0")
-        results = self._likelihoods([self._fit(*pair) for pair in pairs], disable_tqdm)
+        results = self._likelihoods([self._fit(*pair) for pair in pairs], requests, disable_tqdm)
         return [(-result.nll, result.is_greedy) for result in results]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -102,6 +103,7 @@ class Adapter:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         owners: list[int] = []
+        asked: list[Instance] = []
         pairs: list[LikelihoodRequest] = []
         for number, request in enumerate(requests):
             ids = self.tokenizer.encode_ids(request.args[0])
@@ -109,8 +111,9 @@ class Adapter:
                 prefix, target = make_disjoint_window(window)
                 pairs.append(LikelihoodRequest(tuple(prefix), tuple(target)))
                 owners.append(number)
+                asked.append(request)
         totals = [0.0] * len(requests)
-        for number, result in zip(owners, self._likelihoods(pairs, disable_tqdm), strict=True):
+        for number, result in zip(owners, self._likelihoods(pairs, asked, disable_tqdm), strict=True):
             totals[number] -= result.nll
         return totals
 
@@ -194,8 +197,16 @@ class Adapter:
         target = target[-(self._room - 1) :]
         return LikelihoodRequest(tuple(prefix[-(self._room - len(target)) :]), tuple(target))
 
-    def _likelihoods(self, requests: Sequence[LikelihoodRequest], disable_tqdm: bool) -> list[Likelihood]:
-        """Results in the order of the requests, each distinct one computed once, or found in the cache."""
+    def _likelihoods(
+        self, requests: Sequence[LikelihoodRequest], asked: Sequence[Instance], disable_tqdm: bool
+    ) -> list[Likelihood]:
+        """Results in the order of the requests, each distinct one computed once, or found in the cache.
+
+        Args:
+            requests: as tokens.
+            asked: what the harness asked for by each, for errors.
+            disable_tqdm: show no bar.
+        """
         keys = [request_key("likelihood", request.prefix, request.target) for request in requests]
         found: dict[str, Likelihood] = {}
         todo: dict[str, LikelihoodRequest] = {}
@@ -214,7 +225,10 @@ class Adapter:
             estimates = self.loaded.likelihoods(list(todo.values()), self.likelihood_settings, self._batch_tokens())
             results = ((names[number], result) for number, result in estimates)
             kept = self._cache.keep(results, dataclasses.astuple, _RESULTS_AT_ONCE)
-            found.update(self._progress(kept, len(names), "likelihoods", disable_tqdm))
+            try:
+                found.update(self._progress(kept, len(names), "likelihoods", disable_tqdm))
+            except NotFiniteError as error:
+                raise NotFiniteError(error.request, _name(asked[requests.index(error.request)])) from None
         self._errors += [found[key].standard_error for key in keys]
         return [found[key] for key in keys]
 
@@ -246,6 +260,12 @@ class Adapter:
         from tqdm import tqdm
 
         return tqdm(work, total=total, desc=what, disable=disable or self._rank > 0 or not total)
+
+
+def _name(asked: Instance) -> str:
+    """A request of the harness for an error: its task, its document's number and its text."""
+    text = " -> ".join(repr(str(part)[-_SHOWN_CHARACTERS:]) for part in asked.args)
+    return f"task {asked.task_name}, document {asked.doc_id} ({text})"
 
 
 def _is_likelihood(value: Any) -> bool:

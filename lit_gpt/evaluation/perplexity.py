@@ -24,7 +24,7 @@ from lit_gpt.diffusion import EPS
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key, results_folder
 from lit_gpt.evaluation.settings import PerplexityFlags
 from lit_gpt.likelihood.estimators import ESTIMATORS, make_estimator
-from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, LikelihoodSettings
+from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, LikelihoodSettings, NotFiniteError
 
 # As lists of numbers all rows of a crawl would fill the memory: so many at a time.
 _ROWS_AT_ONCE = 1024
@@ -61,9 +61,13 @@ def evaluate_perplexity(flags: PerplexityFlags) -> None:
                 [requests[number] for number in todo], _likelihood_settings(flags), flags.batch_size * length
             )
             values = ((keys[todo[number]], [result.nll, result.standard_error]) for number, result in results)
-            for _, value in cache.keep(values, list, 1):
-                found.append(value)
-                bar.update()
+            try:
+                for _, value in cache.keep(values, list, 1):
+                    found.append(value)
+                    bar.update()
+            except NotFiniteError as error:
+                number = own[start + requests.index(error.request)]
+                raise NotFiniteError(error.request, f"row {number} of {flags.fineweb}") from None
             sums += torch.tensor([[nll, error**2, 1.0] for nll, error in found], dtype=torch.float64).sum(0)
     if known and not rank:
         print(f"{known} of {len(own)} rows were there already: {cache.path}", flush=True)

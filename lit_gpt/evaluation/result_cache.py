@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -18,6 +19,8 @@ from typing import Any, TextIO, TypeVar
 from lit_gpt.files import cannot_write, make_folder, open_regular, parse_json
 
 Value = TypeVar("Value")
+# Of a result on its way to the disk: what a loss of power may cost.
+_LONGEST_WAIT_S = 30.0
 _DEFAULT_FOLDER = Path("~/.cache/smdm/evaluation")
 
 
@@ -72,7 +75,37 @@ class EvalCache:
         Raises:
             SaveError: they cannot be written.
         """
-        if self._file is None or not results:
+        self._write(results)
+        self._sync()
+
+    def keep(
+        self, results: Iterable[tuple[str, Value]], as_json: Callable[[Value], Any], lot: int
+    ) -> Iterator[tuple[str, Value]]:
+        """Pass results on, and store each as it comes: a kill at any moment loses none that was passed on.
+
+        Args:
+            results: (key, value) pairs.
+            as_json: a value as JSON values.
+            lot: how many are put on the disk together, against a loss of power; after some seconds fewer.
+
+        Raises:
+            SaveError: they cannot be written.
+        """
+        waiting, since = 0, time.monotonic()
+        try:
+            for key, value in results:
+                self._write([(key, as_json(value))])
+                waiting += 1
+                if waiting >= lot or time.monotonic() - since >= _LONGEST_WAIT_S:
+                    self._sync()
+                    waiting, since = 0, time.monotonic()
+                yield key, value
+        finally:
+            self._sync()
+
+    def _write(self, results: Sequence[tuple[str, Any]]) -> None:
+        """Hand results to the operating system, which has them even if this process is killed."""
+        if self._file is None:
             return
         assert self.path is not None
         try:
@@ -80,30 +113,18 @@ class EvalCache:
                 self._values[key] = value
                 self._file.write(json.dumps([key, value]) + "\n")
             self._file.flush()
-            os.fsync(self._file.fileno())
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def keep(
-        self, results: Iterable[tuple[str, Value]], as_json: Callable[[Value], Any], lot: int
-    ) -> Iterator[tuple[str, Value]]:
-        """Pass results on, and store them as they come; whatever ends the work, what was finished is kept.
-
-        Args:
-            results: (key, value) pairs.
-            as_json: a value as JSON values.
-            lot: how many are put on the disk together.
-        """
-        fresh: list[tuple[str, Any]] = []
+    def _sync(self) -> None:
+        """Put on the disk what was written."""
+        if self._file is None:
+            return
+        assert self.path is not None
         try:
-            for key, value in results:
-                fresh.append((key, as_json(value)))
-                if len(fresh) >= lot:
-                    self.add(fresh)
-                    fresh = []
-                yield key, value
-        finally:
-            self.add(fresh)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -83,6 +83,17 @@ class Likelihood:
     """Greedy decoding gives the target; False where it was not asked for."""
 
 
+class NotFiniteError(ValueError):
+    """A request whose logits are NaN or infinite, or all equal because the states before them overflow."""
+
+    def __init__(self, request: LikelihoodRequest, name: str = "a text") -> None:
+        self.request = request
+        super().__init__(
+            f"{name}: the model's logits are NaN, infinite or all equal: its numbers overflow; give dtype float32 or "
+            "another checkpoint"
+        )
+
+
 def mdm_likelihoods(
     model: ScoringModel, requests: Sequence[LikelihoodRequest], settings: LikelihoodSettings
 ) -> Iterator[tuple[int, Likelihood]]:
@@ -95,6 +106,9 @@ def mdm_likelihoods(
 
     Yields:
         (number of the request, its result), each once, longest first, as rounds of work are done.
+
+    Raises:
+        NotFiniteError: it says for which request.
     """
     model = dataclasses.replace(model, logits_fn=guided(model.logits_fn, settings.cfg_scale, model.mask_id))
     for numbers in _rounds(model, requests, lambda request: settings.estimator.passes(len(request.target))):
@@ -108,6 +122,7 @@ def mdm_likelihoods(
         checked = part if settings.greedy else []
         all_masked = [_all_masked_input(request, model.mask_id, settings.pad_to) for request in checked]
         found = score_tokens(model, inputs + all_masked)
+        _check_finite(part, found[: len(part)])
         greedy = greedy_matches(model, checked, found[len(part) :], settings.pad_to) or [False] * len(part)
         for number, request, plan, scores, matches in zip(
             numbers, part, plans, found[: len(part)], greedy, strict=True
@@ -125,6 +140,9 @@ def arm_likelihoods(model: ScoringModel, requests: Sequence[LikelihoodRequest]) 
 
     Yields:
         As `mdm_likelihoods`; whether greedy decoding gives the target follows from the same forward pass.
+
+    Raises:
+        NotFiniteError: as `mdm_likelihoods`.
     """
     for numbers in _rounds(model, requests, lambda request: 1):
         inputs = []
@@ -133,7 +151,9 @@ def arm_likelihoods(model: ScoringModel, requests: Sequence[LikelihoodRequest]) 
             ids = torch.tensor(request.prefix + request.target)
             scored = torch.arange(len(ids) - 1) >= len(request.prefix) - 1
             inputs.append(ScoringInput(ids[None, :-1], scored[None], ids[1:]))
-        for number, own, scores in zip(numbers, inputs, score_tokens(model, inputs), strict=True):
+        found = score_tokens(model, inputs)
+        _check_finite([requests[number] for number in numbers], found)
+        for number, own, scores in zip(numbers, inputs, found, strict=True):
             matches = bool((scores.best_ids == own.targets)[own.scored].all())
             yield number, Likelihood(float(scores.nll.double().sum()), 0.0, matches)
 
@@ -156,6 +176,7 @@ def greedy_matches(
     matches = [True] * len(requests)
     unfinished, found = list(range(len(requests))), all_masked
     while unfinished:
+        _check_finite([requests[number] for number in unfinished], found)
         for number, scores in zip(unfinished, found, strict=True):
             request, part = requests[number], _target_slice(requests[number])
             position = int(torch.where(masks[number][0], scores.best_probability[0, part], -1.0).argmax())
@@ -165,6 +186,13 @@ def greedy_matches(
         inputs = [_masked_input(requests[n], masks[n], masks[n], model.mask_id, pad_to) for n in unfinished]
         found = score_tokens(model, inputs)
     return matches
+
+
+def _check_finite(requests: Sequence[LikelihoodRequest], found: Sequence[TokenScores]) -> None:
+    """Refuse scores that are not numbers: they must not enter a mean or a cache."""
+    for request, scores in zip(requests, found, strict=True):
+        if not bool(scores.nll.isfinite().all()):
+            raise NotFiniteError(request)
 
 
 def masking_plan(settings: LikelihoodSettings, request: LikelihoodRequest) -> MaskingPlan:
@@ -183,19 +211,20 @@ def _plan(estimator: Estimator, length: int, *keys: int) -> MaskingPlan:
 def _rounds(
     model: ScoringModel, requests: Sequence[LikelihoodRequest], passes: Callable[[LikelihoodRequest], int]
 ) -> Iterator[list[int]]:
-    """Numbers of requests in rounds of some batches of work; longest first, like prefixes together."""
+    """Numbers of requests in rounds of some batches of work, or less on slow devices; longest first, like prefixes together."""
 
     def order(number: int) -> tuple[int, tuple[int, ...], int]:
         request = requests[number]
         return -len(request.prefix) - len(request.target), request.prefix, number
 
     current: list[int] = []
-    tokens = 0
+    tokens, most = 0, _BATCHES_PER_ROUND * model.max_tokens
+    most = min(most, model.tokens_per_result or most)
     for number in sorted(range(len(requests)), key=order):
         request = requests[number]
         current.append(number)
         tokens += (len(request.prefix) + len(request.target)) * passes(request)
-        if tokens >= _BATCHES_PER_ROUND * model.max_tokens:
+        if tokens >= most:
             yield current
             current, tokens = [], 0
     if current:

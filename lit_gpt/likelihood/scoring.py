@@ -18,6 +18,10 @@ from torch import Tensor
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.logits import LogitsBatch, LogitsFn, model_logits
 
+# Work after which results should come, so that an evaluation that is stopped has kept some: about 30 s of two cores (100
+# GFLOP/s). A GPU's 32 batches take seconds.
+_FLOPS_PER_RESULT = {"cpu": 3e12}
+
 
 @dataclass(frozen=True)
 class ScoringModel:
@@ -31,12 +35,16 @@ class ScoringModel:
     """Tokens of a batch, padding included; a longer row is a batch of its own. Decides speed and memory, not results."""
     device: torch.device | str = "cpu"
     """Where the batches go."""
+    tokens_per_result: int | None = None
+    """Tokens that are read before the first results must come; None: only the number of batches counts."""
 
     @classmethod
     def of(cls, model: Transformer, max_tokens: int) -> ScoringModel:
         """A network on its own device."""
         config, device = model.config, next(model.parameters()).device
-        return cls(model_logits(model), config.mask_id, config.vocab_size, max_tokens, device)
+        flops = _FLOPS_PER_RESULT.get(device.type)
+        tokens = None if flops is None else int(flops / (2 * sum(value.numel() for value in model.parameters())))
+        return cls(model_logits(model), config.mask_id, config.vocab_size, max_tokens, device, tokens)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class TokenScores:
     """The results of one request's rows, all (R, T) and 0 where nothing is scored."""
 
     nll: Tensor
-    """float32: -log p(target), nats."""
+    """float32: -log p(target), nats; NaN or infinite where a logit of the position is, or where all of them are equal."""
     best_ids: Tensor
     """int64: the likeliest token."""
     best_probability: Tensor
@@ -145,7 +153,11 @@ def _scores(logits: Iterator[Tensor], targets: Tensor, vocab_size: int) -> tuple
         own = targets[start : (start := start + len(chunk))]
         total = chunk.logsumexp(1)
         best, best_ids = chunk[:, :vocab_size].max(1)
-        parts.append((total - chunk.gather(1, own[:, None]).squeeze(1), best_ids, (best - total).exp()))
+        lowest = chunk.amin(1)
+        # A logit of -inf vanishes in the sum, and states that overflow vanish in the last norm: their logits are all equal.
+        sound = lowest.isfinite() & (lowest < best)
+        nll = torch.where(sound, total - chunk.gather(1, own[:, None]).squeeze(1), torch.nan)
+        parts.append((nll, best_ids, (best - total).exp()))
     nll, best_ids, best_probability = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return nll, best_ids, best_probability
 

@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.api.instance import Instance
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lit_gpt.evaluation.generated_answers import AnswerFile
+from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate
+from lit_gpt.evaluation.settings import read_model_args
+from tests.support.small_models import export_arm_and_mdm
 
 QUESTIONS = [{"index": number, "question": f"{number} + 1?", "target": str(number + 1)} for number in range(3)]
 
@@ -104,3 +110,38 @@ def test_a_cache_serves_results_only(tmp_path: Path) -> None:
     os.mkfifo(cache.path.with_suffix(".9.jsonl").with_name(cache.path.name.replace(".0.", ".9.")))
     with pytest.raises(ValueError, match="is no regular file but a pipe"):
         EvalCache(tmp_path, {"a": 1})
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("arm", {}), ("mdm", {"nll_type": "chain_rule"})], ids=["arm", "mdm"])
+def test_a_diverged_checkpoint_ends_the_run_and_leaves_nothing(tmp_path: Path, kind: str, settings: dict) -> None:
+    """States that overflow vanish in the last norm: every token was as likely as any other, like a guess."""
+    path = export_arm_and_mdm(tmp_path)[kind]
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    state["transformer.wte.weight"] *= 1e30
+    save_file(state, path, metadata)
+    arguments = read_model_args(kind, {"ckpt_path": str(path), **settings})
+    adapter = Adapter(kind, arguments, tmp_path / "cache", ["evaluate"])
+    texts = [("My lord,", " what news?"), ("", "none"), ("To be", "")]
+    asked = [Instance("loglikelihood", {}, pair, 0, ("next_line", number + 7, 1)) for number, pair in enumerate(texts)]
+    with pytest.raises(
+        ValueError,
+        match=r"^task next_line, document 7 \('My lord,' -> ' what news\?'\): .* give dtype float32 or another",
+    ):
+        adapter.loglikelihood(asked)
+    adapter.close()
+    (kept,) = (tmp_path / "cache").glob("*.jsonl")
+    assert len(kept.read_text().splitlines()) == 1  # its settings
+
+
+def test_a_result_is_kept_before_the_next_is_begun(tmp_path: Path) -> None:
+    """64 were written together: an expensive evaluation that was killed after minutes had kept none."""
+    cache = EvalCache(tmp_path, {"a": 1})
+    assert cache.path is not None
+    for number, _ in enumerate(cache.keep(((str(n), n) for n in range(3)), lambda n: [n, 0.0], 64), start=1):
+        assert len(cache.path.read_text().splitlines()) == 1 + number
+        other = EvalCache(tmp_path, {"a": 1}, rank=1)
+        assert other.get(str(number - 1)) == [number - 1, 0.0]
+        other.close()
+    cache.close()

@@ -19,6 +19,7 @@ from lit_gpt.likelihood.loglikelihood import (
     Likelihood,
     LikelihoodRequest,
     LikelihoodSettings,
+    NotFiniteError,
     arm_likelihoods,
     masking_plan,
     mdm_likelihoods,
@@ -28,7 +29,7 @@ from lit_gpt.likelihood.plan import Estimator, MaskingPlan
 from lit_gpt.likelihood.scoring import ScoringModel
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
-from lit_gpt.model.logits import LogitsFn, model_logits
+from lit_gpt.model.logits import LogitsBatch, LogitsFn, model_logits
 from lit_gpt.randomness import uniform
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
 from tests.support.gpus import DEVICES
@@ -114,10 +115,13 @@ def table_logits(seed: int = 1) -> LogitsFn:
     return logits
 
 
+def all_masked_batch() -> LogitsBatch:
+    """The target's places, all of them masked and wanted."""
+    return LogitsBatch(torch.full((1, LENGTH), 3), None, torch.zeros(1, LENGTH, dtype=torch.bool), torch.arange(LENGTH))
+
+
 def brute_force(logits_fn: LogitsFn, target: tuple[int, ...]) -> float:
     """sum over k of (1/k) E over masks of k tokens of the masked tokens' cross-entropies, term by term."""
-    from lit_gpt.model.logits import LogitsBatch
-
     total = 0.0
     for k in range(1, LENGTH + 1):
         sums = []
@@ -359,6 +363,78 @@ def test_a_batch_that_does_not_fit_is_halved():
     assert max(sizes) == 31 and sizes.count(3) > 3
     with pytest.raises(ValueError, match="a row of 5 tokens does not fit into the memory of cpu"):
         list(mdm_likelihoods(ScoringModel(small_memory(0), 3, 3, 4096), [request], settings))
+
+
+def spoilt_logits(value: float, rows: int, kind: str) -> LogitsFn:
+    """The table's logits until so many rows were read; then one of them, or all of its position, is another number."""
+    seen = 0
+
+    def logits(batch):
+        nonlocal seen
+        seen += len(batch.input_ids)
+        for chunk in table_logits()(batch):
+            if seen > rows:
+                # Token 0 at the last wanted position: not one that is asked for, but where the target ends.
+                chunk[-1, 0 if kind == "one" else slice(None)] = value
+            yield chunk
+
+    return logits
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        (LikelihoodSettings(MonteCarlo(8)), 0),
+        (LikelihoodSettings(ChainRule(), cfg_scale=0.5), 0),
+        (LikelihoodSettings(ExactBound(31)), 0),
+        # 31 masks, of which one is the greedy check's first: the check's second pass reads what is spoilt.
+        (LikelihoodSettings(ExactBound(31), greedy=True), 31),
+    ],
+    ids=["mc", "chain_rule", "exact", "greedy"],
+)
+def test_logits_that_are_no_numbers_end_the_scoring(settings: LikelihoodSettings, rows: int, value: float):
+    """A logit of -inf vanishes in a sum of exponentials, and equal logits are what is left where states overflow."""
+    # The greedy check's first choice is the target's, so that it goes on.
+    best = next(table_logits()(all_masked_batch())).softmax(1).max(1)
+    target, first = [1] * LENGTH, int(best.values.argmax())
+    target[first] = int(best.indices[first])
+    request = LikelihoodRequest((), tuple(target))
+    logits = spoilt_logits(value, rows, "all" if value == 0 else "one")
+    with pytest.raises(NotFiniteError, match="the model's logits are NaN, infinite or all equal") as raised:
+        list(mdm_likelihoods(ScoringModel(logits, 3, 3, 4096), [request], settings))
+    assert raised.value.request == request
+
+
+def test_an_arms_logits_that_are_no_numbers_end_the_scoring():
+    requests = mixed_requests(6)
+    for name in ("lm_head.weight", "transformer.wte.weight"):
+        model = tiny(GPT)
+        with torch.no_grad():
+            dict(model.named_parameters())[name].mul_(1e38 if name.startswith("lm") else 1e30)
+        with pytest.raises(NotFiniteError):
+            list(arm_likelihoods(ScoringModel.of(model, 4096), requests))
+
+
+def test_results_come_after_a_bounded_amount_of_work():
+    """An evaluation that is stopped has kept some: a batch of many rows does not hold the first results back."""
+    read = 0
+
+    def counted(batch: LogitsBatch):
+        nonlocal read
+        read += batch.input_ids.numel()
+        yield from model_logits(model)(batch)
+
+    model, settings = tiny(TransEncoder), LikelihoodSettings(MonteCarlo(4))
+    scoring_model = dataclasses.replace(ScoringModel.of(model, 10**6), logits_fn=counted, tokens_per_result=500)
+    between = []
+    for _ in mdm_likelihoods(scoring_model, mixed_requests(), settings):
+        between.append(read)
+        read = 0
+    # The largest request is 28 tokens in 4 passes.
+    assert sum(between) > 1000 and max(between) < 500 + 4 * 28
+    parameters = sum(value.numel() for value in model.parameters())
+    assert ScoringModel.of(model, 10**6).tokens_per_result == int(3e12 / (2 * parameters))
 
 
 def test_wrong_settings_are_refused_together():
