@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 # Whole numbers may be larger than any float.
 _LARGEST_NUMBER = 1e300
+# Of a mean of gradients: the mean of the squares of larger ones is beyond float32 (about 1.8e19 squared).
+_LARGEST_MEAN = 1e20
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _ENTRIES = ("step", *MOMENTS)
 # Settings of a parameter group that decide how a step is computed, not what: the current ones stay.
@@ -117,10 +119,12 @@ def _check_settings(group: dict[str, Any], now: dict[str, Any]) -> None:
         if key == "params" or (key not in group and isinstance(value, bool | None)):
             continue
         found = group.get(key)
-        if isinstance(value, bool | None):
-            good = isinstance(found, bool | None) and (key in _MATTERS_OF_SPEED or bool(found) == bool(value))
-        elif isinstance(value, tuple | list):
-            good = isinstance(found, tuple | list) and len(found) == len(value) and all(map(_is_number, found))
+        if key in _MATTERS_OF_SPEED:
+            good = isinstance(found, bool | None)
+        elif isinstance(value, bool | None):
+            good = found is value
+        elif isinstance(value, tuple | list):  # shares of running means
+            good = isinstance(found, tuple | list) and len(found) == len(value) and all(map(_is_share, found))
         else:
             good = _is_number(found)
         if not good:
@@ -132,6 +136,11 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta:
         value = value.item()
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _LARGEST_NUMBER
+
+
+def _is_share(value: Any) -> bool:
+    """Whether a value is a number from 0 to below 1."""
+    return _is_number(value) and value < 1
 
 
 def _shown(value: Any) -> str:
@@ -171,9 +180,11 @@ def check_moment(entry: str, name: str, value: Tensor) -> None:
     """Refuse a moment (`exp_avg` or `exp_avg_sq`), or rows of one, that AdamW cannot compute with; one pass over it.
 
     Raises:
-        ValueError: it is not finite, or a square is negative.
+        ValueError: it is not finite, a square is negative, or a mean larger than its square can be.
     """
     # NaN anywhere comes out at both ends.
     low, high = (float(end) for end in torch.aminmax(value))
-    if not math.isfinite(low) or not math.isfinite(high) or (entry == "exp_avg_sq" and low < 0):
+    finite = math.isfinite(low) and math.isfinite(high)
+    possible = low >= 0 if entry == "exp_avg_sq" else max(-low, high) <= _LARGEST_MEAN
+    if not (finite and possible):
         raise ValueError(f"{entry} of {name} has values from {low} to {high}")

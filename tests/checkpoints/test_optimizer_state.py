@@ -57,6 +57,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another": (put("max_exp_avg_sq", torch.zeros(1)), "unknown entry max_exp_avg_sq"),
     "nan": (change("exp_avg", fill_one(math.nan)), "values from nan to nan"),
     "infinite": (change("exp_avg_sq", fill_one(math.inf)), "to inf"),
+    "beyond a square": (change("exp_avg", fill_one(3e38)), r"to 3\.\d+e\+38"),
     "negative square": (change("exp_avg_sq", fill_one(-1.0)), "values from -1.0"),
     "steps": (put("step", torch.zeros(64, 16)), "step of lm_head.weight is"),
     "step nan": (put("step", torch.tensor(math.nan)), "step of lm_head.weight is"),
@@ -75,6 +76,8 @@ CASES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "decay": (lambda saved: saved["param_groups"][0].update(weight_decay=math.nan), "its weight_decay is nan"),
     "no eps": (lambda saved: saved["param_groups"][0].pop("eps"), "its eps is None"),
     "amsgrad": (lambda saved: saved["param_groups"][0].update(amsgrad=True), "its amsgrad is True"),
+    "no switch": (lambda saved: saved["param_groups"][0].update(maximize=None), "its maximize is None"),
+    "growing mean": (lambda saved: saved["param_groups"][0].update(betas=(1.5, 0.9)), r"its betas is \(1.5, 0.9\)"),
 }
 
 

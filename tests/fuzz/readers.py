@@ -190,13 +190,15 @@ def training_state(fabric: Any, seed: int) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "hparams": {"a": 1}, "iter_num": 4, "step_count": 1}
 
 
-def training_step(fabric: Any, state: dict[str, Any]) -> None:
-    """One step on fixed tokens."""
+def training_step(fabric: Any, state: dict[str, Any]) -> float:
+    """One step on fixed tokens; its loss."""
     ids = torch.arange(64).view(2, 32) + 2
     terms = LossTerms(ids, ids, torch.full((2, 32), 1 / 64), torch.ones(2, 32, dtype=torch.bool))
-    fabric.backward(state["model"].weighted_nll(terms)[0])
+    loss = state["model"].weighted_nll(terms)[0]
+    fabric.backward(loss)
     state["optimizer"].step()
     state["optimizer"].zero_grad()
+    return float(loss)
 
 
 def odd_tensors() -> tuple[Any, ...]:

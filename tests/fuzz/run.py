@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.fuzz.commands import COMMAND_KINDS  # noqa: E402 (the root must be found first)
 from tests.fuzz.model_args import MODEL_ARGS_KINDS  # noqa: E402
 from tests.fuzz.readers import FILE_KINDS  # noqa: E402
+from tests.fuzz.shards import SHARD_KINDS  # noqa: E402
 from tests.fuzz.web_requests import REQUEST_KINDS  # noqa: E402
 from tests.fuzz.workers import Limits, Outcome, run_limited  # noqa: E402
 
-KINDS = {**FILE_KINDS, **COMMAND_KINDS, **MODEL_ARGS_KINDS, **REQUEST_KINDS}
+KINDS = {**FILE_KINDS, **SHARD_KINDS, **COMMAND_KINDS, **MODEL_ARGS_KINDS, **REQUEST_KINDS}
 # Inputs that one process reads one after the other.
 _SHARE = 25
 
