@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,17 +128,17 @@ class Adapter:
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes behind each context, up to the first stop string or the end token."""
-        seen: dict[str, int] = {}
+        asked: Counter[str] = Counter()
         keys: list[str] = []
         todo: dict[str, GenerationRequest] = {}
-        for request in requests:
-            context, settings = request.args
-            key = request_key("generate", context, settings)
+        for context, settings in (request.args for request in requests):
+            name = request_key("generate", context, settings)
             # Repeated requests want other samples: each has a number of its own.
-            seen[key] = number = seen.get(key, -1) + 1
-            keys.append(f"{key}-{number}")
+            request = self._writer.request(context, settings, asked[name])
+            asked[name] += 1
+            keys.append(request_key("text", *request.identity()))
             if self._cache.get(keys[-1], _is_text) is None:
-                todo[keys[-1]] = self._writer.request(context, settings, number)
+                todo[keys[-1]] = request
         texts = self._progress(self._writer.texts(todo), len(todo), "generating", disable_tqdm)
         fresh = dict(self._cache.keep(texts, str, 1))
         return [fresh[key] if key in fresh else self._cache.get(key) for key in keys]
