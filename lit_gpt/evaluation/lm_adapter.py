@@ -7,6 +7,7 @@ trailing white space goes to the continuation.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt.checkpoints.loaded import load_model
+from lit_gpt.checkpoints.loaded import TOKENIZATION_VERSION, load_model
 from lit_gpt.cli import warn
 from lit_gpt.devices import join_processes
 from lit_gpt.evaluation import versions
@@ -41,10 +42,18 @@ class Adapter:
         kind: `arm` or `mdm`.
         arguments: from `--model_args`.
         cache_folder: where results are kept; None keeps none.
+        found_folder: another folder whose results are found, too.
         command: as typed, for the results file.
     """
 
-    def __init__(self, kind: str, arguments: ModelArgs, cache_folder: Path | None, command: Sequence[str]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        arguments: ModelArgs,
+        cache_folder: Path | None,
+        command: Sequence[str],
+        found_folder: Path | None = None,
+    ) -> None:
         self.kind, self.arguments, self.command = kind, arguments, list(command)
         self._rank, self._world_size = join_processes()
         self.loaded = load_model(
@@ -67,7 +76,7 @@ class Adapter:
             seed=arguments.seed,
         )
         self._writer = TextWriter(self.loaded, arguments, self.max_length, self._batch_tokens())
-        self._cache = EvalCache(cache_folder, self._identity(), self._rank)
+        self._cache = EvalCache(cache_folder, self._identity(), self._rank, found_folder)
         self._errors: list[float] = []
 
     @property
@@ -142,6 +151,7 @@ class Adapter:
             "command": self.command,
             "versions": versions.versions(_REPORTED_VERSIONS),
             "commit": versions.commit(),
+            "results_by_commit": dict(collections.Counter(self._cache.makers().values())),
             "processes": self._world_size,
         }
 
@@ -244,6 +254,9 @@ class Adapter:
             "tokenizer_hash": self.tokenizer.fingerprint,
             "max_length": self.max_length,
             "dtype": self.loaded.dtype,
+            "device": self.loaded.device.type,
+            "versions": self.loaded.likelihood_versions(self.likelihood_settings)
+            | {"tokenization": TOKENIZATION_VERSION},
             "generation": [arguments.alg, arguments.steps, arguments.temperature],
         }
         if self.kind == "arm":
