@@ -26,6 +26,7 @@ from lit_gpt.checkpoints.weights import read_model, state_hash
 from lit_gpt.devices import choose_device, has_native_bf16, is_out_of_memory
 from lit_gpt.likelihood.estimators import make_estimator
 from lit_gpt.likelihood.loglikelihood import (
+    SCORING_VERSION,
     Likelihood,
     LikelihoodRequest,
     LikelihoodSettings,
@@ -40,6 +41,8 @@ from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
 
+# Raised whenever `encode_pair` or `prompt_ids` give other tokens of the same texts.
+TOKENIZATION_VERSION = 1
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 # Tokens of a batch by device: beyond, a CPU's caches are exceeded; on GPUs a batch that does not fit is halved.
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 131072}
@@ -151,6 +154,10 @@ class LoadedModel:
             "tokenizer": self.tokenizer.fingerprint,
             "dtype": self.dtype,
         }
+
+    def likelihood_versions(self, settings: LikelihoodSettings) -> dict[str, int]:
+        """Versions of what computes its likelihoods: kept results of others are not served."""
+        return {"scoring": SCORING_VERSION} if self.kind == "arm" else settings.versions()
 
     # --- text to text -------------------------------------------------------------------------------------------------
 

@@ -7,14 +7,16 @@ trailing white space goes to the continuation.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt.checkpoints.loaded import load_model
+from lit_gpt.checkpoints.loaded import TOKENIZATION_VERSION, load_model
 from lit_gpt.cli import warn
 from lit_gpt.devices import join_processes
 from lit_gpt.evaluation import versions
@@ -40,10 +42,18 @@ class Adapter:
         kind: `arm` or `mdm`.
         arguments: from `--model_args`.
         cache_folder: where results are kept; None keeps none.
+        found_folder: another folder whose results are found, too.
         command: as typed, for the results file.
     """
 
-    def __init__(self, kind: str, arguments: ModelArgs, cache_folder: Path | None, command: Sequence[str]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        arguments: ModelArgs,
+        cache_folder: Path | None,
+        command: Sequence[str],
+        found_folder: Path | None = None,
+    ) -> None:
         self.kind, self.arguments, self.command = kind, arguments, list(command)
         self._rank, self._world_size = join_processes()
         self.loaded = load_model(
@@ -66,7 +76,7 @@ class Adapter:
             seed=arguments.seed,
         )
         self._writer = TextWriter(self.loaded, arguments, self.max_length, self._batch_tokens())
-        self._cache = EvalCache(cache_folder, self._identity(), self._rank)
+        self._cache = EvalCache(cache_folder, self._identity(), self._rank, found_folder)
         self._errors: list[float] = []
 
     @property
@@ -118,17 +128,17 @@ class Adapter:
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes behind each context, up to the first stop string or the end token."""
-        seen: dict[str, int] = {}
+        asked: Counter[str] = Counter()
         keys: list[str] = []
         todo: dict[str, GenerationRequest] = {}
-        for request in requests:
-            context, settings = request.args
-            key = request_key("generate", context, settings)
+        for context, settings in (request.args for request in requests):
+            name = request_key("generate", context, settings)
             # Repeated requests want other samples: each has a number of its own.
-            seen[key] = number = seen.get(key, -1) + 1
-            keys.append(f"{key}-{number}")
+            request = self._writer.request(context, settings, asked[name])
+            asked[name] += 1
+            keys.append(request_key("text", *request.identity()))
             if self._cache.get(keys[-1], _is_text) is None:
-                todo[keys[-1]] = self._writer.request(context, settings, number)
+                todo[keys[-1]] = request
         texts = self._progress(self._writer.texts(todo), len(todo), "generating", disable_tqdm)
         fresh = dict(self._cache.keep(texts, str, 1))
         return [fresh[key] if key in fresh else self._cache.get(key) for key in keys]
@@ -141,6 +151,7 @@ class Adapter:
             "command": self.command,
             "versions": versions.versions(_REPORTED_VERSIONS),
             "commit": versions.commit(),
+            "results_by_commit": dict(collections.Counter(self._cache.makers().values())),
             "processes": self._world_size,
         }
 
@@ -243,6 +254,9 @@ class Adapter:
             "tokenizer_hash": self.tokenizer.fingerprint,
             "max_length": self.max_length,
             "dtype": self.loaded.dtype,
+            "device": self.loaded.device.type,
+            "versions": self.loaded.likelihood_versions(self.likelihood_settings)
+            | {"tokenization": TOKENIZATION_VERSION},
             "generation": [arguments.alg, arguments.steps, arguments.temperature],
         }
         if self.kind == "arm":

@@ -33,6 +33,8 @@ class HarnessRun:
 
     cache_folder: Path | None
     """Where results are kept; None keeps none."""
+    found_folder: Path | None
+    """Another folder whose results are found, too."""
     command: list[str]
     """As typed, for the results file."""
     built: list[Adapter] = field(default_factory=list)
@@ -52,7 +54,7 @@ def registered_models() -> list[Any]:
             def __init__(self, /, **values: Any) -> None:
                 LM.__init__(self)
                 arguments = read_model_args(kind, values)
-                Adapter.__init__(self, kind, arguments, self.run.cache_folder, self.run.command)
+                Adapter.__init__(self, kind, arguments, self.run.cache_folder, self.run.command, self.run.found_folder)
                 self.run.built.append(self)
 
             @classmethod
@@ -104,7 +106,9 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
         # Before the work: the harness itself only warns when it cannot write, and ends with code 0.
         make_folder(_output_folder(known.output_path))
     beside_output = None if known.output_path is None else _output_folder(known.output_path) / "cache"
-    run = HarnessRun(results_folder(known.use_cache, beside_output), [sys.argv[0], *argv])
+    # Beside the output a result is easy to keep with it; what was computed before there was an output counts, too.
+    found_folder = None if known.use_cache else results_folder(None)
+    run = HarnessRun(results_folder(known.use_cache, beside_output), found_folder, [sys.argv[0], *argv])
     for model_class in registered_models():
         model_class.run = run
     sys.argv = ["lm_eval", "run", *rest]

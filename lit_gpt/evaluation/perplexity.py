@@ -154,6 +154,8 @@ def _settings(flags: PerplexityFlags, model: LoadedModel, length: int) -> dict[s
         "checkpoint": model.weights_hash,
         "config": model.model.config.to_dict(),
         "dtype": model.dtype,
+        "device": model.device.type,
+        "versions": model.likelihood_versions(_likelihood_settings(flags)),
         "length": length,
     }
     if flags.type == "mdm":

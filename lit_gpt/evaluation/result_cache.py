@@ -1,8 +1,9 @@
 """Finished results of an evaluation, so that a killed one goes on where it stood.
 
 One file of JSON lines per (checkpoint, settings), whose name is their hash and whose first line spells them out: another
-checkpoint, estimator or seed has another file, so nothing stale can be served. Each process appends to a file of its own
-and reads those of all. A line that a kill left half-written is passed over.
+checkpoint, estimator, version of it, device class or seed has another file, so nothing stale can be served. Results stand
+behind a line that says which commit made them. Each process appends to a file of its own and reads those of all. A line
+that a kill left half-written is passed over.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from lit_gpt.evaluation.versions import commit
 from lit_gpt.files import cannot_write, make_folder, open_regular, parse_json
 
 Value = TypeVar("Value")
 # Of a result on its way to the disk: what a loss of power may cost.
 _LONGEST_WAIT_S = 30.0
+_UNKNOWN = "unknown"
 _DEFAULT_FOLDER = Path("~/.cache/smdm/evaluation")
 
 
@@ -41,6 +44,7 @@ class EvalCache:
 
     Args:
         folder: where the files lie; made if it is missing. None keeps nothing.
+        elsewhere: another folder whose results are found, too.
         settings: everything that changes a result, as JSON values.
         rank: this process's number.
 
@@ -48,18 +52,24 @@ class EvalCache:
         SaveError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path | None, settings: dict[str, Any], rank: int = 0) -> None:
+    def __init__(
+        self, folder: Path | None, settings: dict[str, Any], rank: int = 0, elsewhere: Path | None = None
+    ) -> None:
         self.path: Path | None = None
         self._file: TextIO | None = None
         self._values: dict[str, Any] = {}
+        self._makers: dict[str, str] = {}
+        self._served: set[str] = set()
+        self._maker: str | None = None
         if folder is None:
             return
         make_folder(folder)
         header = json.dumps(settings, sort_keys=True)
         name = hashlib.sha256(header.encode()).hexdigest()[:16]
         self.path = folder / f"{name}.{rank}.jsonl"
-        for path in sorted(folder.glob(f"{name}.*.jsonl")):
-            self._read(path)
+        for place in filter(None, dict.fromkeys((elsewhere, folder))):
+            for path in sorted(place.glob(f"{name}.*.jsonl")):
+                self._read(path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the evaluation runs)
         # A torn last line must not swallow the next one.
         self._file.write(f"\n{header}\n" if self._file.tell() else f"{header}\n")
@@ -67,7 +77,14 @@ class EvalCache:
     def get(self, key: str, is_valid: Callable[[Any], bool] = lambda value: True) -> Any:
         """What was stored under a key; None if nothing was, or nothing that can be a result."""
         value = self._values.get(key)
-        return value if is_valid(value) else None
+        if not is_valid(value):
+            return None
+        self._served.add(key)
+        return value
+
+    def makers(self) -> dict[str, str]:
+        """The commits that made the results of this evaluation, by key; `unknown` where a file does not say."""
+        return {key: self._makers[key] for key in self._served if key in self._makers}
 
     def add(self, results: Sequence[tuple[str, Any]]) -> None:
         """Store results and put them on the disk.
@@ -109,8 +126,13 @@ class EvalCache:
             return
         assert self.path is not None
         try:
+            if results and self._maker is None:
+                self._maker = commit() or _UNKNOWN
+                self._file.write(json.dumps({"commit": self._maker}) + "\n")
             for key, value in results:
                 self._values[key] = value
+                self._makers[key] = self._maker or _UNKNOWN
+                self._served.add(key)
                 self._file.write(json.dumps([key, value]) + "\n")
             self._file.flush()
         except OSError as error:
@@ -134,13 +156,17 @@ class EvalCache:
     def _read(self, path: Path) -> None:
         with open_regular(path) as file:
             content = file.read().decode("utf-8", "replace")
+        maker = _UNKNOWN
         for line in content.splitlines():
             try:
                 entry = parse_json(line, finite=False)
             except ValueError:
                 continue
+            if isinstance(entry, dict):
+                # The settings stand first wherever a process has begun.
+                maker = entry["commit"] if isinstance(entry.get("commit"), str) else _UNKNOWN
             if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
-                self._values[entry[0]] = entry[1]
+                self._values[entry[0]], self._makers[entry[0]] = entry[1], maker
 
 
 def is_estimate(value: Any) -> bool:

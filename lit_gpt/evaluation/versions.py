@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import subprocess
 from collections.abc import Iterable
@@ -18,8 +19,9 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of this code, with a + if tracked files differ from it; None outside a checkout."""
+    """The commit of this code, with a + if tracked files differ from it when it is first asked for; None outside a checkout."""
     folder = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:

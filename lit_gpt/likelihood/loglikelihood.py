@@ -26,6 +26,9 @@ from lit_gpt.likelihood.scoring import ScoringInput, ScoringModel, TokenScores, 
 from lit_gpt.model.logits import guided
 from lit_gpt.randomness import hash_int
 
+# Raised whenever the likelihoods of this file change, by more than rounding: kept results of another version are computed
+# again. What one estimator alone changes is its own `version`.
+SCORING_VERSION = 1
 # Batches of a round: enough that equal rows meet and lengths can be sorted, few enough that results come in after seconds
 # (a choice, not a measurement).
 _BATCHES_PER_ROUND = 32
@@ -69,6 +72,10 @@ class LikelihoodSettings:
         own = {name: value for name, value in dataclasses.asdict(self).items() if name != "estimator"}
         # `eps` is a parameter of one estimator, but caches have it for all.
         return {"eps": 0.0, **self.estimator.identity(), **own}
+
+    def versions(self) -> dict[str, int]:
+        """Versions of what estimates an MDM's likelihoods."""
+        return {"scoring": SCORING_VERSION, self.estimator.name: self.estimator.version}
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ class Estimator(ABC):
     """What users type."""
     is_bound: ClassVar[bool] = True
     """Whether it estimates the bound above; False for another quantity."""
+    version: ClassVar[int] = 1
+    """Raised whenever its numbers change: results of another version are computed again."""
     passes_parameter: ClassVar[str] = ""
     """The parameter that chooses the number of forward passes; empty where the target alone decides it."""
 

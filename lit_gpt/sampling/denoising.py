@@ -51,7 +51,8 @@ def denoise(
     schedule = StepSchedule(masked, sampling.steps, sampling.block_length, algorithm.remasks)
     predictor = Predictor(logits_fn, sequences, sampling, vocab_size, stop_id, algorithm.measure)
     for number in itertools.count():
-        state = State(number, input_ids, confidence, sequences.key_mask, finite)
+        changeable = schedule.block_of >= schedule.block[:, None] if algorithm.remasks else None
+        state = State(number, input_ids, confidence, sequences.key_mask, finite, changeable)
         yield state
         t, s = schedule.advance(masked)
         in_block, uniforms = schedule.in_block(), partial(_uniforms, sequences, sampling.seed, number)

@@ -54,6 +54,8 @@ class State:
     """(B, T) bool: False at padding and, for the ARM, where no token has been written."""
     finite: Tensor | None = None
     """Scalar bool: whether all logits up to here were finite numbers; None if there were none."""
+    changeable: Tensor | None = None
+    """(B, T) bool: what a later step may still change; None where that is [MASK] alone."""
 
     def check(self) -> None:
         """Refuse what a broken model wrote.

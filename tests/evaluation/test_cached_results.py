@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import evaluate_fineweb
+from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.data.packed_format import PackedDatasetBuilder
+from lit_gpt.evaluation import lm_adapter, lm_harness
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import EvalCache, request_key
 from lit_gpt.evaluation.settings import read_model_args
 from lit_gpt.files import SaveError
+from lit_gpt.likelihood import loglikelihood
+from lit_gpt.likelihood.monte_carlo import MonteCarlo
 from tests.support.small_models import export_arm_and_mdm
 
+ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 16
 OF_THE_MODEL = ("checkpoint", "config", "tokenizer_hash")
 
@@ -78,6 +85,8 @@ def test_likelihoods_of_the_harness(folder, tmp_path, name):
     adapter.loglikelihood([SimpleNamespace(args=("My lord,", " what news?"))])
     adapter.close()
     common = {"kind": kind, "max_length": 128, "dtype": "float32", "generation": ["greedy", None, 0.0]}
+    own = {} if kind == "arm" else {expected["estimator"]: 1}
+    common |= {"device": "cpu", "versions": {"scoring": 1, "tokenization": 1, **own}}
     assert settings_of(tmp_path, OF_THE_MODEL) == {**common, **expected}
 
 
@@ -99,7 +108,46 @@ def test_rows_of_fineweb(folder, tmp_path, monkeypatch, kind, words, expected):
     flags = ["--type", kind, "--ckpt-path", str(path), "--data-dir", str(folder), "--fineweb", "new", "--length", "16"]
     monkeypatch.setattr(sys, "argv", ["evaluate_fineweb.py", *flags, "--cache", str(tmp_path), *words])
     evaluate_fineweb.main()
-    assert settings_of(tmp_path, ("checkpoint", "config")) == {"dtype": "float32", "length": 16, **expected}
+    versions = {"scoring": 1, **({} if kind == "arm" else {expected["estimator"]: 1})}
+    common = {"dtype": "float32", "length": 16, "device": "cpu", "versions": versions}
+    assert settings_of(tmp_path, ("checkpoint", "config")) == {**common, **expected}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        (MonteCarlo, "version", 2),
+        (loglikelihood, "SCORING_VERSION", 2),
+        (lm_adapter, "TOKENIZATION_VERSION", 2),
+        (LoadedModel, "device", torch.device("meta")),
+    ],
+    ids=["estimator", "scoring", "tokenization", "device"],
+)
+def test_what_another_version_or_device_computed_is_not_served(folder, tmp_path, monkeypatch, changed):
+    """A likelihood of a former estimator was served for ever, and a GPU's to a CPU."""
+    (path,) = (folder / "mdm").glob("*.safetensors")
+    arguments = read_model_args("mdm", {"ckpt_path": str(path)})
+    before = Adapter("mdm", arguments, tmp_path, ["evaluate"])
+    before.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(*changed)
+        Adapter("mdm", arguments, tmp_path, ["evaluate"]).close()
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
+
+
+def test_an_output_path_that_is_added_later_finds_the_work(folder, tmp_path, monkeypatch, capsys):
+    """The results lay in the user's cache, and the same command with --output_path computed them again."""
+    (path,) = (folder / "arm").glob("*.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["evaluate_ar.py"])
+    words = ["--tasks", "next_line", "--include_path", "tasks", "--limit", "2", "--model_args", f"ckpt_path={path}"]
+    lm_harness.evaluate("ar", words)
+    assert "were there already" not in capsys.readouterr().out
+    lm_harness.evaluate("ar", [*words, "--output_path", str(tmp_path / "out")])
+    assert re.search(r"(\d+) of \1 results were there already", capsys.readouterr().out)
+    (record,) = (tmp_path / "out").rglob("results_*.json")
+    assert sum(json.loads(record.read_text())["config"]["results_by_commit"].values()) > 2
 
 
 def test_a_full_disk_names_the_file(tmp_path):

@@ -17,6 +17,7 @@ from lit_gpt.evaluation.generated_answers import AnswerFile
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate
 from lit_gpt.evaluation.settings import read_model_args
+from lit_gpt.evaluation.versions import commit
 from tests.support.small_models import export_arm_and_mdm
 
 QUESTIONS = [{"index": number, "question": f"{number} + 1?", "target": str(number + 1)} for number in range(3)]
@@ -140,8 +141,28 @@ def test_a_result_is_kept_before_the_next_is_begun(tmp_path: Path) -> None:
     cache = EvalCache(tmp_path, {"a": 1})
     assert cache.path is not None
     for number, _ in enumerate(cache.keep(((str(n), n) for n in range(3)), lambda n: [n, 0.0], 64), start=1):
-        assert len(cache.path.read_text().splitlines()) == 1 + number
+        # Behind the settings and the commit.
+        assert len(cache.path.read_text().splitlines()) == 2 + number
         other = EvalCache(tmp_path, {"a": 1}, rank=1)
         assert other.get(str(number - 1)) == [number - 1, 0.0]
         other.close()
     cache.close()
+
+
+def test_results_keep_the_commit_that_made_them(tmp_path: Path) -> None:
+    """Of a cache that was filled before and after a change, each result says by which code; old ones do not know."""
+    settings = {"a": 1}
+    cache = EvalCache(tmp_path, settings)
+    cache.close()
+    assert cache.path is not None
+    with cache.path.open("a") as file:
+        file.write('["old", 0]\n{"commit": "abc"}\n["one", 1]\n["two", 2]\n{"a": 1}\n["older", 3]\n')
+    again = EvalCache(tmp_path, settings, rank=1)
+    again.add([("new", 3)])
+    assert [again.get(key) for key in ("old", "one", "older")] == [0, 1, 3]
+    made_by = {"old": "unknown", "one": "abc", "older": "unknown", "new": commit() or "unknown"}
+    assert again.makers() == made_by
+    again.close()
+    last = EvalCache(tmp_path, settings, rank=2)
+    assert last.get("new") == 3 and last.makers() == {"new": made_by["new"]}
+    last.close()
