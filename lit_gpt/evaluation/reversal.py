@@ -86,7 +86,6 @@ def reversal_task(flags: Any) -> AnswerTask:
         ],
         output=f"out/reverse/{checkpoint_name(flags.ckpt_path)}-{flags.qs_type}.jsonl",
         settings={"data": [file_sha256(path) for path in paths], "qs_type": flags.qs_type},
-        temperature=0.0,
         guidance={"cfg": 0.8},
         prompt=lambda question: str(question["prompt"]),
         answer=answer_reversal_questions,

@@ -30,7 +30,7 @@ from lit_gpt.evaluation.mt_bench.benchmark_files import (
 from lit_gpt.evaluation.result_file import EXISTING
 from lit_gpt.evaluation.settings import MtBenchAnswerFlags
 from lit_gpt.processes import launched_world
-from lit_gpt.sampling.settings import Sampling
+from lit_gpt.sampling.settings import Sampling, changed_settings, setting_kind
 
 # Each is as much work as the first, which alone is judged.
 _MOST_CHOICES = 1000
@@ -51,7 +51,7 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
     questions = read_mt_bench_questions(bench.questions, flags.question_begin, flags.question_end)
     path = Path(flags.answer_file) if flags.answer_file else bench.answers(flags.model_id)
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once.
-    sampling = Sampling(steps=flags.steps, cfg_scale=flags.cfg_scale)
+    sampling = Sampling.of(flags)
     rank, _ = join_processes()
     model = _open_model(flags)
     length = _context_length(model, flags.max_new_token, questions, rank)
@@ -62,7 +62,7 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
 
     def answer(batch: list[JsonQuestion]) -> list[JsonQuestion]:
         asked = [one["question"] for one in batch]
-        texts = [_texts(model, asked, replace(sampling, seed=seed), length) for seed in range(flags.num_choices)]
+        texts = [_texts(model, asked, replace(sampling, seed=flags.seed + n), length) for n in range(flags.num_choices)]
         return [answer_line(one, flags.model_id, own) for one, own in zip(asked, zip(*texts, strict=True), strict=True)]
 
     try:
@@ -100,8 +100,9 @@ def check_answer_flags(flags: MtBenchAnswerFlags) -> None:
         problems.append(f"--answer-file {flags.answer_file}: expected a file that ends in .jsonl")
     if problems:
         raise ValueError("; ".join(problems))
-    if flags.model_type == "arm" and flags.steps != MtBenchAnswerFlags.steps:
-        warn("--steps has no effect on an ARM")
+    for name in changed_settings(flags):
+        if setting_kind(name) not in (None, flags.model_type):
+            warn(f"--{name.replace('_', '-')} has no effect on an {flags.model_type.upper()}")
     if (flags.num_gpus_total > 1 or flags.num_gpus_per_model > 1) and launched_world() is None:
         count = max(1, flags.num_gpus_total // max(1, flags.num_gpus_per_model))
         warn(
@@ -146,7 +147,8 @@ def _settings(flags: MtBenchAnswerFlags, model: LoadedModel, length: int) -> dic
     settings: dict[str, Any] = {"context_length": length, "choices": flags.num_choices}
     if model.kind == "mdm":
         settings |= {"steps": flags.steps, "cfg_scale": flags.cfg_scale}
-    return {"model_id": flags.model_id, **model.identity(), **settings}
+    more = changed_settings(flags, ("steps", "cfg_scale"))
+    return {"model_id": flags.model_id, **model.identity(), **settings, **more}
 
 
 def _texts(model: LoadedModel, questions: Sequence[MtBenchQuestion], sampling: Sampling, length: int) -> list[str]:
