@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from lit_gpt import cli
@@ -36,8 +37,8 @@ def adapter(kind: str, path: Path, cache: Path | None = None, **settings) -> Ada
 
 
 def asked(*pairs):
-    """Requests as the harness passes them."""
-    return [SimpleNamespace(args=pair) for pair in pairs]
+    """Requests as the harness passes them, each of a document of its own."""
+    return [SimpleNamespace(args=pair, task_name="task", doc_id=number) for number, pair in enumerate(pairs)]
 
 
 TEXTS = asked(
@@ -87,6 +88,30 @@ def test_rolling_scores_every_token_once(models, kind):
     # Random weights: every token costs about as much as one of 500 equally likely ones, so all of them were counted.
     per_token = -rolling_long / tokens
     assert 4 < per_token < 12
+
+
+@pytest.mark.parametrize("what", ["rolling", "windows", "empty context"])
+def test_documents_do_not_share_their_noise(models, what, tmp_path):
+    """The error of a corpus is that of independent parts: shared masks made it six times as large."""
+    texts = [f"{number}. Speak, {name}, speak." for number in range(20) for name in ("Tom", "my lord", "the other")]
+    if what == "windows":
+        # Every window behind the first has the same token before it.
+        texts = [" the" * 127 * 24]
+    values = []
+    for seed in range(24):
+        model = adapter("mdm", models["mdm"], tmp_path / str(seed), mc_num=4, seed=seed)
+        if what == "empty context":
+            model.loglikelihood(asked(*(("", text) for text in texts)))
+        else:
+            model.loglikelihood_rolling(asked(*((text,) for text in texts)))
+        model.close()
+        kept = map(json.loads, next((tmp_path / str(seed)).iterdir()).read_text().splitlines())
+        values.append([line[1][0] for line in sorted(line for line in kept if isinstance(line, list))])
+    nll = np.array(values)
+    assert nll.shape[1] > 20
+    corpus, independent = nll.sum(1).std(ddof=1), np.sqrt(nll.var(0, ddof=1).sum())
+    print(f"{what}: error of the sum {corpus:.4f} nats, of independent parts {independent:.4f}")
+    assert corpus < 2 * independent
 
 
 @pytest.mark.parametrize("kind", ["arm", "mdm"])
