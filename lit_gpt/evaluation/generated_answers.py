@@ -134,7 +134,7 @@ def check_flags(flags: AnswerFlags) -> None:
         value = getattr(flags, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value}: expected at least 1")
-    if flags.existing not in EXISTING:
+    if flags.existing not in (None, *EXISTING):
         problems.append(f"--existing {flags.existing}: choose from {', '.join(EXISTING)}")
     if flags.output is not None and Path(flags.output).suffix != ".jsonl":
         problems.append(f"--output {flags.output}: expected a file that ends in .jsonl")
@@ -198,8 +198,8 @@ class AnswerFile:
     """Everything that changes an answer, as JSON values."""
     key: tuple[str, ...]
     """Fields that tell a question from the others."""
-    existing: str
-    """One of `result_file.EXISTING`."""
+    existing: str | None
+    """One of `result_file.EXISTING`, or None."""
     batch_size: int
     """Questions that a process answers at once."""
     verdict: tuple[str, ...] = ("correct",)

@@ -63,8 +63,9 @@ class AnswerFlags:
     """Size in millions, such as 1028, for checkpoints that do not say; without it their shapes tell."""
     output: str | None = None
     """Where the answers go, a .jsonl; by default it is named after the checkpoint, in out/."""
-    existing: str = "continue"
-    """What to do with answers that are there: continue, refuse or overwrite."""
+    existing: str | None = None
+    """What to do with answers that are there: continue, refuse or overwrite; by default those made with the same settings
+    are continued."""
     steps: int = 256
     """MDM: denoising steps."""
     length: int = 256
@@ -153,8 +154,9 @@ class MtBenchAnswerFlags:
     """cpu, cuda or cuda:N; auto is a GPU if there is one."""
     dtype: str = "auto"
     """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
-    existing: str = "continue"
-    """What to do with an answer file that is there: continue it, refuse, or overwrite."""
+    existing: str | None = None
+    """What to do with an answer file that is there: continue it, refuse, or overwrite; by default one made with the same
+    settings is continued."""
     num_gpus_per_model: int = 1
     """Has no effect: a model is on one device."""
     num_gpus_total: int = 1

@@ -224,7 +224,9 @@ def test_answers_of_other_settings_are_not_mixed(evaluating, tmp_path):
     # Lines that are no answers of this command, without a record of how they were made.
     path.with_suffix(".settings.json").unlink()
     path.write_text('{"direction": "same", "index": 0, "correct": true}\n')
-    code, _, err = evaluating("mdm", *words)
+    code, out, err = evaluating("mdm", *words)
+    assert (code, out) == (2, "") and "a.jsonl has no a.settings.json beside it" in err
+    code, _, err = evaluating("mdm", *words, "--existing", "continue")
     assert code == 2 and "a.jsonl:1 is no result (KeyError('bleu'))" in err
     # Other questions.
     assert evaluating("mdm", *words, "--existing", "overwrite")[0] == 0

@@ -53,8 +53,13 @@ def wait_for_moment(start: Start, chance: random.Random, before_save: bool = Fal
     phase = chance.choice(phases[:3] if before_save else phases)
     pause = chance.random()
     if phase == "starting":
-        pause *= STARTING_S
-        name, reached = f"after {pause:.2f} s", None
+        seconds, pause = pause * STARTING_S, 0.0
+        moment = time.monotonic() + seconds
+        # Where a save must follow, not after the first step: a quick run could be past its last save by then.
+        name, reached = (
+            f"after {seconds:.2f} s",
+            lambda: time.monotonic() >= moment or (before_save and start.last_step() >= 1),
+        )
     elif phase == "training":
         step = chance.randrange(1, STEPS - 2 * SAVE_EVERY if before_save else STEPS)
         pause *= 0.05

@@ -142,7 +142,7 @@ def _await_end(start: Start, report: Report, hurt: bool) -> str:
         report.problems.append("standard error holds more than lines for the user:\n" + "\n".join(others))
     if any("Traceback" in line for line in start.lines["out"]):
         report.problems.append("a traceback on standard output:\n" + "".join(start.lines["out"][-30:]))
-    if len(endings) > 1:
+    if len(endings) > start.setup.attempts:
         report.problems.append("more than one line says why it ended:\n" + "\n".join(endings))
     if not hurt and code not in (0, 2) and "torch.distributed.run" not in start.setup.launcher:
         report.problems.append(f"started again, it ended with code {code}:\n{''.join(start.lines['err'][-20:])}")

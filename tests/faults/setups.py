@@ -45,6 +45,8 @@ class Setup:
     """Of the script, besides FLAGS."""
     processes: int = 2
     """That train; a launcher is one more."""
+    attempts: int = 1
+    """How often the launcher starts them; each attempt may say why it ended."""
 
     @property
     def command(self) -> list[str]:
@@ -65,7 +67,7 @@ SETUPS = {
     "torchrun": Setup(TORCHRUN),
     "torchrun-fsdp": Setup(TORCHRUN, SHARDED),
     "torchrun-folders": Setup(TORCHRUN, FOLDERS),
-    "torchrun-restarts": Setup((*TORCHRUN, "--max-restarts", "2")),
+    "torchrun-restarts": Setup((*TORCHRUN, "--max-restarts", "2"), attempts=3),
     "lightning": Setup(LIGHTNING),
 }
 

@@ -82,10 +82,10 @@ def check_answer_flags(flags: MtBenchAnswerFlags) -> None:
     problems = []
     for flag, value, known in (
         ("model-type", flags.model_type, ("arm", "mdm")),
-        ("existing", flags.existing, EXISTING),
+        ("existing", flags.existing, (None, *EXISTING)),
     ):
         if value not in known:
-            problems.append(f"--{flag} {value}: choose from {', '.join(known)}")
+            problems.append(f"--{flag} {value}: choose from {', '.join(filter(None, known))}")
     for name in ("model_id", "model_path"):
         if not getattr(flags, name):
             problems.append(f"--{name.replace('_', '-')} is missing")
