@@ -172,7 +172,7 @@ class Sampling:
         ]
 
 
-FlagsT = TypeVar("FlagsT")
+SampledT = TypeVar("SampledT")
 
 
 def sampling_flag(name: str, default: Any) -> Any:
@@ -181,14 +181,14 @@ def sampling_flag(name: str, default: Any) -> Any:
     return field(default=default, metadata=own.metadata)
 
 
-def sampling_flags(without: Collection[str] = ()) -> Callable[[type[FlagsT]], type[FlagsT]]:
+def sampling_flags(without: Collection[str] = ()) -> Callable[[type[SampledT]], type[SampledT]]:
     """Give a dataclass of flags every setting of `Sampling` that it does not have itself; stands below `@dataclass`.
 
     Args:
         without: names that it does not get.
     """
 
-    def extended(flags: type[FlagsT]) -> type[FlagsT]:
+    def extended(flags: type[SampledT]) -> type[SampledT]:
         kinds = dict(flags.__annotations__)
         for one in fields(Sampling):
             if one.name not in kinds and one.name not in without:
