@@ -15,6 +15,7 @@ import torch
 
 from lit_gpt import devices
 from lit_gpt.checkpoints import weights
+from lit_gpt.checkpoints.export import tokenizer_name
 from lit_gpt.checkpoints.tokenizer_lookup import find_tokenizer
 from lit_gpt.data import sft_dataset
 from lit_gpt.data.sft_dataset import ExamplePreparation, SftDataset
@@ -95,7 +96,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
         warmup_steps=warmup,
         settings=settings,
         record={
-            "tokenizer": {"source": tokenizer.source, "fingerprint": tokenizer.fingerprint},
+            "tokenizer": tokenizer_name(tokenizer),
             "pretrained": str(flags.pretrain_path),
         },
         export_name=f"{_stem(flags.pretrain_path)}-{recipe.suffix}",
