@@ -65,7 +65,7 @@ class Adapter:
             tokenizer=arguments.tokenizer,
             device=arguments.device,
             dtype=arguments.dtype,
-        )
+        ).reading(arguments.special_tokens)
         self._device = self.loaded.device  # the harness asks
         self.tokenizer = self.loaded.tokenizer
         self.max_length = arguments.max_length or self.loaded.model.config.block_size
@@ -74,7 +74,7 @@ class Adapter:
             make_estimator(arguments.nll_type, vars(arguments)),
             cfg_scale=float(arguments.cfg),
             greedy=arguments.greedy,
-            pad_to=self.max_length if arguments.padding else 0,
+            pad_to=self.loaded.model.config.block_size if arguments.padding else 0,
             seed=arguments.seed,
         )
         self._writer = TextWriter(self.loaded, arguments, self.max_length, self._batch_tokens())
@@ -269,6 +269,7 @@ class Adapter:
             "checkpoint": self.loaded.weights_hash,
             "config": self.loaded.model.config.to_dict(),
             "tokenizer_hash": self.tokenizer.fingerprint,
+            "special_tokens": self.tokenizer.special_tokens,
             "max_length": self.max_length,
             "dtype": self.loaded.dtype,
             "device": self.loaded.device.type,

@@ -115,6 +115,33 @@ def test_documents_do_not_share_their_noise(models, what, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["arm", "mdm"])
+def test_special_tokens_of_a_context_are_read_as_published(models, kind, tmp_path):
+    """<unk> and </s> in a context are their ids by default; spelled out they are other tokens, another result."""
+    settings = {} if kind == "arm" else {"nll_type": "chain_rule", "cfg": 0.6}
+    text = asked(("Speak, <unk></s> my lord", ", speak."))
+    default, ids, spelled = (
+        adapter(kind, models[kind], tmp_path, **settings, **how)
+        for how in ({}, {"special_tokens": "ids"}, {"special_tokens": "text"})
+    )
+    context = default.loaded.encode_pair(*text[0].args)[0]
+    assert context[:1] == [default.tokenizer.bos_id] and context.count(0) == 1 and default.tokenizer.eos_id in context
+    assert not {0, default.tokenizer.eos_id} & set(spelled.loaded.encode_pair(*text[0].args)[0])
+    results = [one.loglikelihood(text, disable_tqdm=True)[0][0] for one in (default, ids, spelled)]
+    assert results[0] == results[1] and abs(results[0] - results[2]) > 0.01
+    assert [one.get_model_info()["special_tokens"] for one in (default, spelled)] == ["ids", "text"]
+
+
+def test_padding_fills_up_to_the_block_whatever_max_length(models):
+    text = asked(("Speak,", " speak."))
+    results = [
+        adapter("mdm", models["mdm"], nll_type="chain_rule", padding=True, **how).loglikelihood(text, disable_tqdm=True)
+        for how in ({}, {"max_length": 40})
+    ]
+    without = adapter("mdm", models["mdm"], nll_type="chain_rule").loglikelihood(text, disable_tqdm=True)
+    assert results[0] == results[1] and results[0] != without
+
+
+@pytest.mark.parametrize("kind", ["arm", "mdm"])
 def test_generation_stops_where_it_is_told(models, kind):
     model = adapter(kind, models[kind])
     how = {"max_gen_toks": 24, "until": [], "do_sample": False}
