@@ -173,7 +173,7 @@ class MtBenchAnswerFlags:
     device: str = "auto"
     """cpu, cuda or cuda:N; auto is a GPU if there is one."""
     dtype: str = "auto"
-    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
+    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it. float16 is taken as auto."""
     existing: str | None = None
     """What to do with an answer file that is there: continue it, refuse, or overwrite; by default one made with the same
     settings is continued."""
@@ -181,6 +181,10 @@ class MtBenchAnswerFlags:
     """Has no effect: a model is on one device."""
     num_gpus_total: int = 1
     """Has no effect: start the script with torchrun for several GPUs."""
+    max_gpu_memory: str | None = None
+    """Has no effect: a model is on one device, as a whole."""
+    revision: str | None = None
+    """Has no effect: the checkpoint is a file."""
 
 
 _MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "alg"}

@@ -48,6 +48,7 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
         Interrupted: by Ctrl-C; the line says how many answers there are.
     """
     check_answer_flags(flags)
+    _warn_of_no_effect(flags)
     bench = BenchmarkFiles(flags.bench_name)
     questions = read_mt_bench_questions(bench.questions, flags.question_begin, flags.question_end)
     path = Path(flags.answer_file) if flags.answer_file else bench.answers(flags.model_id)
@@ -78,7 +79,7 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
 
 
 def check_answer_flags(flags: MtBenchAnswerFlags) -> None:
-    """Refuse what is wrong with the flags alone, all of it at once; name those without an effect.
+    """Refuse what is wrong with the flags alone, all of it at once.
 
     Raises:
         ValueError: names every wrong flag.
@@ -106,6 +107,17 @@ def check_answer_flags(flags: MtBenchAnswerFlags) -> None:
         problems.append(f"--answer-file {flags.answer_file}: expected a file that ends in .jsonl")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _warn_of_no_effect(flags: MtBenchAnswerFlags) -> None:
+    """Name flags without an effect."""
+    if flags.dtype == "float16":
+        warn(
+            "--dtype float16 is not computed with: taken as auto, which is bfloat16 on GPUs that have it, else float32"
+        )
+    for name in ("max_gpu_memory", "revision"):
+        if getattr(flags, name) not in (None, "main"):
+            warn(f"--{name.replace('_', '-')} has no effect: the model is one file, and on one device")
     for name in changed_settings(flags):
         if setting_kind(name) not in (None, flags.model_type):
             warn(f"--{name.replace('_', '-')} has no effect on an {flags.model_type.upper()}")
@@ -127,7 +139,7 @@ def _open_model(flags: MtBenchAnswerFlags) -> LoadedModel:
         kind=flags.model_type,
         tokenizer=flags.tokenizer,
         device=flags.device,
-        dtype=flags.dtype,
+        dtype="auto" if flags.dtype == "float16" else flags.dtype,
     ).reading(flags.special_tokens)
 
 
