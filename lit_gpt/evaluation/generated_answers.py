@@ -25,8 +25,8 @@ from lit_gpt.devices import join_processes
 from lit_gpt.evaluation.result_file import EXISTING, ResultFile
 from lit_gpt.evaluation.settings import AnswerFlags
 from lit_gpt.files import open_regular, parse_json
-from lit_gpt.sampling.settings import Sampling
-from lit_gpt.tokenizer import valid_text
+from lit_gpt.sampling.settings import Sampling, changed_settings, sampling_values, setting_kind
+from lit_gpt.tokenizer import SPECIAL_TOKENS, valid_text
 
 JsonQuestion = dict[str, Any]
 """A question's JSON values; an answer is its question with more of them, among these perhaps `correct`, a bool."""
@@ -42,8 +42,6 @@ class AnswerTask:
     """The default file of the answers."""
     settings: dict[str, Any]
     """What changes an answer besides the model and the flags that all tasks have, as JSON values."""
-    temperature: float
-    """Of the sampling."""
     guidance: Mapping[str, float]
     """Flags of classifier-free guidance, one for each round of asking, with their published scales."""
     prompt: Callable[[JsonQuestion], str]
@@ -66,10 +64,8 @@ def generate_answers(flags: AnswerFlags, task: AnswerTask) -> list[JsonQuestion]
         FileNotFoundError, ValueError: anything a user can get wrong, with the remedy.
     """
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once.
-    samplings = [
-        Sampling(flags.algorithm, flags.steps, task.temperature, getattr(flags, name) or 0.0, flags.seed)
-        for name in task.guidance
-    ]
+    values = sampling_values(flags)
+    samplings = [Sampling(**values, cfg_scale=getattr(flags, name) or 0.0) for name in task.guidance]
     rank, _ = join_processes()
     model = open_model(flags)
     scales = {name: guidance(name, getattr(flags, name), model.kind, scale) for name, scale in task.guidance.items()}
@@ -81,6 +77,7 @@ def generate_answers(flags: AnswerFlags, task: AnswerTask) -> list[JsonQuestion]
         **task.settings,
         **{name: getattr(flags, name) for name in ("steps", "length", "seed")},
         "algorithm": samplings[0].algorithm,
+        **changed_settings(flags, ("steps", "seed", "algorithm")),
         **scales,
     }
     path = Path(flags.output or task.output)
@@ -134,8 +131,10 @@ def check_flags(flags: AnswerFlags) -> None:
         value = getattr(flags, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value}: expected at least 1")
-    if flags.existing not in EXISTING:
+    if flags.existing not in (None, *EXISTING):
         problems.append(f"--existing {flags.existing}: choose from {', '.join(EXISTING)}")
+    if flags.special_tokens not in SPECIAL_TOKENS:
+        problems.append(f"--special_tokens {flags.special_tokens}: choose from {', '.join(SPECIAL_TOKENS)}")
     if flags.output is not None and Path(flags.output).suffix != ".jsonl":
         problems.append(f"--output {flags.output}: expected a file that ends in .jsonl")
     if problems:
@@ -169,8 +168,12 @@ def open_model(flags: AnswerFlags) -> LoadedModel:
         FileNotFoundError, ValueError: as `load_model`; the model cannot read so long a text.
     """
     model = load_model(
-        flags.ckpt_path, model_name=flags.model, tokenizer=flags.tokenizer, device=flags.device, dtype=flags.dtype
-    )
+        flags.ckpt_path,
+        model_name=flags.model,
+        tokenizer=flags.tokenizer,
+        device=flags.device,
+        dtype=flags.dtype,
+    ).reading(flags.special_tokens)
     limit = model.model.config.block_size
     if flags.length > limit:
         raise ValueError(f"--length {flags.length}: this model reads at most {limit} tokens, prompt included; lower it")
@@ -179,10 +182,9 @@ def open_model(flags: AnswerFlags) -> LoadedModel:
 
 def warn_of_flags(model: LoadedModel, flags: AnswerFlags, prompts: Sequence[str]) -> None:
     """Name flags that this kind of model has no use for, and say how many prompts `length` is too short for."""
-    if model.kind == "arm":
-        for name in ("steps", "algorithm"):
-            if getattr(flags, name) != getattr(type(flags), name):
-                warn(f"--{name} has no effect: this checkpoint is an ARM")
+    for name in changed_settings(flags):
+        if setting_kind(name) not in (None, model.kind):
+            warn(f"--{name} has no effect: this checkpoint is an {model.kind.upper()}")
     long = sum(len(model.prompt_ids(prompt)) >= flags.length for prompt in prompts)
     if long:
         warn(f"{long} of {len(prompts)} questions leave no room in --length {flags.length}: they count as wrong")
@@ -198,8 +200,8 @@ class AnswerFile:
     """Everything that changes an answer, as JSON values."""
     key: tuple[str, ...]
     """Fields that tell a question from the others."""
-    existing: str
-    """One of `result_file.EXISTING`."""
+    existing: str | None
+    """One of `result_file.EXISTING`, or None."""
     batch_size: int
     """Questions that a process answers at once."""
     verdict: tuple[str, ...] = ("correct",)

@@ -10,8 +10,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from lit_gpt.sampling.settings import Sampling, sampling_flag, sampling_flags, sampling_values
+from lit_gpt.tokenizer import SPECIAL_TOKENS
+
+BEHIND_END = ("cut", "keep")
+"""What happens to text behind a generation's end token: the values of `--behind_end`."""
+
 
 @dataclass
+@sampling_flags(without=("algorithm", "cfg_scale"))
 class ModelArgs:
     """Settings of an evaluated checkpoint."""
 
@@ -21,6 +28,8 @@ class ModelArgs:
     """The size, such as 170, for files that do not say."""
     tokenizer: str | None = None
     """Folder or hub name; by default the checkpoint's own, then TinyLlama's on the hub."""
+    special_tokens: str = "ids"
+    """What </s>, <s> and <unk> inside a text become: their ids (published), or text, the characters that they are."""
     max_length: int | None = None
     """Longest input in tokens; by default the model's block size."""
     batch_size: int | str = 32
@@ -31,8 +40,7 @@ class ModelArgs:
     """float32 or bfloat16 (autocast); auto is float32 on CPUs and bfloat16 on GPUs that have it."""
     seed: int = 1234
     """Of masks and samples."""
-    temperature: float = 0.0
-    """Of generate_until, where the task does not say."""
+    temperature: float = sampling_flag("temperature", 0.0)
     nll_type: str = "mc"
     """MDM: the estimator by its name, one of `likelihood/estimators.py`."""
     mc_num: int = 1024
@@ -44,16 +52,25 @@ class ModelArgs:
     greedy: bool = False
     """MDM: run the greedy check (also spelt greddy)."""
     padding: bool = False
-    """MDM: fill inputs with [MASK] up to max_length."""
+    """MDM: fill inputs with [MASK] up to what the model reads (2048 for published ones), whatever max_length."""
     mask_id: int | None = None
     """MDM: must be the model's own, 32000 for published ones."""
     steps: int | None = None
-    """MDM: denoising steps of generate_until; by default one per new token."""
+    """MDM: denoising steps of generate_until; by default one per new token, as with steps_per_token=1."""
     alg: str = "greedy"
-    """MDM: sampling algorithm of generate_until."""
+    """MDM: sampling algorithm of generate_until, also spelt algorithm; the other settings of sampling have their names."""
+
+    def sampling(self) -> Sampling:
+        """How texts are written where the task does not say."""
+        values = sampling_values(self) | {"algorithm": self.alg, "cfg_scale": float(self.cfg)}
+        if self.steps is None:
+            # Steps of a row, so that rows of different lengths share a batch.
+            values |= {"steps": 1, "steps_per_token": values["steps_per_token"] or 1.0}
+        return Sampling(**values)
 
 
 @dataclass
+@sampling_flags(without=("cfg_scale",))
 class AnswerFlags:
     """Flags of an evaluation by written answers, whatever is asked."""
 
@@ -63,22 +80,22 @@ class AnswerFlags:
     """Size in millions, such as 1028, for checkpoints that do not say; without it their shapes tell."""
     output: str | None = None
     """Where the answers go, a .jsonl; by default it is named after the checkpoint, in out/."""
-    existing: str = "continue"
-    """What to do with answers that are there: continue, refuse or overwrite."""
-    steps: int = 256
-    """MDM: denoising steps."""
+    existing: str | None = None
+    """What to do with answers that are there: continue, refuse or overwrite; by default those made with the same settings
+    are continued."""
+    steps: int = sampling_flag("steps", 256)
+    temperature: float = sampling_flag("temperature", 0.0)
     length: int = 256
     """Tokens of question and answer together."""
-    algorithm: str = "greedy"
-    """MDM: greedy (published, also spelt greddy), origin, threshold or entropy."""
+    algorithm: str = sampling_flag("algorithm", "greedy")
     batch_size: int = 64
     """Questions that are answered at once; changes speed and memory, never an answer."""
-    seed: int = 1234
-    """Of what is random in the sampling."""
     limit: int | None = None
     """Only the first so many questions of a file."""
     tokenizer: str | None = None
     """A folder or a name on the hub; by default the checkpoint's own."""
+    special_tokens: str = "ids"
+    """What </s>, <s> and <unk> inside a question become: their ids (published), or text, the characters that they are."""
     device: str = "auto"
     """cpu, cuda or cuda:N."""
     dtype: str = "auto"
@@ -120,6 +137,7 @@ class PerplexityFlags:
 
 
 @dataclass
+@sampling_flags()
 class MtBenchAnswerFlags:
     """Flags of the answers to MT-bench's questions."""
 
@@ -139,35 +157,51 @@ class MtBenchAnswerFlags:
     """Number behind the last question."""
     max_new_token: int = 1024
     """Tokens of question and answer together; never more than the model reads."""
-    steps: int = 128
-    """MDM: denoising steps of an answer."""
-    cfg_scale: float = 0.0
-    """MDM: classifier-free guidance; 0 is none."""
+    steps: int = sampling_flag("steps", 128)
+    cfg_scale: float = sampling_flag("cfg_scale", 0.0)
+    seed: int = sampling_flag("seed", 0)
     num_choices: int = 1
-    """Answers to each question; the seed is an answer's number, from 0. The first one is judged."""
+    """Answers to each question; an answer's number, from 0, is added to the seed. The first one is judged."""
     batch_size: int = 8
     """Questions that are answered at once; changes speed and memory, never an answer."""
     tokenizer: str | None = None
     """A folder or a name on the hub; by default the checkpoint's own."""
+    special_tokens: str = "ids"
+    """What </s>, <s> and <unk> inside a question become: their ids (published), or text, the characters that they are."""
+    behind_end: str = "cut"
+    """What is written behind the end token: cut off, or keep (published: all but special tokens is the answer)."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto is a GPU if there is one."""
     dtype: str = "auto"
-    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
-    existing: str = "continue"
-    """What to do with an answer file that is there: continue it, refuse, or overwrite."""
+    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it. float16 is taken as auto."""
+    existing: str | None = None
+    """What to do with an answer file that is there: continue it, refuse, or overwrite; by default one made with the same
+    settings is continued."""
     num_gpus_per_model: int = 1
     """Has no effect: a model is on one device."""
     num_gpus_total: int = 1
     """Has no effect: start the script with torchrun for several GPUs."""
+    max_gpu_memory: str | None = None
+    """Has no effect: a model is on one device, as a whole."""
+    revision: str | None = None
+    """Has no effect: the checkpoint is a file."""
 
 
-_MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "steps", "alg"}
-_HISTORIC = {"greddy": "greedy"}
+_MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "alg"}
+_MDM_ONLY |= {one.name for one in dataclasses.fields(Sampling) if one.metadata["kind"] == "mdm"}
+_ARM_ONLY = {one.name for one in dataclasses.fields(Sampling) if one.metadata["kind"] == "arm"}
+_OTHER_SPELLINGS = {"greddy": "greedy", "algorithm": "alg", "cfg_scale": "cfg"}
+_KINDS_OF_VALUES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("seed", "mc_num", "budget", "max_length", "mask_id", "steps"), (int,)),
-    **dict.fromkeys(("cfg", "temperature"), (int, float)),
+    **{
+        one.name: _KINDS_OF_VALUES[str(one.type)]
+        for one in dataclasses.fields(Sampling)
+        if one.name not in _OTHER_SPELLINGS
+    },
+    **dict.fromkeys(("mc_num", "budget", "max_length", "mask_id"), (int,)),
+    "cfg": (int, float),
     **dict.fromkeys(("greedy", "padding"), (bool,)),
-    **dict.fromkeys(("ckpt_path", "tokenizer", "device", "dtype", "nll_type", "alg"), (str,)),
+    **dict.fromkeys(("ckpt_path", "tokenizer", "special_tokens", "device", "dtype", "nll_type", "alg"), (str,)),
     **dict.fromkeys(("model_name", "batch_size"), (str, int)),
 }
 # What a number of torch's can hold.
@@ -187,8 +221,8 @@ def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
     """
     from lit_gpt.checkpoints.loaded import COMPUTE_DTYPES
 
-    known = {field.name for field in dataclasses.fields(ModelArgs)} - (_MDM_ONLY if kind == "arm" else set())
-    values = {_HISTORIC.get(name, name): value for name, value in values.items()}
+    known = {field.name for field in dataclasses.fields(ModelArgs)} - (_MDM_ONLY if kind == "arm" else _ARM_ONLY)
+    values = {_OTHER_SPELLINGS.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(
@@ -203,6 +237,10 @@ def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
         if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER_BITS:
             raise ValueError(f"--model_args: {name} is a number of {value.bit_length()} bits: too large")
     arguments = ModelArgs(**values)
+    if arguments.special_tokens not in SPECIAL_TOKENS:
+        raise ValueError(
+            f"--model_args: special_tokens={arguments.special_tokens}: choose from {', '.join(SPECIAL_TOKENS)}"
+        )
     if not arguments.ckpt_path:
         raise ValueError(
             "--model_args: ckpt_path is missing: name the checkpoint, as in ckpt_path=models/mdm.safetensors"
