@@ -2,7 +2,8 @@
 
 Steps, tokens and FLOPs are training's own functions. Memory is counted from what the model keeps for its backward pass,
 tensor by tensor, without torch.compile (which keeps less); `tests/training/test_run_plan.py` holds it to 15 % of what
-torch's profiler counts in real steps of one process and of several that share a model. Not counted: what the driver, the libraries and gaps between tensors take.
+torch's profiler counts in real steps of one process and of several that share a model. Not counted: what the driver,
+the libraries and gaps between tensors take.
 """
 
 from __future__ import annotations
