@@ -65,7 +65,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
         # Before a large checkpoint is loaded.
         raise FileNotFoundError(sft_dataset.missing_file_line(recipe.data_format, path))
     model, state, record = weights.read_weights_of_model(flags.pretrain_path, flags.model, recipe.kind)
-    tokenizer = find_tokenizer(flags.pretrain_path, model.config, record, flags.tokenizer)
+    tokenizer = find_tokenizer(flags.pretrain_path, model.config, record, flags.tokenizer).reading(flags.special_tokens)
     config = model.config
     row_length = min(recipe.max_length, config.block_size)
     fabric = strategies.start_fabric(
@@ -82,6 +82,9 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     settings = flags.settings() | {"kind": model.kind, "model": config.to_dict(), "data": data.fingerprint}
     settings |= {"pretrained": weights.state_hash(state, torch.float32), "group_size": rows}
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
+    tokenizer_record = {"source": tokenizer.source, "fingerprint": tokenizer.fingerprint}
+    if tokenizer.special_tokens != "text":  # what older records, without a word on it, mean
+        settings["special_tokens"] = tokenizer_record["special_tokens"] = tokenizer.special_tokens
     name, objective = recipe.run_name(model), recipe.objective(model)
     experiment = Experiment(
         name=name,
@@ -95,7 +98,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
         warmup_steps=warmup,
         settings=settings,
         record={
-            "tokenizer": {"source": tokenizer.source, "fingerprint": tokenizer.fingerprint},
+            "tokenizer": tokenizer_record,
             "pretrained": str(flags.pretrain_path),
         },
         export_name=f"{_stem(flags.pretrain_path)}-{recipe.suffix}",

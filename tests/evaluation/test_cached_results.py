@@ -87,6 +87,7 @@ def test_likelihoods_of_the_harness(folder, tmp_path, name):
     common = {"kind": kind, "max_length": 128, "dtype": "float32", "generation": ["greedy", None, 0.0]}
     own = {} if kind == "arm" else {expected["estimator"]: 1}
     common |= {"device": "cpu", "versions": {"scoring": 1, "tokenization": 1, **own}}
+    common["special_tokens"] = "ids"
     assert settings_of(tmp_path, OF_THE_MODEL) == {**common, **expected}
 
 

@@ -227,6 +227,12 @@ def test_an_answer_is_the_text_behind_the_prompt(models, folder, script, kind):
         found = [[choice["turns"][0] for choice in line["choices"]] for line in lines_of("a.jsonl")]
         assert [second for _, second in found] == expected
         assert all(first != second for first, second in found)
+    # Published: all that was written, special tokens apart.
+    flags = [*flags[:-2], "--question-end", "8", "--behind-end", "keep", "--existing", "overwrite"]
+    code, _, err = script(gen_model_answer, *answers(models, kind, *flags, "--cfg-scale", str(guidance)))
+    assert code == 0
+    found = [line["choices"][1]["turns"][0] for line in lines_of("a.jsonl")]
+    assert found == [loaded.tokenizer.decode(ids).strip() for ids in answered]
 
 
 def test_a_longer_question_file_goes_on(models, folder, script):
