@@ -87,7 +87,8 @@ def load_model(
     chosen = choose_device(device)
     dtype = compute_dtype(dtype, chosen)
     model, record = read_model(path, model_name, kind, chosen)
-    return LoadedModel(model, lambda: find_tokenizer(path, model.config, record, tokenizer), dtype)
+    fingerprint = record.tokenizer.get("fingerprint") if record else None
+    return LoadedModel(model, lambda: find_tokenizer(path, model.config, record, tokenizer), dtype, fingerprint)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class LoadedModel:
     """Called once, when the tokenizer is first needed."""
     dtype: str = "float32"
     """float32 or bfloat16 (autocast)."""
+    trained_with: str | None = None
+    """SHA-256 of the tokenizer that its record names, if any."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -15,6 +15,7 @@ import torch
 
 from lit_gpt import devices
 from lit_gpt.checkpoints import weights
+from lit_gpt.checkpoints.export import tokenizer_name
 from lit_gpt.checkpoints.tokenizer_lookup import find_tokenizer
 from lit_gpt.data import sft_dataset
 from lit_gpt.data.sft_dataset import ExamplePreparation, SftDataset
@@ -82,7 +83,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     settings = flags.settings() | {"kind": model.kind, "model": config.to_dict(), "data": data.fingerprint}
     settings |= {"pretrained": weights.state_hash(state, torch.float32), "group_size": rows}
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
-    tokenizer_record = {"source": tokenizer.source, "fingerprint": tokenizer.fingerprint}
+    tokenizer_record = tokenizer_name(tokenizer)
     if tokenizer.special_tokens != "text":  # what older records, without a word on it, mean
         settings["special_tokens"] = tokenizer_record["special_tokens"] = tokenizer.special_tokens
     name, objective = recipe.run_name(model), recipe.objective(model)
