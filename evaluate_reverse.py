@@ -35,6 +35,8 @@ class Flags(AnswerFlags):
     """Tokens of question and answer together."""
     cfg: float | None = None
     """MDM: guidance; 0.8 unless given."""
+    behind_end: str = "cut"
+    """What is written behind the end token: cut off, or keep (published: all but special tokens is judged)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,10 +15,11 @@ import torch
 
 from benchmarks.common import table
 from benchmarks.training_speed import installed, processor
-from benchmarks.training_steps import STEPS, Cell, build_model
+from benchmarks.training_steps import STEPS, Cell, attention_times, build_model, compute_type
 from lit_gpt.checkpoints.loaded import LoadedModel, compute_dtype
 from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, LikelihoodSettings
 from lit_gpt.likelihood.monte_carlo import MonteCarlo
+from lit_gpt.model import kernels
 from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.training.speed_monitor import peak_flops
@@ -140,15 +141,21 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
+def device_peak(device: torch.device) -> str:
+    """The most memory of a GPU that tensors took in the last measured step, in GB; empty on a CPU."""
+    return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f}" if device.type == "cuda" else ""
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
 def training(machine: Machine, workload: Workload) -> list[str]:
     """The section of training steps."""
-    rows, verdicts = [], []
+    rows, verdicts, attention = [], [], []
+    own = "ours" if machine.compiled else "ours, eager"
     for size, batch in workload.training:
         for kind in ("arm", "mdm"):
-            names = ["ours" if machine.compiled else "ours, eager"]
+            names = [own, f"{own}, selective"]
             if kind == "arm":
                 # Theirs are causal models.
                 names += [name for name in ("transformers", "litgpt") if installed(name)]
@@ -156,14 +163,32 @@ def training(machine: Machine, workload: Workload) -> list[str]:
                 with part(f"training {kind} {size}M, {name}"):
                     cell = Cell(kind, size, batch, workload.length, machine.device.type)
                     cell, seconds = step_seconds(name, cell, machine, workload)
+                    peak_bytes = device_peak(machine.device)
                 flops = cell.useful_flops(cell.scored) / seconds
                 cells = [f"{kind} {size}M", name, str(cell.batch), f"{seconds * 1000:.1f}"]
                 cells += [f"{cell.tokens / seconds:.0f}", f"{flops / 1e12:.3g}", share(flops, machine.peak)]
-                rows.append([*cells, share(flops, machine.matrix_rate)])
-                if name.startswith("ours") and size == workload.size and machine.peak:
-                    verdicts.append(verdict(f"MFU of the {kind} at {size}M", flops / machine.peak, MFU_TARGET))
-    heads = ["model", "step", "sequences", "ms", "tokens/s", "TFLOP/s", "MFU", "of matrix rate"]
-    return [f"## Training, sequences of {workload.length} tokens", table(heads, rows), *verdicts]
+                rows.append([*cells, share(flops, machine.matrix_rate), peak_bytes])
+                if name == own:
+                    attention.append(f"{kind} {size}M {attention_words(cell, machine)}")
+                    if size == workload.size and machine.peak:
+                        verdicts.append(verdict(f"MFU of the {kind} at {size}M", flops / machine.peak, MFU_TARGET))
+    heads = ["model", "step", "sequences", "ms", "tokens/s", "TFLOP/s", "MFU", "of matrix rate", "peak GB"]
+    return [
+        f"## Training, sequences of {workload.length} tokens",
+        "`selective` keeps matrix products and attention for the backward pass, and computes everything else again.",
+        f"Attention of ours: {'; '.join(attention)}.",
+        table(heads, rows),
+        *verdicts,
+    ]
+
+
+def attention_words(cell: Cell, machine: Machine) -> str:
+    """Which attention kernel our steps of a cell took, and what was measured."""
+    times = attention_times(cell, machine.bf16)
+    if not times:
+        return "torch's own choice (there is one kernel only)"
+    measured = ", ".join(f"{name} {milliseconds:.3g} ms" for name, milliseconds in times.items())
+    return f"{next(iter(times))} (measured: {measured})"
 
 
 def step_seconds(name: str, cell: Cell, machine: Machine, workload: Workload) -> tuple[Cell, float]:
@@ -187,6 +212,8 @@ def step_seconds(name: str, cell: Cell, machine: Machine, workload: Workload) ->
 
 def measured_step(name: str, cell: Cell, machine: Machine, workload: Workload) -> float:
     """Median over rounds of the seconds of a step."""
+    if machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(machine.device)
     step, batch = STEPS[name](cell, machine.bf16), cell.make_batch(0)
 
     def steps() -> None:
@@ -204,6 +231,8 @@ def measured_step(name: str, cell: Cell, machine: Machine, workload: Workload) -
 def evaluation_and_sampling(machine: Machine, workload: Workload) -> list[str]:
     """The sections of likelihoods and of samplers, a model of each kind for both."""
     evaluated, sampled, verdicts = [], [], []
+    # As a loaded checkpoint runs; training has chosen for its own shape.
+    kernels.choose("torch", machine.device, compute_type(machine.bf16))
     for kind in ("arm", "mdm"):
         cell = Cell(kind, workload.size, 1, 2 * workload.half, machine.device.type)
         loaded = LoadedModel(build_model(cell).eval(), no_tokenizer, "bfloat16" if machine.bf16 else "float32")

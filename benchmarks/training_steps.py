@@ -9,6 +9,7 @@ B batch, T tokens, L layers, C width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +21,10 @@ from torch import Tensor, nn
 
 from benchmarks import baseline
 from lit_gpt import diffusion
+from lit_gpt.checkpoints.weights import MODEL_CLASSES
 from lit_gpt.config import Config
 from lit_gpt.devices import keep_freed_memory
 from lit_gpt.model import kernels
-from lit_gpt.model.bidirectional import TransEncoder
-from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.randomness import Stream, uniform_grid
@@ -109,18 +109,34 @@ class Cell:
 
 def build_model(cell: Cell) -> Transformer:
     """Our model of a cell on its device, with initial weights."""
-    model: Transformer = (GPT if cell.kind == "arm" else TransEncoder)(cell.config)
+    model = MODEL_CLASSES[cell.kind](cell.config)
     model.init_weights(SEED)
     return model.to(cell.device)
 
 
-def ours(cell: Cell, bf16: bool, compiled: bool = True) -> Step:
-    """`lit_gpt`: scored rows only in the head, fused AdamW, compiled blocks."""
+def compute_type(bf16: bool) -> torch.dtype:
+    """What matrix products run in."""
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+@functools.cache
+def attention_times(cell: Cell, bf16: bool) -> dict[str, float]:
+    """Milliseconds by attention kernel at a cell's shape, the fastest first; empty where there is no choice."""
+    config, model_class = cell.config, MODEL_CLASSES[cell.kind]
+    is_causal, _ = model_class.visibility.attention_arguments(cell.length, cell.length)
+    shape = (cell.batch, config.n_head, cell.length, config.head_size)
+    device = torch.device(cell.device)
+    return kernels.measured_attention(shape, config.n_query_groups, is_causal, device, compute_type(bf16))
+
+
+def ours(cell: Cell, bf16: bool, compiled: bool = True, checkpointing: bool | str = False) -> Step:
+    """`lit_gpt`: the attention that is the fastest here, scored rows only in the head, fused AdamW, compiled blocks."""
     if cell.device == "cpu":
         keep_freed_memory()
     model = build_model(cell)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    kernels.choose("auto", torch.device(cell.device), dtype, compiled)
+    model.checkpoint_blocks = checkpointing
+    attention = next(iter(attention_times(cell, bf16)), "auto")
+    kernels.choose(attention, torch.device(cell.device), compute_type(bf16), compiled)
     model.compile_blocks(compiled)
     adamw = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
@@ -257,6 +273,8 @@ STEPS: dict[str, Callable[[Cell, bool], Step]] = {
     "baseline": plain,
     "ours, eager": ours_eager,
     "ours": ours,
+    "ours, eager, selective": functools.partial(ours, compiled=False, checkpointing="selective"),
+    "ours, selective": functools.partial(ours, checkpointing="selective"),
     "litgpt": litgpt,
     "transformers": transformers,
     "matmul": matmul,

@@ -1,11 +1,11 @@
 """Text to token ids and back, from a local tokenizer or one on the Hugging Face hub.
 
 Reads SentencePiece's `tokenizer.model` or the `tokenizers` library's `tokenizer.json`; of a LLaMA tokenizer both forms
-give the same ids. Decisions: special tokens are never read from text (`<s>` typed by an author is three characters, in
-both forms), and `decode` gives back exactly the encoded text, newlines and runs of spaces included. Two things a
-LLaMA-style model cannot keep: U+2581, its own sign for a space, comes back as a space, and half of a surrogate pair,
-which no UTF-8 text can hold, as U+FFFD.
-Torch and both tokenizer libraries are imported when they are used.
+give the same ids. Decisions: special tokens are not read from text (`<s>` typed by an author is three characters, in both
+forms) unless a tokenizer is asked to (`reading`), as the published fine-tunings and evaluations do; `decode` gives back
+exactly the encoded text, newlines and runs of spaces included. Two things a LLaMA-style model cannot keep: U+2581, its own
+sign for a space, comes back as a space, and half of a surrogate pair, which no UTF-8 text can hold, as U+FFFD.
+Torch, numpy and both tokenizer libraries are imported when they are used.
 
 V vocabulary.
 """
@@ -21,16 +21,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from lit_gpt.files import parse_json
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 # LLaMA's 32,000 pieces where TinyLlama publishes them: what the published models were trained with.
 DEFAULT_SOURCE = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+SPECIAL_TOKENS = ("ids", "text")
+"""What `<s>`, `</s>` and `<unk>` inside a text become: their ids (published), or the characters that they are."""
 _SENTENCEPIECE = "tokenizer.model"
 _TOKENIZERS = "tokenizer.json"
 _TOKENIZERS_CONFIG = "tokenizer_config.json"
@@ -46,7 +47,8 @@ class _Backend(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
-    special_ids: frozenset[int]
+    special: dict[str, int]
+    """Special tokens: their texts and ids."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -65,6 +67,7 @@ class Tokenizer:
         vocab_size: number of ids.
         bos_id: id of the token that begins a text; the end token's where there is none.
         eos_id: id of the token that ends a document.
+        special_tokens: one of `SPECIAL_TOKENS`.
     """
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
@@ -84,26 +87,43 @@ class Tokenizer:
         self._load(os.fspath(source), str(model), contents)
 
     @classmethod
-    def from_contents(cls, contents: Mapping[str, bytes], source: str) -> Tokenizer:
+    def from_contents(cls, contents: Mapping[str, bytes], source: str, special_tokens: str = "text") -> Tokenizer:
         """The tokenizer whose files' bytes are at hand.
 
         Args:
             contents: as the attribute: `tokenizer.model`, or `tokenizer.json` and perhaps `tokenizer_config.json`.
             source: where they come from.
+            special_tokens: as the attribute.
 
         Raises:
             ValueError: they are no tokenizer.
         """
         tokenizer = cls.__new__(cls)
         tokenizer._load(source, source, dict(contents))
+        tokenizer.special_tokens = special_tokens
         return tokenizer
+
+    def reading(self, special_tokens: str) -> Tokenizer:
+        """The same tokenizer, which reads special tokens inside a text as is asked for.
+
+        Args:
+            special_tokens: one of `SPECIAL_TOKENS`.
+
+        Raises:
+            ValueError: another word.
+        """
+        if special_tokens not in SPECIAL_TOKENS:
+            raise ValueError(f"special_tokens {special_tokens}: choose from {', '.join(SPECIAL_TOKENS)}")
+        other = Tokenizer.__new__(Tokenizer)
+        vars(other).update(vars(self), special_tokens=special_tokens)
+        return other
 
     def _load(self, source: str, place: str, contents: dict[str, bytes]) -> None:
         """Set everything; `place` names the model in errors."""
         name = next((name for name in (_SENTENCEPIECE, _TOKENIZERS) if name in contents), None)
         if name is None:
             raise ValueError(f"{place}: has no {_SENTENCEPIECE} or {_TOKENIZERS}")
-        self.source, self.contents = source, contents
+        self.source, self.contents, self.special_tokens = source, contents, "text"
         self.fingerprint = hashlib.sha256(contents[name]).hexdigest()
         if name == _TOKENIZERS:
             settings = contents.get(_TOKENIZERS_CONFIG, b"{}")
@@ -113,10 +133,12 @@ class Tokenizer:
         self.vocab_size = self._backend.vocab_size
         self.bos_id = self._backend.bos_id
         self.eos_id = self._backend.eos_id
+        longest_first = sorted(map(re.escape, self._backend.special), key=len, reverse=True)
+        self._special_text = re.compile(f"({'|'.join(longest_first)})")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Other processes get the contents: they need not find the files."""
-        return Tokenizer.from_contents, (self.contents, self.source)
+        return Tokenizer.from_contents, (self.contents, self.source, self.special_tokens)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.source!r}, vocab_size={self.vocab_size})"
@@ -138,7 +160,20 @@ class Tokenizer:
         return torch.tensor(ids, dtype=torch.int64)
 
     def encode_ids(self, text: str) -> list[int]:
-        """The ids of one text, without special tokens."""
+        """The ids of one text, without special tokens before and behind it.
+
+        Those inside it are read as `special_tokens` says. A text between two of them is encoded like a whole one, with
+        LLaMA's dummy space before it, as `transformers` does.
+        """
+        special = self._backend.special
+        if self.special_tokens == "text" or not special:
+            return self._encode_plain(text)
+        ids: list[int] = []
+        for piece in filter(None, self._special_text.split(text)):
+            ids += [special[piece]] if piece in special else self._encode_plain(piece)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
         try:
             return self._backend.encode(text)
         except (UnicodeEncodeError, RuntimeError, TypeError):
@@ -161,7 +196,8 @@ class Tokenizer:
         foreign = next((number for number in numbers if not 0 <= number < self.vocab_size), None)
         if foreign is not None:
             raise ValueError(f"token id {foreign} has no text: {self.source} has ids from 0 to {self.vocab_size - 1}")
-        return self._backend.decode([number for number in numbers if number not in self._backend.special_ids])
+        special = self._special_ids
+        return self._backend.decode([number for number in numbers if number not in special])
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
         """How many UTF-8 bytes of text each id stands for.
@@ -175,7 +211,13 @@ class Tokenizer:
         return self._token_bytes.copy()
 
     @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self._backend.special.values())
+
+    @cached_property
     def _token_bytes(self) -> npt.NDArray[np.int64]:
+        import numpy as np
+
         return np.asarray(self._backend.token_bytes(), dtype=np.int64)
 
 
@@ -198,7 +240,8 @@ class _SentencePieceBackend:
         self.eos_id = _end_token(path, self._model.eos_id())
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else self.eos_id
         ids = range(self.vocab_size)
-        self.special_ids = frozenset(n for n in ids if self._model.IsControl(n) or self._model.IsUnknown(n))
+        special_ids = [n for n in ids if self._model.IsControl(n) or self._model.IsUnknown(n)]
+        self.special = {self._model.id_to_piece(n): n for n in special_ids}
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -210,7 +253,7 @@ class _SentencePieceBackend:
         return [self._bytes_of(number) for number in range(self.vocab_size)]
 
     def _bytes_of(self, number: int) -> int:
-        if number in self.special_ids or self._model.IsUnused(number):
+        if self._model.IsControl(number) or self._model.IsUnknown(number) or self._model.IsUnused(number):
             return 0
         if self._model.IsByte(number):
             return 1
@@ -245,7 +288,7 @@ class _TokenizersBackend:
         self.vocab_size = max(self._pieces.values(), default=-1) + 1
         if self.vocab_size > _MOST_IDS_PER_PIECE * len(self._pieces):
             raise ValueError(f"{path}: {len(self._pieces)} pieces have ids up to {self.vocab_size - 1}; copy it again")
-        self.special_ids = frozenset(number for number, _, special in added if special)
+        self.special = {text: number for number, text, special in added if special}
         self._added = {number: text for number, text, _ in added}
         self.eos_id = _end_token(path, self._special(names, "eos_token", "</s>"))
         bos_id = self._special(names, "bos_token", "<s>")
@@ -259,8 +302,9 @@ class _TokenizersBackend:
 
     def token_bytes(self) -> list[int]:
         sizes = [0] * self.vocab_size
+        special_ids = frozenset(self.special.values())
         for piece, number in self._pieces.items():
-            if number not in self.special_ids:
+            if number not in special_ids:
                 sizes[number] = self._bytes_of(piece, number)
         return sizes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import Tokenizer
-from tests.support.small_tokenizers import convert_to_tokenizer_json, train_small_tokenizer
+from tests.support.small_tokenizers import CORPUS, convert_to_tokenizer_json, train_small_tokenizer
 
 TEXTS = [
     "",
@@ -62,6 +63,48 @@ def test_any_text_comes_back_and_its_bytes_add_up(both, text):
     assert first.decode(ids) == second.decode(ids) == text
     # One dummy space in front of a text that is not empty.
     assert first.token_bytes()[ids].sum() == len(text.encode()) + bool(text)
+
+
+# What `transformers` 5.23 gives for LLaMA's tokenizer.json, without bos.
+SPECIAL_IDS = {
+    "a </s> b": [263, 29871, 2, 29871, 289],
+    "x<unk>y": [921, 0, 343],
+    "<s>hi": [1, 7251],
+    "hi</s></s>  two": [7251, 2, 2, 259, 1023],
+    "</s>": [2],
+    "a</s>\nb": [263, 2, 29871, 13, 29890],
+    "a < /s>": [263, 529, 847, 29879, 29958],
+    "": [],
+}
+
+
+@pytest.mark.parametrize("text", SPECIAL_IDS)
+def test_special_tokens_inside_a_text_become_their_ids_where_asked_for(text):
+    plain = Tokenizer(CORPUS.parents[1] / "tokenizer")
+    reading = plain.reading("ids")
+    assert reading.encode_ids(text) == SPECIAL_IDS[text]
+    assert (plain.encode_ids(text) == reading.encode_ids(text)) == (
+        "<s>" not in text and "</s>" not in text and "<unk>" not in text
+    )
+    assert (plain.special_tokens, reading.special_tokens, reading.fingerprint) == ("text", "ids", plain.fingerprint)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_both_forms_read_special_tokens_alike(both, text):
+    first, second = (tokenizer.reading("ids") for tokenizer in both)
+    assert first.encode_ids(text) == second.encode_ids(text)
+    assert [tokenizer.reading("text").encode_ids(text) for tokenizer in (first, second)] == [
+        tokenizer.encode_ids(text) for tokenizer in both
+    ]
+
+
+def test_other_processes_read_special_tokens_alike(both):
+    for tokenizer in both:
+        travelled = pickle.loads(pickle.dumps(tokenizer.reading("ids")))
+        assert travelled.encode_ids("a</s>b") == tokenizer.reading("ids").encode_ids("a</s>b")
+        assert travelled.encode_ids("a</s>b") != tokenizer.encode_ids("a</s>b")
+    with pytest.raises(ValueError, match="special_tokens yes: choose from ids, text"):
+        both[0].reading("yes")
 
 
 def test_encode_appends_the_end_and_no_begin(both):

@@ -87,11 +87,10 @@ class WeightsRecord:
 
     def with_tokenizer(self, tokenizer: Tokenizer) -> WeightsRecord:
         """The record that holds a tokenizer whole, or only names it where it is too large for a file's header."""
-        named = {"source": tokenizer.source, "fingerprint": tokenizer.fingerprint}
         fits = sum(map(len, tokenizer.contents.values())) <= _LARGEST_TOKENIZER
         contents = tokenizer.contents if fits else {}
         files = {name: base64.b64encode(content).decode() for name, content in contents.items()}
-        return replace(self, tokenizer=named, tokenizer_files=files)
+        return replace(self, tokenizer=tokenizer_name(tokenizer), tokenizer_files=files)
 
     def held_tokenizer(self, path: Path | str) -> Tokenizer | None:
         """The tokenizer that a file's record holds; None if it only names one.
@@ -112,6 +111,12 @@ class WeightsRecord:
         if tokenizer.fingerprint != self.tokenizer.get("fingerprint", tokenizer.fingerprint):
             raise ValueError(f"the tokenizer inside {path} is not the one that its record names: the file is damaged")
         return tokenizer
+
+
+def tokenizer_name(tokenizer: Tokenizer) -> dict[str, Any]:
+    """How a record names a tokenizer: source, fingerprint, and `hub` where the source is a name on the hub."""
+    named = {"source": tokenizer.source, "fingerprint": tokenizer.fingerprint}
+    return named if Path(tokenizer.source).exists() else {**named, "hub": True}
 
 
 def _are_texts(values: dict[str, Any], names: tuple[str, ...]) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ def load_model(
     chosen = choose_device(device)
     dtype = compute_dtype(dtype, chosen)
     model, record = read_model(path, model_name, kind, chosen)
-    return LoadedModel(model, lambda: find_tokenizer(path, model.config, record, tokenizer), dtype)
+    fingerprint = record.tokenizer.get("fingerprint") if record else None
+    return LoadedModel(model, lambda: find_tokenizer(path, model.config, record, tokenizer), dtype, fingerprint)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class LoadedModel:
     """Called once, when the tokenizer is first needed."""
     dtype: str = "float32"
     """float32 or bfloat16 (autocast)."""
+    trained_with: str | None = None
+    """SHA-256 of the tokenizer that its record names, if any."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -120,6 +123,10 @@ class LoadedModel:
             ValueError: it is another model's.
         """
         return self.open_tokenizer()
+
+    def reading(self, special_tokens: str) -> LoadedModel:
+        """The same model, whose tokenizer reads special tokens inside a text as `Tokenizer.reading`."""
+        return replace(self, open_tokenizer=lambda: self.tokenizer.reading(special_tokens))
 
     @property
     def kind(self) -> str:
@@ -147,13 +154,16 @@ class LoadedModel:
 
     def identity(self) -> dict[str, Any]:
         """What of the model decides a result, as JSON values: hashes of weights and tokenizer, kind, config, dtype."""
-        return {
+        known = {
             "checkpoint": self.weights_hash,
             "kind": self.kind,
             "config": self.model.config.to_dict(),
             "tokenizer": self.tokenizer.fingerprint,
             "dtype": self.dtype,
         }
+        # Results without a word on it are older, and read special tokens as text.
+        special_tokens = self.tokenizer.special_tokens
+        return known if special_tokens == "text" else known | {"special_tokens": special_tokens}
 
     def likelihood_versions(self, settings: LikelihoodSettings) -> dict[str, int]:
         """Versions of what computes its likelihoods: kept results of others are not served."""
@@ -303,9 +313,16 @@ class LoadedModel:
         """What stands before the first end token."""
         return ids[: ids.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in ids else ids
 
-    def text_behind(self, prompt: list[int], ids: list[int] | None) -> str:
-        """What a finished row, from `complete`, says behind its prompt, up to the end token; nothing for None."""
-        return self.tokenizer.decode(self.until_end((ids or prompt)[len(prompt) :]))
+    def text_behind(self, prompt: list[int], ids: list[int] | None, keep_behind_end: bool = False) -> str:
+        """What a finished row, from `complete`, says behind its prompt; nothing for None.
+
+        Args:
+            prompt: token ids.
+            ids: of the finished row.
+            keep_behind_end: take all of it, not only what stands before the end token.
+        """
+        written = (ids or prompt)[len(prompt) :]
+        return self.tokenizer.decode(written if keep_behind_end else self.until_end(written))
 
     def complete(
         self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, length: int

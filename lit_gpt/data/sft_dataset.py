@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 DEFAULT_EXAMPLES_CACHE = Path("~/.cache/smdm/sft")
 """Where prepared examples are kept."""
-# Changes whenever the same file would give other examples.
-_VERSION = 1
 _RECORDS_AT_ONCE = 256
 # Records below which a second process costs more to start than it saves.
 _RECORDS_FOR_A_WORKER = 2000
@@ -148,12 +146,14 @@ def prepare_examples(plan: ExamplePreparation) -> Path:
     if not plan.path.is_file():
         raise FileNotFoundError(missing_file_line(plan.data_format, plan.path))
     parts = {
-        "version": _VERSION,
+        "version": plan.data_format.version,
         "format": plan.data_format.name,
         "file": file_sha256(plan.path),
         "tokenizer": plan.tokenizer.fingerprint,
         "max_length": plan.max_length,
     }
+    if plan.tokenizer.special_tokens != "text":
+        parts["special_tokens"] = plan.tokenizer.special_tokens
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     folder = plan.cache.expanduser() / f"{plan.data_format.name}-{fingerprint}"
     make_folder(folder.parent)

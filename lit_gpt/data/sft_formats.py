@@ -24,6 +24,8 @@ CHAT_TEMPLATE = (
     "and polite answers to the user's questions. USER: {question} ASSISTANT:"
 )
 """Vicuna 1.1's prompt template (lm-sys/FastChat)."""
+# That template leaves out the blanks around a turn that is empty.
+_CHAT_WITHOUT_QUESTION = CHAT_TEMPLATE.replace(" {question} ", "")
 
 
 class Unusable(Exception):
@@ -59,6 +61,8 @@ class SftFormat:
     """A file to (line or item number from 1, record)."""
     examples: Callable[[str, Tokenizer], list[Example]]
     """A record to its examples; they stand or fall together. Raises Unusable."""
+    version: int = 1
+    """Changes whenever the same file would give other examples."""
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -101,7 +105,7 @@ def gsm8k_examples(line: str, tokenizer: Tokenizer) -> list[Example]:
 
 
 def sharegpt_examples(item: str, tokenizer: Tokenizer) -> list[Example]:
-    """The first round of a dialogue: learn the answer from the question in the chat template."""
+    """The first round of a dialogue: learn the answer from the question in the chat template; both may be empty."""
     dialogue = parse_json(item)
     turns = dialogue.get("conversations") if isinstance(dialogue, dict) else None
     if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
@@ -109,9 +113,8 @@ def sharegpt_examples(item: str, tokenizer: Tokenizer) -> list[Example]:
     if [turn["from"] for turn in turns[:2]] != ["human", "gpt"]:
         raise Unusable("the first round is not human, then gpt")
     question, answer = (turn["value"] for turn in turns[:2])
-    if not question.strip() or not answer.strip():
-        raise Unusable("a turn of the first round is empty")
-    prompt = [tokenizer.bos_id, *tokenizer.encode_ids(CHAT_TEMPLATE.format(question=question))]
+    text = CHAT_TEMPLATE.format(question=question) if question else _CHAT_WITHOUT_QUESTION
+    prompt = [tokenizer.bos_id, *tokenizer.encode_ids(text)]
     return [Example(prompt, [tokenizer.bos_id, *tokenizer.encode_ids(answer), tokenizer.eos_id])]
 
 
@@ -146,6 +149,7 @@ SHAREGPT = SftFormat(
     "data/sharegpt/dummy_conversation.json",
     json_items,
     sharegpt_examples,
+    version=2,
 )
 REVERSE = SftFormat(
     "reverse",

@@ -26,7 +26,7 @@ from lit_gpt.evaluation.result_file import EXISTING, ResultFile
 from lit_gpt.evaluation.settings import AnswerFlags
 from lit_gpt.files import open_regular, parse_json
 from lit_gpt.sampling.settings import Sampling
-from lit_gpt.tokenizer import valid_text
+from lit_gpt.tokenizer import SPECIAL_TOKENS, valid_text
 
 JsonQuestion = dict[str, Any]
 """A question's JSON values; an answer is its question with more of them, among these perhaps `correct`, a bool."""
@@ -134,8 +134,10 @@ def check_flags(flags: AnswerFlags) -> None:
         value = getattr(flags, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value}: expected at least 1")
-    if flags.existing not in EXISTING:
+    if flags.existing not in (None, *EXISTING):
         problems.append(f"--existing {flags.existing}: choose from {', '.join(EXISTING)}")
+    if flags.special_tokens not in SPECIAL_TOKENS:
+        problems.append(f"--special_tokens {flags.special_tokens}: choose from {', '.join(SPECIAL_TOKENS)}")
     if flags.output is not None and Path(flags.output).suffix != ".jsonl":
         problems.append(f"--output {flags.output}: expected a file that ends in .jsonl")
     if problems:
@@ -169,8 +171,12 @@ def open_model(flags: AnswerFlags) -> LoadedModel:
         FileNotFoundError, ValueError: as `load_model`; the model cannot read so long a text.
     """
     model = load_model(
-        flags.ckpt_path, model_name=flags.model, tokenizer=flags.tokenizer, device=flags.device, dtype=flags.dtype
-    )
+        flags.ckpt_path,
+        model_name=flags.model,
+        tokenizer=flags.tokenizer,
+        device=flags.device,
+        dtype=flags.dtype,
+    ).reading(flags.special_tokens)
     limit = model.model.config.block_size
     if flags.length > limit:
         raise ValueError(f"--length {flags.length}: this model reads at most {limit} tokens, prompt included; lower it")
@@ -198,8 +204,8 @@ class AnswerFile:
     """Everything that changes an answer, as JSON values."""
     key: tuple[str, ...]
     """Fields that tell a question from the others."""
-    existing: str
-    """One of `result_file.EXISTING`."""
+    existing: str | None
+    """One of `result_file.EXISTING`, or None."""
     batch_size: int
     """Questions that a process answers at once."""
     verdict: tuple[str, ...] = ("correct",)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key
 from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.likelihood.estimators import make_estimator
 from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings, NotFiniteError
+from lit_gpt.randomness import hash_int
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -63,7 +65,7 @@ class Adapter:
             tokenizer=arguments.tokenizer,
             device=arguments.device,
             dtype=arguments.dtype,
-        )
+        ).reading(arguments.special_tokens)
         self._device = self.loaded.device  # the harness asks
         self.tokenizer = self.loaded.tokenizer
         self.max_length = arguments.max_length or self.loaded.model.config.block_size
@@ -72,7 +74,7 @@ class Adapter:
             make_estimator(arguments.nll_type, vars(arguments)),
             cfg_scale=float(arguments.cfg),
             greedy=arguments.greedy,
-            pad_to=self.max_length if arguments.padding else 0,
+            pad_to=self.loaded.model.config.block_size if arguments.padding else 0,
             seed=arguments.seed,
         )
         self._writer = TextWriter(self.loaded, arguments, self.max_length, self._batch_tokens())
@@ -104,7 +106,12 @@ class Adapter:
             )
         if empty := sum(not target for _, target in pairs):
             warn(f"{empty} of {len(pairs)} continuations are empty: their log-likelihood is 0")
-        results = self._likelihoods([self._fit(*pair) for pair in pairs], requests, disable_tqdm)
+        # A context has masks of its own, which the answers to it share; texts without one must not share theirs.
+        fitted = [
+            self._fit(*pair, 0 if request.args[0].strip() else self._stream(request))
+            for request, pair in zip(requests, pairs, strict=True)
+        ]
+        results = self._likelihoods(fitted, requests, disable_tqdm)
         return [(-result.nll, result.is_greedy) for result in results]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -116,9 +123,9 @@ class Adapter:
         pairs: list[LikelihoodRequest] = []
         for number, request in enumerate(requests):
             ids = self.tokenizer.encode_ids(request.args[0])
-            for window in get_rolling_token_windows(ids, self.tokenizer.bos_id, self._room - 1, 1):
-                prefix, target = make_disjoint_window(window)
-                pairs.append(LikelihoodRequest(tuple(prefix), tuple(target)))
+            windows = get_rolling_token_windows(ids, self.tokenizer.bos_id, self._room - 1, 1)
+            for place, (prefix, target) in enumerate(map(make_disjoint_window, windows)):
+                pairs.append(LikelihoodRequest(tuple(prefix), tuple(target), self._stream(request, place)))
                 owners.append(number)
                 asked.append(request)
         totals = [0.0] * len(requests)
@@ -202,10 +209,17 @@ class Adapter:
         """Tokens of prefix and target together."""
         return self.loaded.most_tokens(self.max_length)
 
-    def _fit(self, prefix: list[int], target: list[int]) -> LikelihoodRequest:
+    def _fit(self, prefix: list[int], target: list[int], stream: int) -> LikelihoodRequest:
         """The end of what is too long; an ARM keeps a token before its first target."""
         target = target[-(self._room - 1) :]
-        return LikelihoodRequest(tuple(prefix[-(self._room - len(target)) :]), tuple(target))
+        return LikelihoodRequest(tuple(prefix[-(self._room - len(target)) :]), tuple(target), stream)
+
+    def _stream(self, asked: Instance, window: int = 0) -> int:
+        """The random numbers of a document's window: errors that documents share do not average out over a corpus."""
+        if self.kind == "arm":
+            return 0
+        task = int.from_bytes(hashlib.sha256(str(asked.task_name).encode()).digest()[:8], "big")
+        return hash_int(task, asked.doc_id or 0, window)
 
     def _likelihoods(
         self, requests: Sequence[LikelihoodRequest], asked: Sequence[Instance], disable_tqdm: bool
@@ -217,7 +231,10 @@ class Adapter:
             asked: what the harness asked for by each, for errors.
             disable_tqdm: show no bar.
         """
-        keys = [request_key("likelihood", request.prefix, request.target) for request in requests]
+        # Where the context alone decides the masks, keys are as they were before there was a stream.
+        keys = [
+            request_key("likelihood", one.prefix, one.target, *([one.stream] if one.stream else [])) for one in requests
+        ]
         found: dict[str, Likelihood] = {}
         todo: dict[str, LikelihoodRequest] = {}
         for key, request in zip(keys, requests, strict=True):
@@ -252,6 +269,7 @@ class Adapter:
             "checkpoint": self.loaded.weights_hash,
             "config": self.loaded.model.config.to_dict(),
             "tokenizer_hash": self.tokenizer.fingerprint,
+            "special_tokens": self.tokenizer.special_tokens,
             "max_length": self.max_length,
             "dtype": self.loaded.dtype,
             "device": self.loaded.device.type,

@@ -17,7 +17,7 @@ import torch
 
 from lit_gpt.checkpoints.loaded import LoadedModel, load_model
 from lit_gpt.cli import warn
-from lit_gpt.data.packed_dataset import open_validation
+from lit_gpt.data.packed_dataset import open_validation, recorded_tokenizer
 from lit_gpt.data.pickled_tokens import read_token_list
 from lit_gpt.devices import join_processes
 from lit_gpt.diffusion import EPS
@@ -44,6 +44,7 @@ def evaluate_perplexity(flags: PerplexityFlags) -> None:
     config = model.model.config
     length = min(flags.length, config.block_size)
     count, row_of = open_rows(Path(flags.data_dir), flags.fineweb, length, config.vocab_size)
+    _check_tokenizer(Path(flags.data_dir) / flags.fineweb, model.trained_with)
     own = range(rank, min(count, flags.rows or count), processes)
     cache = EvalCache(results_folder(flags.cache), _settings(flags, model, length), rank)
     sums = torch.zeros(3, dtype=torch.float64)
@@ -132,6 +133,16 @@ def open_rows(folder: Path, crawl: str, length: int, vocab_size: int) -> tuple[i
     if not count:
         raise ValueError(f"{packed if packed.is_dir() else old} holds no whole row of {length} tokens; lower --length")
     return count, row_of
+
+
+def _check_tokenizer(packed: Path, trained_with: str | None) -> None:
+    """Refuse tokens of another tokenizer than the checkpoint's, where both say which they had."""
+    found = recorded_tokenizer(packed, ["validation"]).get("fingerprint")
+    if found and trained_with and found != trained_with:
+        raise ValueError(
+            f"{packed} was packed with another tokenizer (SHA-256 {found[:12]}...) than the checkpoint's "
+            f"({trained_with[:12]}...): its ids mean other texts; pack it with the checkpoint's"
+        )
 
 
 def _row_request(kind: str, row: np.ndarray, number: int) -> LikelihoodRequest:

@@ -19,7 +19,7 @@ from typing import IO, Any
 from lit_gpt.files import cannot_write, lock_file, make_folder, parse_json, read_json_object, write_file, write_json
 
 EXISTING = ("continue", "refuse", "overwrite")
-"""What to do with a file that is there already: the values of the scripts' `--existing`."""
+"""What to do with a file that is there already: the values of the scripts' `--existing`; None if it was not given."""
 
 _SHOWN_CHARACTERS = 200
 
@@ -33,12 +33,13 @@ class ResultFile:
         path: ends in `.jsonl`; its folder is made.
         settings: everything that changes a result, as JSON values.
         key: what a result is of, such as its question's number.
-        existing: `continue` keeps the results that are there, if they were made with these settings; `refuse` and
-            `overwrite` say it themselves.
+        existing: None keeps the results that are there, if they were made with these settings; `continue` also those of
+            which nothing says how they were made; `refuse` and `overwrite` say it themselves.
 
     Raises:
         ValueError: the file was made with other settings (the differences are named), a line is no JSON object or has
-            no key (file and line), it exists and `existing` is `refuse`, another process writes to it.
+            no key (file and line), nothing says how its results were made and `existing` is None, it exists and
+            `existing` is `refuse`, another process writes to it.
         SaveError: it cannot be written.
     """
 
@@ -47,9 +48,9 @@ class ResultFile:
         path: Path,
         settings: dict[str, Any],
         key: Callable[[dict[str, Any]], Hashable],
-        existing: str = "continue",
+        existing: str | None = None,
     ) -> None:
-        if existing not in EXISTING:
+        if existing not in (None, *EXISTING):
             raise ValueError(f"--existing {existing}: choose from {', '.join(EXISTING)}")
         self.path, self._key = path, key
         self._settings_path = path.with_suffix(".settings.json")
@@ -117,7 +118,7 @@ class ResultFile:
             lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in sorted(self.results, key=order)]
             write_file(self.path, lambda file: file.write("".join(lines).encode()))
 
-    def _take_over(self, settings: dict[str, Any], existing: str) -> None:
+    def _take_over(self, settings: dict[str, Any], existing: str | None) -> None:
         """Keep, refuse or drop what the file holds."""
         if existing == "refuse":
             raise ValueError(f"{self.path} exists: give another file, or --existing continue or overwrite")
@@ -126,6 +127,11 @@ class ResultFile:
             return
         if self._settings_path.exists():
             self._check_settings(read_json_object(self._settings_path), settings)
+        elif existing is None:
+            raise ValueError(
+                f"{self.path} has no {self._settings_path.name} beside it, which says how its results were made: give "
+                "another file, or --existing continue to count them as made with these settings, or overwrite"
+            )
         else:
             _log.warning("%s does not say how its results were made; they are kept", self.path)
         self._read()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lit_gpt.evaluation.generated_answers import (
     checkpoint_name,
     read_json_questions,
 )
+from lit_gpt.evaluation.settings import BEHIND_END
 from lit_gpt.files import file_sha256
 from lit_gpt.sampling.settings import Sampling
 
@@ -73,11 +75,16 @@ def reversal_task(flags: Any) -> AnswerTask:
     if flags.qs_type not in FILES:
         raise ValueError(f"--qs_type {flags.qs_type}: choose ntd (name to description) or dtn (description to name)")
     paths = [Path(flags.data_dir) / name for name in FILES[flags.qs_type]]
+    if flags.behind_end not in BEHIND_END:
+        raise ValueError(f"--behind_end {flags.behind_end}: choose from {', '.join(BEHIND_END)}")
     if missing := [path.name for path in paths if not path.is_file()]:
         raise FileNotFoundError(
             f"no {' and no '.join(missing)} in {Path(flags.data_dir)}: they come from {SOURCE}; put them there, or name "
             "their folder by --data_dir"
         )
+    settings: dict[str, Any] = {"data": [file_sha256(path) for path in paths], "qs_type": flags.qs_type}
+    if flags.behind_end != "cut":
+        settings["behind_end"] = flags.behind_end
     return AnswerTask(
         questions=[
             {"direction": direction, **question}
@@ -85,26 +92,38 @@ def reversal_task(flags: Any) -> AnswerTask:
             for question in read_json_questions(path, ("prompt", "completion"))[: flags.limit]
         ],
         output=f"out/reverse/{checkpoint_name(flags.ckpt_path)}-{flags.qs_type}.jsonl",
-        settings={"data": [file_sha256(path) for path in paths], "qs_type": flags.qs_type},
+        settings=settings,
         temperature=0.0,
         guidance={"cfg": 0.8},
         prompt=lambda question: str(question["prompt"]),
-        answer=answer_reversal_questions,
+        answer=partial(answer_reversal_questions, keep_behind_end=flags.behind_end == "keep"),
         key=("direction", "index"),
         verdict=("correct", "bleu"),
     )
 
 
 def answer_reversal_questions(
-    model: LoadedModel, samplings: Sequence[Sampling], length: int, questions: Sequence[JsonQuestion]
+    model: LoadedModel,
+    samplings: Sequence[Sampling],
+    length: int,
+    questions: Sequence[JsonQuestion],
+    keep_behind_end: bool = False,
 ) -> list[JsonQuestion]:
-    """Ask questions and judge what is written behind them, up to the end token; nothing where there is no room."""
+    """Ask questions and judge what is written behind them; nothing where there is no room.
+
+    Args:
+        model: who is asked.
+        samplings: how, in the one round.
+        length: tokens of a finished row.
+        questions: with `prompt`, `completion`, `direction` and `index`.
+        keep_behind_end: judge all of it, not only what stands before the end token.
+    """
     prompts = [model.prompt_ids(question["prompt"]) for question in questions]
     rows = [2 * question["index"] + DIRECTIONS.index(question["direction"]) for question in questions]
     finished = model.complete(prompts, rows, samplings[0], length)
     answers = []
     for question, prompt, ids in zip(questions, prompts, finished, strict=True):
-        text, reference = model.text_behind(prompt, ids), question["completion"]
+        text, reference = model.text_behind(prompt, ids, keep_behind_end), question["completion"]
         verdict = {"correct": is_right(reference, text), "bleu": character_bleu(reference, text)}
         answers.append({**question, "generation": text, **verdict})
     return answers

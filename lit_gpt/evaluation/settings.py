@@ -10,6 +10,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from lit_gpt.tokenizer import SPECIAL_TOKENS
+
+BEHIND_END = ("cut", "keep")
+"""What happens to text behind a generation's end token: the values of `--behind_end`."""
+
 
 @dataclass
 class ModelArgs:
@@ -21,6 +26,8 @@ class ModelArgs:
     """The size, such as 170, for files that do not say."""
     tokenizer: str | None = None
     """Folder or hub name; by default the checkpoint's own, then TinyLlama's on the hub."""
+    special_tokens: str = "ids"
+    """What </s>, <s> and <unk> inside a text become: their ids (published), or text, the characters that they are."""
     max_length: int | None = None
     """Longest input in tokens; by default the model's block size."""
     batch_size: int | str = 32
@@ -44,7 +51,7 @@ class ModelArgs:
     greedy: bool = False
     """MDM: run the greedy check (also spelt greddy)."""
     padding: bool = False
-    """MDM: fill inputs with [MASK] up to max_length."""
+    """MDM: fill inputs with [MASK] up to what the model reads (2048 for published ones), whatever max_length."""
     mask_id: int | None = None
     """MDM: must be the model's own, 32000 for published ones."""
     steps: int | None = None
@@ -63,8 +70,9 @@ class AnswerFlags:
     """Size in millions, such as 1028, for checkpoints that do not say; without it their shapes tell."""
     output: str | None = None
     """Where the answers go, a .jsonl; by default it is named after the checkpoint, in out/."""
-    existing: str = "continue"
-    """What to do with answers that are there: continue, refuse or overwrite."""
+    existing: str | None = None
+    """What to do with answers that are there: continue, refuse or overwrite; by default those made with the same settings
+    are continued."""
     steps: int = 256
     """MDM: denoising steps."""
     length: int = 256
@@ -79,6 +87,8 @@ class AnswerFlags:
     """Only the first so many questions of a file."""
     tokenizer: str | None = None
     """A folder or a name on the hub; by default the checkpoint's own."""
+    special_tokens: str = "ids"
+    """What </s>, <s> and <unk> inside a question become: their ids (published), or text, the characters that they are."""
     device: str = "auto"
     """cpu, cuda or cuda:N."""
     dtype: str = "auto"
@@ -149,16 +159,25 @@ class MtBenchAnswerFlags:
     """Questions that are answered at once; changes speed and memory, never an answer."""
     tokenizer: str | None = None
     """A folder or a name on the hub; by default the checkpoint's own."""
+    special_tokens: str = "ids"
+    """What </s>, <s> and <unk> inside a question become: their ids (published), or text, the characters that they are."""
+    behind_end: str = "cut"
+    """What is written behind the end token: cut off, or keep (published: all but special tokens is the answer)."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto is a GPU if there is one."""
     dtype: str = "auto"
-    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
-    existing: str = "continue"
-    """What to do with an answer file that is there: continue it, refuse, or overwrite."""
+    """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it. float16 is taken as auto."""
+    existing: str | None = None
+    """What to do with an answer file that is there: continue it, refuse, or overwrite; by default one made with the same
+    settings is continued."""
     num_gpus_per_model: int = 1
     """Has no effect: a model is on one device."""
     num_gpus_total: int = 1
     """Has no effect: start the script with torchrun for several GPUs."""
+    max_gpu_memory: str | None = None
+    """Has no effect: a model is on one device, as a whole."""
+    revision: str | None = None
+    """Has no effect: the checkpoint is a file."""
 
 
 _MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "steps", "alg"}
@@ -167,7 +186,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seed", "mc_num", "budget", "max_length", "mask_id", "steps"), (int,)),
     **dict.fromkeys(("cfg", "temperature"), (int, float)),
     **dict.fromkeys(("greedy", "padding"), (bool,)),
-    **dict.fromkeys(("ckpt_path", "tokenizer", "device", "dtype", "nll_type", "alg"), (str,)),
+    **dict.fromkeys(("ckpt_path", "tokenizer", "special_tokens", "device", "dtype", "nll_type", "alg"), (str,)),
     **dict.fromkeys(("model_name", "batch_size"), (str, int)),
 }
 # What a number of torch's can hold.
@@ -203,6 +222,10 @@ def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
         if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER_BITS:
             raise ValueError(f"--model_args: {name} is a number of {value.bit_length()} bits: too large")
     arguments = ModelArgs(**values)
+    if arguments.special_tokens not in SPECIAL_TOKENS:
+        raise ValueError(
+            f"--model_args: special_tokens={arguments.special_tokens}: choose from {', '.join(SPECIAL_TOKENS)}"
+        )
     if not arguments.ckpt_path:
         raise ValueError(
             "--model_args: ckpt_path is missing: name the checkpoint, as in ckpt_path=models/mdm.safetensors"

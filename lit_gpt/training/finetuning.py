@@ -15,6 +15,7 @@ import torch
 
 from lit_gpt import devices
 from lit_gpt.checkpoints import weights
+from lit_gpt.checkpoints.export import tokenizer_name
 from lit_gpt.checkpoints.tokenizer_lookup import find_tokenizer
 from lit_gpt.data import sft_dataset
 from lit_gpt.data.sft_dataset import ExamplePreparation, SftDataset
@@ -65,7 +66,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
         # Before a large checkpoint is loaded.
         raise FileNotFoundError(sft_dataset.missing_file_line(recipe.data_format, path))
     model, state, record = weights.read_weights_of_model(flags.pretrain_path, flags.model, recipe.kind)
-    tokenizer = find_tokenizer(flags.pretrain_path, model.config, record, flags.tokenizer)
+    tokenizer = find_tokenizer(flags.pretrain_path, model.config, record, flags.tokenizer).reading(flags.special_tokens)
     config = model.config
     row_length = min(recipe.max_length, config.block_size)
     fabric = strategies.start_fabric(
@@ -82,6 +83,9 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     settings = flags.settings() | {"kind": model.kind, "model": config.to_dict(), "data": data.fingerprint}
     settings |= {"pretrained": weights.state_hash(state, torch.float32), "group_size": rows}
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
+    tokenizer_record = tokenizer_name(tokenizer)
+    if tokenizer.special_tokens != "text":  # what older records, without a word on it, mean
+        settings["special_tokens"] = tokenizer_record["special_tokens"] = tokenizer.special_tokens
     name, objective = recipe.run_name(model), recipe.objective(model)
     experiment = Experiment(
         name=name,
@@ -95,7 +99,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
         warmup_steps=warmup,
         settings=settings,
         record={
-            "tokenizer": {"source": tokenizer.source, "fingerprint": tokenizer.fingerprint},
+            "tokenizer": tokenizer_record,
             "pretrained": str(flags.pretrain_path),
         },
         export_name=f"{_stem(flags.pretrain_path)}-{recipe.suffix}",

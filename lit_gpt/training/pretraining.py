@@ -15,6 +15,7 @@ import torch
 
 from lit_gpt import devices
 from lit_gpt.checkpoints import names, weights
+from lit_gpt.checkpoints.export import tokenizer_name
 from lit_gpt.config import Config
 from lit_gpt.data import packed_dataset
 from lit_gpt.data.packed_files import scan_folder
@@ -135,6 +136,6 @@ def _shape(flags: PretrainConfig) -> tuple[Config, Tokenizer | None, dict[str, A
     vocab_size = flags.vocab_size or (tokenizer.vocab_size if tokenizer else known.get("vocab_size"))
     if vocab_size is not None:
         overrides["vocab_size"] = vocab_size
-    fingerprint = tokenizer.fingerprint if tokenizer else known.get("fingerprint")
-    record = {"tokenizer": {"source": source, "fingerprint": fingerprint}}
+    named = tokenizer_name(tokenizer) if tokenizer else {"source": source, "fingerprint": known.get("fingerprint")}
+    record = {"tokenizer": named}
     return Config.from_name(flags.model, **overrides), tokenizer, record

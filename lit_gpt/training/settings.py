@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from lit_gpt.tokenizer import SPECIAL_TOKENS
 from lit_gpt.training import skipped_steps
 from lit_gpt.training.schedule import MOST_STEPS
 
@@ -193,7 +194,7 @@ class FinetuneConfig(TrainConfig):
 
     NOT_SETTINGS = TrainConfig.NOT_SETTINGS | {
         *("pretrain_path", "model", "data_file", "tokenizer", "out_dir", "cache_dir", "workers", "max_malformed"),
-        "epochs",
+        *("epochs", "special_tokens"),
     }
     ALIASES: ClassVar[dict[str, str]] = {"bs": "batch_size", "epoch": "epochs"}
 
@@ -209,6 +210,8 @@ class FinetuneConfig(TrainConfig):
     """The run's folder, with its checkpoints, is made in here."""
     tokenizer: str | None = None
     """Tokenizer folder or hub name; by default the checkpoint's own."""
+    special_tokens: str = "ids"
+    """What </s>, <s> and <unk> inside a text become: their ids (published), or text, the characters that they are."""
     max_malformed: float = 0.05
     """Largest share of malformed records; more are refused, fewer left out and counted."""
     workers: int = 4
@@ -227,4 +230,6 @@ class FinetuneConfig(TrainConfig):
             found.append(f"--max_malformed {self.max_malformed:g}: expected between 0 and 1")
         if self.workers < 1:
             found.append(f"--workers {self.workers}: at least 1")
+        if self.special_tokens not in SPECIAL_TOKENS:
+            found.append(f"--special_tokens {self.special_tokens}: expected {', '.join(SPECIAL_TOKENS)}")
         return found

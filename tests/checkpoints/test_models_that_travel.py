@@ -7,13 +7,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import evaluate_gsm8k
 from lit_gpt import cli, load_model
-from lit_gpt.checkpoints.export import METADATA_KEY, WeightsRecord, export_weights, read_record
+from lit_gpt.checkpoints.export import METADATA_KEY, WeightsRecord, export_weights, read_record, tokenizer_name
 from lit_gpt.checkpoints.tokenizer_lookup import find_tokenizer, open_tokenizer
 from lit_gpt.config import Config
 from lit_gpt.evaluation.lm_adapter import Adapter
@@ -29,7 +31,7 @@ from tests.support.small_tokenizers import convert_to_tokenizer_json, train_smal
 TEXTS = ["To be, or not to be", "déjà vu   naïve\n2048", ""]
 
 
-def export(folder: Path, kind: type, tokenizer: Tokenizer | None, **recorded: str) -> Path:
+def export(folder: Path, kind: type, tokenizer: Tokenizer | None, **recorded: object) -> Path:
     """A small model with random weights; without a tokenizer it is as older files are."""
     model = kind(Config("tiny", 2, 2, 32, 64, 2, block_size=64, vocab_size=500))
     model.init_weights(3)
@@ -123,13 +125,61 @@ def test_an_older_file_looks_at_its_record_and_beside_itself(tmp_path, caplog):
     shutil.copy(recorded / "tokenizer.model", beside / "tokenizer.model")
     train_small_tokenizer(recorded, 420)
     assert find(path).source == str(beside) and not caplog.records
-    # Only wrong ones: today's place counts, with a warning.
+    # Only wrong ones: refused.
     (beside / "tokenizer.model").unlink()
-    assert find(path).vocab_size == 420
-    assert f"{recorded} is another tokenizer than the one that {path} was trained with" in caplog.text
+    with pytest.raises(ValueError, match=f"^{recorded} is another tokenizer than the one that {path} was trained with"):
+        find(path)
     shutil.rmtree(recorded)
     with pytest.raises(FileNotFoundError, match="which the checkpoint was trained with; --tokenizer FOLDER, or token"):
         find(path)
+
+
+def test_a_given_tokenizer_is_compared_by_its_fingerprint(tmp_path):
+    """One of the right size was taken, and every id meant another text."""
+    folder, other = (train_small_tokenizer(tmp_path / str(lines), 500, lines) for lines in (4000, 2000))
+    own, converted = Tokenizer(folder), convert_to_tokenizer_json(folder, tmp_path / "json")
+    assert own.vocab_size == Tokenizer(other).vocab_size
+    holds, names = export(tmp_path, GPT, own), export(tmp_path / "old", GPT, None, fingerprint=own.fingerprint)
+    for path in (holds, names):
+        assert find(path, str(folder)).fingerprint == own.fingerprint
+        with pytest.raises(
+            ValueError, match=f"^{other} is another tokenizer than the one that {path} was trained with"
+        ):
+            find(path, str(other))
+    # The same one in its other form is the same, where the file holds one of them; of a folder with both, either counts.
+    assert find(holds, str(converted)).source == str(converted)
+    in_json = export(tmp_path / "in_json", GPT, None, fingerprint=Tokenizer(converted).fingerprint)
+    shutil.copy(converted / "tokenizer.json", folder)
+    assert find(in_json, str(folder)).fingerprint == Tokenizer(converted).fingerprint
+    assert find(names, str(folder)).fingerprint == own.fingerprint
+
+
+def test_a_folder_that_is_gone_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
+    """`data/tokenizer` could be somebody's there; a name on the hub is recorded as one."""
+    asked = []
+
+    def download(name: str, filename: str) -> str:
+        asked.append(name)
+        raise EntryNotFoundError("none")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for source in ("data/tokenizer", "tokenizer"):
+        path = export(tmp_path / source, GPT, None, source=source, fingerprint="0" * 64)
+        with pytest.raises(
+            FileNotFoundError, match=f"^{source}: no such tokenizer here .which the checkpoint was train"
+        ):
+            find(path)
+    assert not asked
+    path = export(tmp_path / "hub", GPT, None, source="owner/name", fingerprint="0" * 64, hub=True)
+    with pytest.raises(FileNotFoundError, match="the hub could not give it"):
+        find(path)
+    assert set(asked) == {"owner/name"}
+    tokenizer = Tokenizer(train_small_tokenizer(tmp_path / "local"))
+    assert tokenizer_name(tokenizer) == {"source": str(tmp_path / "local"), "fingerprint": tokenizer.fingerprint}
+    tokenizer.source = "owner/name"
+    assert tokenizer_name(tokenizer) == {"source": "owner/name", "fingerprint": tokenizer.fingerprint, "hub": True}
 
 
 def test_a_file_without_a_record_looks_beside_itself(tmp_path):

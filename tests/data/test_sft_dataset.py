@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lit_gpt.data.sft_dataset import ExamplePreparation, SftDataset, left_out_lines, prepare_examples
-from lit_gpt.data.sft_formats import GSM8K, REVERSE, SFT_FORMATS, SHAREGPT, json_items, text_lines
+from lit_gpt.data.sft_formats import CHAT_TEMPLATE, GSM8K, REVERSE, SFT_FORMATS, SHAREGPT, json_items, text_lines
 from lit_gpt.files import SaveError
 from lit_gpt.tokenizer import Tokenizer
 
@@ -174,14 +174,49 @@ def test_long_and_malformed_records_are_counted_with_their_place(plan):
         ({"conversations": []}, "not human, then gpt"),
         ({"conversations": TURNS[1:]}, "not human, then gpt"),
         ({"conversations": TURNS[:1]}, "not human, then gpt"),
-        ({"conversations": [TURNS[0], {"from": "gpt", "value": " \n"}]}, "is empty"),
     ],
 )
-def test_dialogues_of_wrong_roles_or_empty_turns_are_left_out(plan, record, reason):
+def test_dialogues_of_wrong_roles_are_left_out(plan, record, reason):
     good = {"conversations": TURNS}
     data = opened(plan(SHAREGPT, json.dumps([good, record, good]), max_malformed=0.5, max_length=200), 200)
     (line,) = left_out_lines(data.info, 200)
     assert len(data) == 2 and reason in line and line.endswith(":2)")
+
+
+def with_first_round(number, question, answer):
+    """A bundled dialogue, its first round changed where a text is given."""
+    dialogue = json.loads(list(json_items(ROOT / SHAREGPT.bundled))[number][1])
+    for turn, text in zip(dialogue["conversations"], (question, answer), strict=False):
+        turn["value"] = turn["value"] if text is None else text
+    return dialogue
+
+
+def test_dialogues_with_an_empty_question_or_answer_are_kept(plan, llama):
+    """As the published template writes them: without the blanks around an empty question."""
+    changed = [("", None), (None, ""), ("", ""), (" ", "\n"), (None, None)]
+    dialogues = [with_first_round(number, *texts) for number, texts in enumerate(changed)]
+    data = opened(plan(SHAREGPT, json.dumps(dialogues), max_length=300, tokenizer=llama), 300)
+    assert len(data) == 5 and left_out_lines(data.info, 300) == []
+    start = CHAT_TEMPLATE.partition("USER:")[0]
+    questions, answers = ([dialogue["conversations"][turn]["value"] for dialogue in dialogues] for turn in (0, 1))
+    prompts = [f"{start}USER:ASSISTANT:" if not text else f"{start}USER: {text} ASSISTANT:" for text in questions]
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids = [llama.bos_id, *llama.encode_ids(prompt)]
+        assert data.tokens(index).tolist() == [*ids, llama.bos_id, *llama.encode_ids(answer), llama.eos_id]
+        assert data._prompt_lengths[index] == len(ids)
+    assert data.tokens(2).tolist()[-2:] == [llama.bos_id, llama.eos_id], "an empty answer ends at once"
+
+
+def test_special_tokens_inside_a_text_are_read_as_the_tokenizer_is_told(plan, llama):
+    dialogue = with_first_round(0, "What is </s>?", "An end.<unk>")
+    own, published = (
+        plan(SHAREGPT, json.dumps([dialogue]), max_length=300, tokenizer=llama.reading(how)) for how in ("text", "ids")
+    )
+    assert prepare_examples(own) != prepare_examples(published), "the cache tells them apart"
+    spelled, ids = (opened(chosen, 300).tokens(0).tolist() for chosen in (own, published))
+    assert (spelled.count(llama.eos_id), spelled.count(0)) == (1, 0)
+    assert (ids.count(llama.eos_id), ids.count(0)) == (2, 1) and ids[-2:] == [0, llama.eos_id]
+    assert llama.decode(spelled).replace("</s>", "").replace("<unk>", "").split() == llama.decode(ids).split()
 
 
 def test_files_that_give_nothing_are_refused(plan):

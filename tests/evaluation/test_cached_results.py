@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import evaluate_fineweb
-from lit_gpt.checkpoints.loaded import LoadedModel
+from lit_gpt.checkpoints.loaded import LoadedModel, load_model
 from lit_gpt.data.packed_format import PackedDatasetBuilder
 from lit_gpt.evaluation import lm_adapter, lm_harness
 from lit_gpt.evaluation.lm_adapter import Adapter
@@ -87,6 +88,7 @@ def test_likelihoods_of_the_harness(folder, tmp_path, name):
     common = {"kind": kind, "max_length": 128, "dtype": "float32", "generation": ["greedy", None, 0.0]}
     own = {} if kind == "arm" else {expected["estimator"]: 1}
     common |= {"device": "cpu", "versions": {"scoring": 1, "tokenization": 1, **own}}
+    common["special_tokens"] = "ids"
     assert settings_of(tmp_path, OF_THE_MODEL) == {**common, **expected}
 
 
@@ -111,6 +113,24 @@ def test_rows_of_fineweb(folder, tmp_path, monkeypatch, kind, words, expected):
     versions = {"scoring": 1, **({} if kind == "arm" else {expected["estimator"]: 1})}
     common = {"dtype": "float32", "length": 16, "device": "cpu", "versions": versions}
     assert settings_of(tmp_path, ("checkpoint", "config")) == {**common, **expected}
+
+
+def test_tokens_of_another_tokenizer_are_refused(folder, tmp_path, monkeypatch):
+    """Their perplexity was that of other texts."""
+    for kind in ("arm", "mdm"):
+        (path,) = (folder / kind).glob("*.safetensors")
+        shutil.copytree(folder / "new", tmp_path / "other", dirs_exist_ok=True)
+        manifest = tmp_path / "other" / "validation.manifest.json"
+        flags = ["--type", kind, "--ckpt-path", str(path), "--data-dir", str(tmp_path), "--fineweb", "other"]
+        words = [*flags, "--length", "16", "--cache", "off", "--mc-samples", "2"]
+        monkeypatch.setattr(sys, "argv", ["evaluate_fineweb.py", *words])
+        content = {"tokenizer": {"source": "t", "fingerprint": "0" * 64}}
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"other was packed with another tokenizer \(SHA-256 000000000000\.\.\.\)"):
+            evaluate_fineweb.main()
+        content["tokenizer"]["fingerprint"] = load_model(path).tokenizer.fingerprint
+        manifest.write_text(json.dumps(content))
+        evaluate_fineweb.main()
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,14 @@ def test_what_stands_behind_the_end_token_is_not_read(models, evaluating, tmp_pa
     monkeypatch.setattr(LoadedModel, "complete", complete)
     assert evaluating("mdm", "--qs_type", "dtn", "--output", str(path))[0] == 0
     assert {(one["generation"], one["correct"]) for one in answers_of(path)} == {("Somebody", False)}
+    # Published: all of it without special tokens. Answers of one rule are not continued by the other.
+    code, _, err = evaluating("mdm", "--qs_type", "dtn", "--output", str(path), "--behind_end", "keep")
+    assert code == 2 and "(behind_end None there, keep here)" in err
+    path = tmp_path / "b.jsonl"
+    assert evaluating("mdm", "--qs_type", "dtn", "--output", str(path), "--behind_end", "keep")[0] == 0
+    whole = tokenizer.decode([*tokenizer.encode_ids("Somebody"), *tokenizer.encode_ids("Rudi Pask")])
+    assert {one["generation"] for one in answers_of(path)} == {whole} and "Rudi Pask" in whole
+    assert sum(one["correct"] for one in answers_of(path)) == 2
 
 
 @pytest.mark.parametrize("kind", ["arm", "mdm"])
@@ -224,7 +232,9 @@ def test_answers_of_other_settings_are_not_mixed(evaluating, tmp_path):
     # Lines that are no answers of this command, without a record of how they were made.
     path.with_suffix(".settings.json").unlink()
     path.write_text('{"direction": "same", "index": 0, "correct": true}\n')
-    code, _, err = evaluating("mdm", *words)
+    code, out, err = evaluating("mdm", *words)
+    assert (code, out) == (2, "") and "a.jsonl has no a.settings.json beside it" in err
+    code, _, err = evaluating("mdm", *words, "--existing", "continue")
     assert code == 2 and "a.jsonl:1 is no result (KeyError('bleu'))" in err
     # Other questions.
     assert evaluating("mdm", *words, "--existing", "overwrite")[0] == 0

@@ -57,6 +57,7 @@ def settings_of(models, tmp_path, monkeypatch):
             "kind": kind,
             "config": CONFIG,
             "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+            "special_tokens": "ids",
             "dtype": "float32",
         }
         return json.loads(path.with_suffix(".settings.json").read_text()), identity
@@ -88,6 +89,11 @@ def test_gsm8k(models, settings_of, kind, tmp_path):
         "cfg1": scale,
         "cfg2": scale,
     }
+    # Answers of a time when special tokens were always spelled out do not say so, and are continued on request.
+    found, _ = settings_of(
+        evaluate_gsm8k, kind, *flags, "--length", "20", "--special_tokens", "text", "--existing", "overwrite"
+    )
+    assert "special_tokens" not in found
 
 
 @pytest.mark.parametrize("kind", ["arm", "mdm"])

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from lit_gpt import cli
@@ -36,8 +37,8 @@ def adapter(kind: str, path: Path, cache: Path | None = None, **settings) -> Ada
 
 
 def asked(*pairs):
-    """Requests as the harness passes them."""
-    return [SimpleNamespace(args=pair) for pair in pairs]
+    """Requests as the harness passes them, each of a document of its own."""
+    return [SimpleNamespace(args=pair, task_name="task", doc_id=number) for number, pair in enumerate(pairs)]
 
 
 TEXTS = asked(
@@ -87,6 +88,57 @@ def test_rolling_scores_every_token_once(models, kind):
     # Random weights: every token costs about as much as one of 500 equally likely ones, so all of them were counted.
     per_token = -rolling_long / tokens
     assert 4 < per_token < 12
+
+
+@pytest.mark.parametrize("what", ["rolling", "windows", "empty context"])
+def test_documents_do_not_share_their_noise(models, what, tmp_path):
+    """The error of a corpus is that of independent parts: shared masks made it six times as large."""
+    texts = [f"{number}. Speak, {name}, speak." for number in range(20) for name in ("Tom", "my lord", "the other")]
+    if what == "windows":
+        # Every window behind the first has the same token before it.
+        texts = [" the" * 127 * 24]
+    values = []
+    for seed in range(24):
+        model = adapter("mdm", models["mdm"], tmp_path / str(seed), mc_num=4, seed=seed)
+        if what == "empty context":
+            model.loglikelihood(asked(*(("", text) for text in texts)))
+        else:
+            model.loglikelihood_rolling(asked(*((text,) for text in texts)))
+        model.close()
+        kept = map(json.loads, next((tmp_path / str(seed)).iterdir()).read_text().splitlines())
+        values.append([line[1][0] for line in sorted(line for line in kept if isinstance(line, list))])
+    nll = np.array(values)
+    assert nll.shape[1] > 20
+    corpus, independent = nll.sum(1).std(ddof=1), np.sqrt(nll.var(0, ddof=1).sum())
+    print(f"{what}: error of the sum {corpus:.4f} nats, of independent parts {independent:.4f}")
+    assert corpus < 2 * independent
+
+
+@pytest.mark.parametrize("kind", ["arm", "mdm"])
+def test_special_tokens_of_a_context_are_read_as_published(models, kind, tmp_path):
+    """<unk> and </s> in a context are their ids by default; spelled out they are other tokens, another result."""
+    settings = {} if kind == "arm" else {"nll_type": "chain_rule", "cfg": 0.6}
+    text = asked(("Speak, <unk></s> my lord", ", speak."))
+    default, ids, spelled = (
+        adapter(kind, models[kind], tmp_path, **settings, **how)
+        for how in ({}, {"special_tokens": "ids"}, {"special_tokens": "text"})
+    )
+    context = default.loaded.encode_pair(*text[0].args)[0]
+    assert context[:1] == [default.tokenizer.bos_id] and context.count(0) == 1 and default.tokenizer.eos_id in context
+    assert not {0, default.tokenizer.eos_id} & set(spelled.loaded.encode_pair(*text[0].args)[0])
+    results = [one.loglikelihood(text, disable_tqdm=True)[0][0] for one in (default, ids, spelled)]
+    assert results[0] == results[1] and abs(results[0] - results[2]) > 0.01
+    assert [one.get_model_info()["special_tokens"] for one in (default, spelled)] == ["ids", "text"]
+
+
+def test_padding_fills_up_to_the_block_whatever_max_length(models):
+    text = asked(("Speak,", " speak."))
+    results = [
+        adapter("mdm", models["mdm"], nll_type="chain_rule", padding=True, **how).loglikelihood(text, disable_tqdm=True)
+        for how in ({}, {"max_length": 40})
+    ]
+    without = adapter("mdm", models["mdm"], nll_type="chain_rule").loglikelihood(text, disable_tqdm=True)
+    assert results[0] == results[1] and results[0] != without
 
 
 @pytest.mark.parametrize("kind", ["arm", "mdm"])

@@ -53,6 +53,21 @@ def test_other_settings_are_refused_and_named(tmp_path):
     assert path.read_text() == ""
 
 
+def test_results_of_which_nothing_says_how_they_were_made_are_not_adopted(tmp_path, caplog):
+    """Another program's, or another checkpoint's whose record was lost: only a typed word makes them this one's."""
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"id": 1}\n')
+    with pytest.raises(ValueError, match="no answers.settings.json beside it, .* or --existing continue to count them"):
+        opened(path, None)
+    assert path.read_text() == '{"id": 1}\n' and not path.with_suffix(".settings.json").exists()
+    with opened(path, "continue") as file:
+        assert 1 in file
+    assert "does not say how its results were made" in caplog.text
+    # Now it says so.
+    with opened(path, None) as file:
+        assert 1 in file
+
+
 def test_an_existing_file_can_be_refused(tmp_path):
     path = tmp_path / "answers.jsonl"
     with opened(path, "refuse") as file:

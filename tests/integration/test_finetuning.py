@@ -104,6 +104,7 @@ def test_a_fine_tuning_learns_and_exports(tmp_path, start_weights, examples, scr
     assert record["finished"] and record["result"]["export"] == f"models/{kind}-small-{suffix}.safetensors"
     known_from = {"arm": start_weights["arm"].parent.parent, "mdm": start_weights["mdm"]}[kind]
     assert record["tokenizer"]["source"] == str(known_from)
+    assert record["tokenizer"]["special_tokens"] == record["settings"]["special_tokens"] == "ids"
     alone = tmp_path / "alone" / "model.safetensors"
     alone.parent.mkdir()
     shutil.copy(tmp_path / record["result"]["export"], alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from benchmarks import gpu, gpu_parts
 from benchmarks.training_steps import STEPS, Cell
+from lit_gpt.model import kernels
 from lit_gpt.model.loss_terms import LossTerms
 from tests.support.gpus import DEVICES
 
@@ -27,9 +29,14 @@ def test_every_part_runs_and_is_written(device: str, tmp_path: Path, capsys: pyt
     assert text.startswith("# One device: ") and "a toy run: no measure of speed" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    speed = {tuple(row[:2]): float(row[4]) for row in rows if len(row) == 8 and row[0] != "model" and "-" not in row[0]}
+    speed = {tuple(row[:2]): float(row[4]) for row in rows if len(row) == 9 and row[0] != "model" and "-" not in row[0]}
     ours = "ours" if device == "cuda" else "ours, eager"
     assert {("arm 6M", ours), ("arm 6M", "transformers"), ("mdm 6M", ours)} <= speed.keys()
+    assert {("arm 6M", f"{ours}, selective"), ("mdm 6M", f"{ours}, selective")} <= speed.keys()
+    attention = re.search(r"^Attention of ours: arm 6M (.+); mdm 6M (.+)\.$", text, re.MULTILINE)
+    assert attention
+    for words in attention.groups():
+        assert words.startswith("torch's own choice" if device == "cpu" else ("torch", "flash_attn", "xformers"))
     passes = {row[0]: float(row[1]) for row in rows if len(row) == 4 and row[0].endswith("6M")}
     assert passes.keys() == {"arm 6M", "mdm 6M"}
     samplers = {"ARM, cache", "origin", "greedy", "threshold", "entropy"}
@@ -38,6 +45,19 @@ def test_every_part_runs_and_is_written(device: str, tmp_path: Path, capsys: pyt
     assert sampled.keys() == samplers
     assert min([*speed.values(), *passes.values(), *sampled.values()]) > 0
     assert (gpu.RESULTS.read_bytes() if gpu.RESULTS.exists() else None) == before
+
+
+def test_the_attention_that_was_chosen_is_said(monkeypatch: pytest.MonkeyPatch):
+    """Played times of a GPU's kernels: the first is what the step is built with."""
+    chosen: list[str] = []
+    times = {"torch_cudnn": 1.25, "torch_flash": 2.0}
+    monkeypatch.setattr(kernels, "measured_attention", lambda *arguments: times)
+    monkeypatch.setattr(kernels, "choose", lambda name, *others: chosen.append(name))
+    cell = Cell("mdm", 6, 1, 24)  # no other test's: times are kept
+    STEPS["ours, eager, selective"](cell, False)
+    assert chosen == ["torch_cudnn"]
+    words = gpu_parts.attention_words(cell, machine())
+    assert words == "torch_cudnn (measured: torch_cudnn 1.25 ms, torch_flash 2 ms)"
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch):

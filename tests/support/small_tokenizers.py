@@ -17,10 +17,10 @@ def training_lines(count: int = 4000) -> Iterator[str]:
     yield from ["  two  spaces   three", "0 12 2048", "déjà vu, naïve, Straße"] * 20
 
 
-def train_small_tokenizer(folder: Path, vocab_size: int = 500) -> Path:
-    """Train `tokenizer.model` into a folder; returns the folder."""
+def train_small_tokenizer(folder: Path, vocab_size: int = 500, lines: int = 4000) -> Path:
+    """Train `tokenizer.model` into a folder, from so many lines of the corpus; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(train_sentencepiece(training_lines(), vocab_size))
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(training_lines(lines), vocab_size))
     return folder
 
 

@@ -28,9 +28,10 @@ from lit_gpt.evaluation.mt_bench.benchmark_files import (
     read_mt_bench_questions,
 )
 from lit_gpt.evaluation.result_file import EXISTING
-from lit_gpt.evaluation.settings import MtBenchAnswerFlags
+from lit_gpt.evaluation.settings import BEHIND_END, MtBenchAnswerFlags
 from lit_gpt.processes import launched_world
 from lit_gpt.sampling.settings import Sampling
+from lit_gpt.tokenizer import SPECIAL_TOKENS
 
 # Each is as much work as the first, which alone is judged.
 _MOST_CHOICES = 1000
@@ -47,6 +48,7 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
         Interrupted: by Ctrl-C; the line says how many answers there are.
     """
     check_answer_flags(flags)
+    _warn_of_no_effect(flags)
     bench = BenchmarkFiles(flags.bench_name)
     questions = read_mt_bench_questions(bench.questions, flags.question_begin, flags.question_end)
     path = Path(flags.answer_file) if flags.answer_file else bench.answers(flags.model_id)
@@ -62,7 +64,10 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
 
     def answer(batch: list[JsonQuestion]) -> list[JsonQuestion]:
         asked = [one["question"] for one in batch]
-        texts = [_texts(model, asked, replace(sampling, seed=seed), length) for seed in range(flags.num_choices)]
+        texts = [
+            _texts(model, asked, replace(sampling, seed=seed), length, flags.behind_end)
+            for seed in range(flags.num_choices)
+        ]
         return [answer_line(one, flags.model_id, own) for one, own in zip(asked, zip(*texts, strict=True), strict=True)]
 
     try:
@@ -74,7 +79,7 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
 
 
 def check_answer_flags(flags: MtBenchAnswerFlags) -> None:
-    """Refuse what is wrong with the flags alone, all of it at once; name those without an effect.
+    """Refuse what is wrong with the flags alone, all of it at once.
 
     Raises:
         ValueError: names every wrong flag.
@@ -82,10 +87,12 @@ def check_answer_flags(flags: MtBenchAnswerFlags) -> None:
     problems = []
     for flag, value, known in (
         ("model-type", flags.model_type, ("arm", "mdm")),
-        ("existing", flags.existing, EXISTING),
+        ("existing", flags.existing, (None, *EXISTING)),
+        ("special-tokens", flags.special_tokens, SPECIAL_TOKENS),
+        ("behind-end", flags.behind_end, BEHIND_END),
     ):
         if value not in known:
-            problems.append(f"--{flag} {value}: choose from {', '.join(known)}")
+            problems.append(f"--{flag} {value}: choose from {', '.join(filter(None, known))}")
     for name in ("model_id", "model_path"):
         if not getattr(flags, name):
             problems.append(f"--{name.replace('_', '-')} is missing")
@@ -100,6 +107,17 @@ def check_answer_flags(flags: MtBenchAnswerFlags) -> None:
         problems.append(f"--answer-file {flags.answer_file}: expected a file that ends in .jsonl")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _warn_of_no_effect(flags: MtBenchAnswerFlags) -> None:
+    """Name flags without an effect."""
+    if flags.dtype == "float16":
+        warn(
+            "--dtype float16 is not computed with: taken as auto, which is bfloat16 on GPUs that have it, else float32"
+        )
+    for name in ("max_gpu_memory", "revision"):
+        if getattr(flags, name) not in (None, "main"):
+            warn(f"--{name.replace('_', '-')} has no effect: the model is one file, and on one device")
     if flags.model_type == "arm" and flags.steps != MtBenchAnswerFlags.steps:
         warn("--steps has no effect on an ARM")
     if (flags.num_gpus_total > 1 or flags.num_gpus_per_model > 1) and launched_world() is None:
@@ -120,8 +138,8 @@ def _open_model(flags: MtBenchAnswerFlags) -> LoadedModel:
         kind=flags.model_type,
         tokenizer=flags.tokenizer,
         device=flags.device,
-        dtype=flags.dtype,
-    )
+        dtype="auto" if flags.dtype == "float16" else flags.dtype,
+    ).reading(flags.special_tokens)
 
 
 def _context_length(model: LoadedModel, wanted: int, questions: Sequence[MtBenchQuestion], rank: int) -> int:
@@ -144,16 +162,21 @@ def _prompt_ids(model: LoadedModel, question: MtBenchQuestion) -> list[int]:
 def _settings(flags: MtBenchAnswerFlags, model: LoadedModel, length: int) -> dict[str, Any]:
     """Everything that changes an answer."""
     settings: dict[str, Any] = {"context_length": length, "choices": flags.num_choices}
+    if flags.behind_end != "cut":
+        settings["behind_end"] = flags.behind_end
     if model.kind == "mdm":
         settings |= {"steps": flags.steps, "cfg_scale": flags.cfg_scale}
     return {"model_id": flags.model_id, **model.identity(), **settings}
 
 
-def _texts(model: LoadedModel, questions: Sequence[MtBenchQuestion], sampling: Sampling, length: int) -> list[str]:
-    """One answer to each first turn, up to the end token; empty where there is no room for one."""
+def _texts(
+    model: LoadedModel, questions: Sequence[MtBenchQuestion], sampling: Sampling, length: int, behind_end: str
+) -> list[str]:
+    """One answer to each first turn; empty where there is no room for one."""
     prompts = [_prompt_ids(model, question) for question in questions]
     finished = model.complete(prompts, [question.question_id for question in questions], sampling, length)
-    return [model.text_behind(prompt, ids).strip() for prompt, ids in zip(prompts, finished, strict=True)]
+    keep = behind_end == "keep"
+    return [model.text_behind(prompt, ids, keep).strip() for prompt, ids in zip(prompts, finished, strict=True)]
 
 
 def _count(path: Path, questions: Sequence[MtBenchQuestion]) -> int:

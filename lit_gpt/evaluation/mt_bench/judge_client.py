@@ -67,7 +67,7 @@ class Judge:
         # Greedy, as published; replaced as a whole by _adapt.
         self._parameters: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0}
         self._changing = threading.Lock()
-        self._is_claude = model.startswith("claude")
+        self._is_claude = is_claude(model)
         self._key = _read_key("ANTHROPIC" if self._is_claude else "OPENAI", model)
         self._library: Any = _library("anthropic" if self._is_claude else "openai")
         client = self._library.Anthropic if self._is_claude else self._library.OpenAI
@@ -108,7 +108,7 @@ class Judge:
         """By Anthropic's messages; returns the text and whether it was cut."""
         answer = self._client.messages.create(
             model=self.model,
-            system=system,
+            **({"system": system} if system else {}),
             messages=[{"role": "user", "content": user}],
             max_tokens=parameters["max_tokens"],
             # Not every version of the client knows a temperature; this passes it on.
@@ -156,6 +156,11 @@ class Judge:
         about_one = any(words == code or words in reason for words in _OF_ONE_PROMPT)
         kind = JudgeRefused if is_final and not about_one else JudgeError
         return kind(f"{self.model}: the server answered {status}: {reason}")
+
+
+def is_claude(model: str) -> bool:
+    """Whether a judge is asked by Anthropic's interface."""
+    return model.startswith("claude")
 
 
 def _library(name: str) -> Any:

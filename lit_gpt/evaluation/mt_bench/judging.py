@@ -11,7 +11,7 @@ import hashlib
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ NO_RATING = -1
 CHARACTERS_PER_TOKEN = 4
 """For an estimate: usual for English text in OpenAI's tokenizers."""
 
+# FastChat's system prompt of templates that have none of their own.
+_PLAIN_SYSTEM = "You are a helpful assistant."
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 _VERDICTS = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
 
@@ -145,6 +147,19 @@ def _match(inputs: JudgingInputs, question: MtBenchQuestion, models: tuple[str, 
                 f"may use {', '.join(own)}"
             ) from error
     return Match(question.question_id, models, turn, prompt, tuple(texts))
+
+
+def claude_match(match: Match) -> Match:
+    """The match as FastChat asks Anthropic's models: of a pair, the instruction stands within the user's message.
+
+    Its plain system prompt is then not sent at all; single answers are asked as of any judge.
+    """
+    if len(match.models) == 1:
+        return match
+    system = match.prompt.system
+    before = "" if system == _PLAIN_SYSTEM else f"[Instruction]\n{system}\n\n"
+    texts = tuple(f"{before}{text}" for text in match.user_prompts)
+    return replace(match, prompt=replace(match.prompt, system=""), user_prompts=texts)
 
 
 def _numbered(name: str, turns: Turns) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """MT-bench's results as numbers: mean ratings of models, by turn and category, and wins against each other.
 
 Decisions, FastChat's: a judgment without a rating or verdict is left out; a pair whose two orders disagree is a tie; a
-tie counts as half a win in the adjusted rate.
+tie counts as half a win in the adjusted rate, which sorts the models.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def by_category(lines: Iterable[JsonLine], categories: Mapping[int, str]) -> dic
 
 
 def pairwise_records(lines: Iterable[JsonLine], baseline: str | None) -> list[PairwiseRecord]:
-    """Wins, losses and ties by model, the highest share of wins first.
+    """Wins, losses and ties by model, the highest adjusted share of wins first.
 
     Args:
         lines: of pairwise judgments.
@@ -103,7 +103,20 @@ def pairwise_records(lines: Iterable[JsonLine], baseline: str | None) -> list[Pa
         else:
             first.tie, second.tie = first.tie + 1, second.tie + 1
     shown = [record for record in found.values() if record.model != baseline]
-    return sorted(shown, key=lambda record: (-record.rates[0], record.model))
+    return sorted(shown, key=lambda record: (-record.rates[2], record.model))
+
+
+def published_rating_table(ratings: Iterable[ModelRatings], turn: int | None) -> str:
+    """Mean ratings of a turn (None: of all), the best first, in the form of the published tables (pandas').
+
+    Two lines of header, then model, turn (where there is one) and rating with six decimals.
+    """
+    scores = sorted(((score, one.model) for one in ratings if (score := one.mean(turn)) is not None), reverse=True)
+    own = [] if turn is None else [str(turn)]
+    rows = [("", *[""] * len(own), "score"), ("model", *["turn"] * len(own), "")]
+    rows += [(model, *own, f"{score:.6f}") for score, model in scores]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(" ".join([*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1])]).rstrip() for row in rows)
 
 
 def aligned_table(header: Sequence[str], rows: Iterable[Sequence[str | int | float | None]]) -> str:

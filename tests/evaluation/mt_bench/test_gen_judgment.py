@@ -22,7 +22,7 @@ from eval import gen_judgment
 from lit_gpt import cli
 from lit_gpt.evaluation.mt_bench.benchmark_files import BenchmarkFiles, answer_line, read_mt_bench_questions
 from lit_gpt.evaluation.mt_bench.judge_client import Judge, JudgeError, JudgeRefused, in_threads
-from lit_gpt.evaluation.mt_bench.judging import read_judgments
+from lit_gpt.evaluation.mt_bench.judging import read_judge_prompts, read_judgments
 from tests.support.judge_server import KEY, Answer, FakeJudge, openai_error, serve_fake_judge
 from tests.support.training_runs import restore_interrupts
 
@@ -557,3 +557,29 @@ def test_a_judge_of_anthropic(judging, judge):
     found = lines_of(SINGLE.with_name("claude-judge_single.jsonl"))
     assert len(found) == 62 and {line["score"] for line in found} == {6} and found[0]["judge"][0] == "claude-judge"
     assert {"system", "messages", "model", "max_tokens", "temperature"} == set(judge.bodies[0])
+
+
+def test_a_judge_of_anthropic_as_published(judging, judge):
+    """1024 tokens; a pair's instruction stands in the user's message, a single answer's system prompt stays one."""
+    words = ("--judge-model", "claude-judge", "--published-claude")
+    judge.judge = lambda prompt: "[[6]] [[A]]"
+    assert judging(*words, "--dry_run")[1].endswith("at most 6,144 to get\n")
+    code, _, err = judging(*words)
+    assert (code, err) == (0, "")
+    assert {body["max_tokens"] for body in judge.bodies} == {1024}
+    assert {body["system"] for body in judge.bodies} == {"You are a helpful assistant."}
+    judge.bodies.clear()
+    assert judging(*words, "--mode", "pairwise-all")[0] == 0
+    prompts = read_judge_prompts(Path("data/judge_prompts.jsonl"))
+    assert len(judge.bodies) == 6
+    for body in judge.bodies:
+        assert "system" not in body and body["max_tokens"] == 1024
+        assert body["messages"][0]["content"].startswith(
+            f"[Instruction]\n{prompts['pair-v2'].system}\n\n[User Question]"
+        )
+    assert "0 of 3 matches to judge" in judging(*words, "--mode", "pairwise-all")[1]
+    assert "3 of 3 matches to judge" in judging(*words[:2], "--mode", "pairwise-all", "--dry_run")[1]
+    code, _, err = judging("--published-claude", "--dry_run")
+    assert code == 0 and err == (
+        "warning: --published-claude has no effect: judge-1 is not asked by Anthropic's interface\n"
+    )

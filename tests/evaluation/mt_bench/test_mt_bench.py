@@ -227,6 +227,12 @@ def test_an_answer_is_the_text_behind_the_prompt(models, folder, script, kind):
         found = [[choice["turns"][0] for choice in line["choices"]] for line in lines_of("a.jsonl")]
         assert [second for _, second in found] == expected
         assert all(first != second for first, second in found)
+    # Published: all that was written, special tokens apart.
+    flags = [*flags[:-2], "--question-end", "8", "--behind-end", "keep", "--existing", "overwrite"]
+    code, _, err = script(gen_model_answer, *answers(models, kind, *flags, "--cfg-scale", str(guidance)))
+    assert code == 0
+    found = [line["choices"][1]["turns"][0] for line in lines_of("a.jsonl")]
+    assert found == [loaded.tokenizer.decode(ids).strip() for ids in answered]
 
 
 def test_a_longer_question_file_goes_on(models, folder, script):
@@ -308,6 +314,19 @@ def test_what_has_no_effect_is_said(models, folder, script):
     assert "torchrun --nproc_per_node 4 eval/gen_model_answer.py" in err
 
 
+def test_flags_of_the_original_that_mean_nothing_here(models, folder, script):
+    flags = ("--question-end", "1", "--dtype", "float16", "--max-gpu-memory", "40GiB", "--revision", "v2")
+    code, _, err = script(gen_model_answer, *answers(models, "arm", *flags))
+    assert code == 0
+    assert "warning: --dtype float16 is not computed with: taken as auto" in err
+    for name in ("--max-gpu-memory", "--revision"):
+        assert f"warning: {name} has no effect: the model is one file, and on one device\n" in err
+    settings = json.loads(Path("a.settings.json").read_text())
+    assert settings["dtype"] in ("float32", "bfloat16")
+    code, _, err = script(gen_model_answer, *answers(models, "arm", "--question-end", "1", "--revision", "main"))
+    assert code == 0 and "warning" not in err
+
+
 def test_the_default_file_is_named_by_the_model(models, folder, script):
     flags = ["--model-id", "my-arm", "--model-type", "arm", "--model-path", models["arm"], "--question-end", "1"]
     code, out, _ = script(gen_model_answer, *flags, "--max-new-token", "180")
@@ -329,7 +348,7 @@ MISTAKES = {
     "range": (["--question-begin", "100"], "--question-begin 100 --question-end 4: .* has 80 questions"),
     "suffix": (["--answer-file", "a.txt"], "--answer-file a.txt: expected a file that ends in .jsonl"),
     "existing": (["--existing", "keep"], "--existing keep: choose from continue, refuse, overwrite"),
-    "dtype": (["--dtype", "float16"], "dtype float16: choose from"),
+    "dtype": (["--dtype", "half"], "dtype half: choose from"),
 }
 
 
@@ -393,6 +412,11 @@ def test_wins_by_hand():
         PairwiseRecord("arm", 1, 1, 2),
         PairwiseRecord("mdm", 1, 2, 2),
     ]
+    ties = [compared("ties", name, ("tie", "tie")) for name in ("a", "b", "c")]
+    wins = [compared("wins", "ties", ("model_1", "model_1")), compared("wins", "d", ("model_2", "model_2"))]
+    wins += [compared("wins", "d", ("model_2", "model_2"), 82)]
+    order = [record.model for record in pairwise_records([*ties, *wins], None)]
+    assert order == ["d", "a", "b", "c", "ties", "wins"], "a tie is half a win: 0.375 of 4 before a third of 3"
     assert pairwise_records(PAIRS, "arm") == [PairwiseRecord("mdm", 1, 1, 2)]
     assert PairwiseRecord("x", 3, 1, 4).rates == (0.375, 0.125, 0.625)
 
@@ -411,6 +435,24 @@ def test_results_are_shown(folder, script):
     code, out, err = script(show_result, "--judge-model", "j")
     assert (code, err) == (0, "")
     lines = out.splitlines()
+    assert lines[2:16] == [
+        "########## First turn ##########",
+        "              score",
+        "model turn",
+        "arm   1    5.750000",
+        "mdm   1    5.000000",  # the later judgment of question 81 counts
+        "",
+        "########## Second turn ##########",
+        "              score",
+        "model turn",
+        "arm   2    2.000000",
+        "",
+        "########## Average ##########",
+        "         score",
+        "model",
+    ]
+    assert lines[16:19] == ["mdm   5.000000", "arm   4.500000", ""]
+    lines = lines[:2] + lines[19:]
     assert lines[2].split("  ")[0] == "model" and lines[2].endswith("rated  without rating")
     assert [line.split() for line in lines[3:6]] == [
         ["mdm", "5.0000", "-", "5.0000", "2", "0"],  # the later judgment of question 81 counts
@@ -443,6 +485,12 @@ def test_comparisons_are_shown(folder, script):
     assert lines[4] == ["arm", "1", "1", "2", "0.2500", "0.2500", "0.5000"]
     assert lines[5] == ["mdm", "1", "2", "2", "0.2000", "0.4000", "0.4000"]
     assert " ".join(lines[-1]) == "1 of 6 matches are left out: a verdict is missing"
+    # A pair counts where its first model is listed.
+    code, out, _ = script(show_result, "--judge-model", "j", "--mode", "pairwise-all", "--model-list", "mdm")
+    assert code == 0 and [line.split()[:4] for line in out.splitlines()[3:]] == [
+        ["gpt", "1", "0", "0"],
+        ["mdm", "0", "1", "0"],
+    ]
     flags = ("--input-file", str(path), "--mode", "pairwise-baseline", "--baseline-model", "mdm", "--model-list", "arm")
     code, out, _ = script(show_result, *flags)
     assert code == 0 and [line.split() for line in out.splitlines()][3:] == [lines[4]]
