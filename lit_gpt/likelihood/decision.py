@@ -35,7 +35,7 @@ from lit_gpt.likelihood.loglikelihood import (
     LikelihoodRequest,
     LikelihoodSettings,
     all_masked_input,
-    check_finite,
+    check_scores,
     greedy_matches,
     masked_input,
     round_tokens,
@@ -307,7 +307,7 @@ def _read(model: ScoringModel, answers: Sequence[_Answer], pad_to: int) -> None:
         masked_input(one.request, own, own, model.mask_id, pad_to) for one, own in zip(answers, masks, strict=True)
     ]
     found = score_tokens(model, inputs)
-    check_finite([answer.request for answer in answers], found)
+    check_scores([answer.request for answer in answers], found)
     for answer, own, scores in zip(answers, masks, found, strict=True):
         answer.add(own, scores.nll[:, target_slice(answer.request)])
 

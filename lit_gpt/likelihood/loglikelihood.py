@@ -129,7 +129,7 @@ def mdm_likelihoods(
         checked = part if settings.greedy else []
         all_masked = [all_masked_input(request, model.mask_id, settings.pad_to) for request in checked]
         found = score_tokens(model, inputs + all_masked)
-        check_finite(part, found[: len(part)])
+        check_scores(part, found[: len(part)])
         greedy = greedy_matches(model, checked, found[len(part) :], settings.pad_to) or [False] * len(part)
         for number, request, plan, scores, matches in zip(
             numbers, part, plans, found[: len(part)], greedy, strict=True
@@ -159,7 +159,7 @@ def arm_likelihoods(model: ScoringModel, requests: Sequence[LikelihoodRequest]) 
             scored = torch.arange(len(ids) - 1) >= len(request.prefix) - 1
             inputs.append(ScoringInput(ids[None, :-1], scored[None], ids[1:]))
         found = score_tokens(model, inputs)
-        check_finite([requests[number] for number in numbers], found)
+        check_scores([requests[number] for number in numbers], found)
         for number, own, scores in zip(numbers, inputs, found, strict=True):
             matches = bool((scores.best_ids == own.targets)[own.scored].all())
             yield number, Likelihood(float(scores.nll.double().sum()), 0.0, matches)
@@ -183,7 +183,7 @@ def greedy_matches(
     matches = [True] * len(requests)
     unfinished, found = list(range(len(requests))), all_masked
     while unfinished:
-        check_finite([requests[number] for number in unfinished], found)
+        check_scores([requests[number] for number in unfinished], found)
         for number, scores in zip(unfinished, found, strict=True):
             request, part = requests[number], target_slice(requests[number])
             position = int(torch.where(masks[number][0], scores.best_probability[0, part], -1.0).argmax())
@@ -195,7 +195,7 @@ def greedy_matches(
     return matches
 
 
-def check_finite(requests: Sequence[LikelihoodRequest], found: Sequence[TokenScores]) -> None:
+def check_scores(requests: Sequence[LikelihoodRequest], found: Sequence[TokenScores]) -> None:
     """Refuse scores that are not numbers: they must not enter a mean or a cache."""
     for request, scores in zip(requests, found, strict=True):
         if not bool(scores.nll.isfinite().all()):
