@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from lit_gpt.cli import parse, run
 from lit_gpt.evaluation.settings import AnswerFlags
+from lit_gpt.sampling.settings import sampling_flag
 
 
 @dataclass
@@ -35,8 +36,7 @@ class Flags(AnswerFlags):
     """MDM: guidance in the second round; 0.1 unless given."""
     grader: str = "default"
     """Which rule `Acc:` follows: default (equal as numbers) or published (equal as normalised texts)."""
-    temperature: float = 0.1
-    """0 takes the likeliest token; 1 samples from the model's distribution."""
+    temperature: float = sampling_flag("temperature", 0.1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

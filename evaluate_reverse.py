@@ -7,7 +7,7 @@ ntd asks about people that were taught from name to description, dtn about those
 the same direction and in reverse. The questions are those of github.com/lukasberglund/reversal_curse: put its folder
 data/reverse_experiments/june_version_7921032488 into data/reverse_experiments, or name it by --data_dir.
 
-The likeliest tokens are taken (temperature 0). An answer is right if the reference occurs in it. Every answer is kept
+The likeliest tokens are taken (--temperature 0). An answer is right if the reference occurs in it. Every answer is kept
 with its verdict in out/reverse/{checkpoint}-{qs_type}.jsonl as it comes: a killed evaluation goes on where it stood. The
 last line is `qs_type: ntd, accs: ..., accs_reverse: ..., blue: ..., blues_reverse: ...`, for dtn without the last two.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from lit_gpt.cli import parse, run
 from lit_gpt.evaluation.settings import AnswerFlags
+from lit_gpt.sampling.settings import sampling_flag
 
 
 @dataclass
@@ -29,8 +30,7 @@ class Flags(AnswerFlags):
     """ntd (taught from name to description) or dtn (from description to name)."""
     data_dir: str = "data/reverse_experiments/june_version_7921032488"
     """The folder with the questions."""
-    steps: int = 32
-    """MDM: denoising steps."""
+    steps: int = sampling_flag("steps", 32)
     length: int = 52
     """Tokens of question and answer together."""
     cfg: float | None = None

@@ -25,7 +25,7 @@ from lit_gpt.devices import join_processes
 from lit_gpt.evaluation.result_file import EXISTING, ResultFile
 from lit_gpt.evaluation.settings import AnswerFlags
 from lit_gpt.files import open_regular, parse_json
-from lit_gpt.sampling.settings import Sampling
+from lit_gpt.sampling.settings import Sampling, changed_settings, sampling_values, setting_kind
 from lit_gpt.tokenizer import SPECIAL_TOKENS, valid_text
 
 JsonQuestion = dict[str, Any]
@@ -42,8 +42,6 @@ class AnswerTask:
     """The default file of the answers."""
     settings: dict[str, Any]
     """What changes an answer besides the model and the flags that all tasks have, as JSON values."""
-    temperature: float
-    """Of the sampling."""
     guidance: Mapping[str, float]
     """Flags of classifier-free guidance, one for each round of asking, with their published scales."""
     prompt: Callable[[JsonQuestion], str]
@@ -66,10 +64,8 @@ def generate_answers(flags: AnswerFlags, task: AnswerTask) -> list[JsonQuestion]
         FileNotFoundError, ValueError: anything a user can get wrong, with the remedy.
     """
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once.
-    samplings = [
-        Sampling(flags.algorithm, flags.steps, task.temperature, getattr(flags, name) or 0.0, flags.seed)
-        for name in task.guidance
-    ]
+    values = sampling_values(flags)
+    samplings = [Sampling(**values, cfg_scale=getattr(flags, name) or 0.0) for name in task.guidance]
     rank, _ = join_processes()
     model = open_model(flags)
     scales = {name: guidance(name, getattr(flags, name), model.kind, scale) for name, scale in task.guidance.items()}
@@ -81,6 +77,7 @@ def generate_answers(flags: AnswerFlags, task: AnswerTask) -> list[JsonQuestion]
         **task.settings,
         **{name: getattr(flags, name) for name in ("steps", "length", "seed")},
         "algorithm": samplings[0].algorithm,
+        **changed_settings(flags, ("steps", "seed", "algorithm")),
         **scales,
     }
     path = Path(flags.output or task.output)
@@ -185,10 +182,9 @@ def open_model(flags: AnswerFlags) -> LoadedModel:
 
 def warn_of_flags(model: LoadedModel, flags: AnswerFlags, prompts: Sequence[str]) -> None:
     """Name flags that this kind of model has no use for, and say how many prompts `length` is too short for."""
-    if model.kind == "arm":
-        for name in ("steps", "algorithm"):
-            if getattr(flags, name) != getattr(type(flags), name):
-                warn(f"--{name} has no effect: this checkpoint is an ARM")
+    for name in changed_settings(flags):
+        if setting_kind(name) not in (None, model.kind):
+            warn(f"--{name} has no effect: this checkpoint is an {model.kind.upper()}")
     long = sum(len(model.prompt_ids(prompt)) >= flags.length for prompt in prompts)
     if long:
         warn(f"{long} of {len(prompts)} questions leave no room in --length {flags.length}: they count as wrong")

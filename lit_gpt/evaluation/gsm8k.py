@@ -42,7 +42,6 @@ def gsm8k_task(flags: Any) -> AnswerTask:
         questions=read_json_questions(path, ("question", "target"))[: flags.limit],
         output=f"out/gsm8k/{checkpoint_name(flags.ckpt_path)}.jsonl",
         settings={"data": file_sha256(path), "temperature": flags.temperature},
-        temperature=flags.temperature,
         guidance={"cfg1": 0.1, "cfg2": 0.1},
         prompt=word_problem_prompt,
         answer=answer_word_problems,

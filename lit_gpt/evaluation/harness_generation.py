@@ -67,10 +67,9 @@ class TextWriter:
     """
 
     def __init__(self, loaded: LoadedModel, arguments: ModelArgs, max_length: int, batch_tokens: int) -> None:
-        self.loaded, self.arguments = loaded, arguments
-        self.max_length, self.batch_tokens = max_length, batch_tokens
+        self.loaded, self.max_length, self.batch_tokens = loaded, max_length, batch_tokens
         self._ignored: set[str] = set()
-        self._sampling({}, 1)
+        self.how = arguments.sampling()
 
     def request(self, context: str, settings: dict[str, Any], number: int) -> GenerationRequest:
         """A request as tokens.
@@ -98,7 +97,7 @@ class TextWriter:
         return GenerationRequest(
             prompt=kept,
             length=len(kept) + new_tokens,
-            sampling=self._sampling(settings, new_tokens),
+            sampling=self._sampling(settings),
             row=hash_int(number, *kept) >> 1,  # an int64
             stop_strings=_stop_strings(settings.get("until")),
             missing=wanted - new_tokens,
@@ -129,16 +128,9 @@ class TextWriter:
                     key = keys[number]
                     yield key, cut_text(tokenizer.decode(self.loaded.until_end(ids)), requests[key].stop_strings)
 
-    def _sampling(self, settings: dict[str, Any], new_tokens: int) -> Sampling:
-        """The settings of a request, with its new tokens as steps unless `--model_args` say how many."""
-        arguments = self.arguments
-        how = Sampling(
-            arguments.alg,
-            arguments.steps or new_tokens,
-            float(arguments.temperature),
-            float(arguments.cfg),
-            arguments.seed,
-        )
+    def _sampling(self, settings: dict[str, Any]) -> Sampling:
+        """The settings of a request: the task's, else those of `--model_args`."""
+        how = self.how
         sampled = settings.get("do_sample")
         temperature = _number(settings, "temperature", how.temperature or float(sampled is True))
         return dataclasses.replace(

@@ -27,6 +27,7 @@ from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.likelihood.estimators import make_estimator
 from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings, NotFiniteError
 from lit_gpt.randomness import hash_int
+from lit_gpt.sampling.settings import changed_settings
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -275,7 +276,7 @@ class Adapter:
             "device": self.loaded.device.type,
             "versions": self.loaded.likelihood_versions(self.likelihood_settings)
             | {"tokenization": TOKENIZATION_VERSION},
-            "generation": [arguments.alg, arguments.steps, arguments.temperature],
+            "generation": _generation(arguments),
         }
         if self.kind == "arm":
             return {**known, "estimator": "exact (left to right)", "seed": self.likelihood_settings.seed}
@@ -297,6 +298,12 @@ def _name(asked: Instance) -> str:
     """A request of the harness for an error: its task, its document's number and its text."""
     text = " -> ".join(repr(str(part)[-_SHOWN_CHARACTERS:]) for part in asked.args)
     return f"task {asked.task_name}, document {asked.doc_id} ({text})"
+
+
+def _generation(arguments: ModelArgs) -> list[Any]:
+    """How texts are written, as JSON values: what is as always goes without saying."""
+    more = changed_settings(arguments, ("steps", "temperature", "seed"))
+    return [arguments.alg, arguments.steps, arguments.temperature, *([more] if more else [])]
 
 
 def _is_likelihood(value: Any) -> bool:

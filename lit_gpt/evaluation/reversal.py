@@ -93,7 +93,6 @@ def reversal_task(flags: Any) -> AnswerTask:
         ],
         output=f"out/reverse/{checkpoint_name(flags.ckpt_path)}-{flags.qs_type}.jsonl",
         settings=settings,
-        temperature=0.0,
         guidance={"cfg": 0.8},
         prompt=lambda question: str(question["prompt"]),
         answer=partial(answer_reversal_questions, keep_behind_end=flags.behind_end == "keep"),

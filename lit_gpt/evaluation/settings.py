@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from lit_gpt.sampling.settings import Sampling, sampling_flag, sampling_flags, sampling_values
 from lit_gpt.tokenizer import SPECIAL_TOKENS
 
 BEHIND_END = ("cut", "keep")
@@ -17,6 +18,7 @@ BEHIND_END = ("cut", "keep")
 
 
 @dataclass
+@sampling_flags(without=("algorithm", "cfg_scale"))
 class ModelArgs:
     """Settings of an evaluated checkpoint."""
 
@@ -38,8 +40,7 @@ class ModelArgs:
     """float32 or bfloat16 (autocast); auto is float32 on CPUs and bfloat16 on GPUs that have it."""
     seed: int = 1234
     """Of masks and samples."""
-    temperature: float = 0.0
-    """Of generate_until, where the task does not say."""
+    temperature: float = sampling_flag("temperature", 0.0)
     nll_type: str = "mc"
     """MDM: the estimator by its name, one of `likelihood/estimators.py`."""
     mc_num: int = 1024
@@ -55,12 +56,21 @@ class ModelArgs:
     mask_id: int | None = None
     """MDM: must be the model's own, 32000 for published ones."""
     steps: int | None = None
-    """MDM: denoising steps of generate_until; by default one per new token."""
+    """MDM: denoising steps of generate_until; by default one per new token, as with steps_per_token=1."""
     alg: str = "greedy"
-    """MDM: sampling algorithm of generate_until."""
+    """MDM: sampling algorithm of generate_until, also spelt algorithm; the other settings of sampling have their names."""
+
+    def sampling(self) -> Sampling:
+        """How texts are written where the task does not say."""
+        values = sampling_values(self) | {"algorithm": self.alg, "cfg_scale": float(self.cfg)}
+        if self.steps is None:
+            # Steps of a row, so that rows of different lengths share a batch.
+            values |= {"steps": 1, "steps_per_token": values["steps_per_token"] or 1.0}
+        return Sampling(**values)
 
 
 @dataclass
+@sampling_flags(without=("cfg_scale",))
 class AnswerFlags:
     """Flags of an evaluation by written answers, whatever is asked."""
 
@@ -73,16 +83,13 @@ class AnswerFlags:
     existing: str | None = None
     """What to do with answers that are there: continue, refuse or overwrite; by default those made with the same settings
     are continued."""
-    steps: int = 256
-    """MDM: denoising steps."""
+    steps: int = sampling_flag("steps", 256)
+    temperature: float = sampling_flag("temperature", 0.0)
     length: int = 256
     """Tokens of question and answer together."""
-    algorithm: str = "greedy"
-    """MDM: greedy (published, also spelt greddy), origin, threshold or entropy."""
+    algorithm: str = sampling_flag("algorithm", "greedy")
     batch_size: int = 64
     """Questions that are answered at once; changes speed and memory, never an answer."""
-    seed: int = 1234
-    """Of what is random in the sampling."""
     limit: int | None = None
     """Only the first so many questions of a file."""
     tokenizer: str | None = None
@@ -130,6 +137,7 @@ class PerplexityFlags:
 
 
 @dataclass
+@sampling_flags()
 class MtBenchAnswerFlags:
     """Flags of the answers to MT-bench's questions."""
 
@@ -149,12 +157,11 @@ class MtBenchAnswerFlags:
     """Number behind the last question."""
     max_new_token: int = 1024
     """Tokens of question and answer together; never more than the model reads."""
-    steps: int = 128
-    """MDM: denoising steps of an answer."""
-    cfg_scale: float = 0.0
-    """MDM: classifier-free guidance; 0 is none."""
+    steps: int = sampling_flag("steps", 128)
+    cfg_scale: float = sampling_flag("cfg_scale", 0.0)
+    seed: int = sampling_flag("seed", 0)
     num_choices: int = 1
-    """Answers to each question; the seed is an answer's number, from 0. The first one is judged."""
+    """Answers to each question; an answer's number, from 0, is added to the seed. The first one is judged."""
     batch_size: int = 8
     """Questions that are answered at once; changes speed and memory, never an answer."""
     tokenizer: str | None = None
@@ -180,11 +187,19 @@ class MtBenchAnswerFlags:
     """Has no effect: the checkpoint is a file."""
 
 
-_MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "steps", "alg"}
-_HISTORIC = {"greddy": "greedy"}
+_MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "alg"}
+_MDM_ONLY |= {one.name for one in dataclasses.fields(Sampling) if one.metadata["kind"] == "mdm"}
+_ARM_ONLY = {one.name for one in dataclasses.fields(Sampling) if one.metadata["kind"] == "arm"}
+_OTHER_SPELLINGS = {"greddy": "greedy", "algorithm": "alg", "cfg_scale": "cfg"}
+_KINDS_OF_VALUES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("seed", "mc_num", "budget", "max_length", "mask_id", "steps"), (int,)),
-    **dict.fromkeys(("cfg", "temperature"), (int, float)),
+    **{
+        one.name: _KINDS_OF_VALUES[str(one.type)]
+        for one in dataclasses.fields(Sampling)
+        if one.name not in _OTHER_SPELLINGS
+    },
+    **dict.fromkeys(("mc_num", "budget", "max_length", "mask_id"), (int,)),
+    "cfg": (int, float),
     **dict.fromkeys(("greedy", "padding"), (bool,)),
     **dict.fromkeys(("ckpt_path", "tokenizer", "special_tokens", "device", "dtype", "nll_type", "alg"), (str,)),
     **dict.fromkeys(("model_name", "batch_size"), (str, int)),
@@ -206,8 +221,8 @@ def read_model_args(kind: str, values: dict[str, Any]) -> ModelArgs:
     """
     from lit_gpt.checkpoints.loaded import COMPUTE_DTYPES
 
-    known = {field.name for field in dataclasses.fields(ModelArgs)} - (_MDM_ONLY if kind == "arm" else set())
-    values = {_HISTORIC.get(name, name): value for name, value in values.items()}
+    known = {field.name for field in dataclasses.fields(ModelArgs)} - (_MDM_ONLY if kind == "arm" else _ARM_ONLY)
+    values = {_OTHER_SPELLINGS.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(

@@ -48,7 +48,7 @@ def denoise(
     algorithm = make_algorithm(sampling)
     input_ids, masked = sequences.input_ids, sequences.key_mask & ~sequences.prompt_mask
     confidence, finite = sequences.prompt_mask.float(), torch.ones((), dtype=torch.bool, device=masked.device)
-    schedule = StepSchedule(masked, sampling.steps, sampling.block_length, algorithm.remasks)
+    schedule = StepSchedule(masked, sampling.row_steps, sampling.block_length, algorithm.remasks)
     predictor = Predictor(logits_fn, sequences, sampling, vocab_size, stop_id, algorithm.measure)
     for number in itertools.count():
         changeable = schedule.block_of >= schedule.block[:, None] if algorithm.remasks else None

@@ -8,8 +8,9 @@ flags, `text` without the owner, which `kind` (`arm`, `mdm`, None for both) and 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 ALGORITHMS = {
     "origin": "lit_gpt.sampling.origin:Origin",
@@ -121,6 +122,12 @@ class Sampling:
         "once the end token stands with nothing masked before it, the row is done: end tokens fill the rest.",
         owner="mdm",
     )
+    steps_per_token: float = setting(
+        0.0,
+        "denoising steps for each masked position of a row, in place of steps; 0 leaves it to steps.",
+        owner="mdm",
+        bounds=(0, 100),
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "algorithm", algorithm_name(self.algorithm))
@@ -152,6 +159,10 @@ class Sampling:
         """The settings among a script's flags, which have them as fields."""
         return Sampling(**{field.name: getattr(flags, field.name) for field in fields(Sampling)})
 
+    def row_steps(self, masked: int) -> int:
+        """Denoising steps of a row with so many masked positions."""
+        return max(1, math.ceil(self.steps_per_token * masked)) if self.steps_per_token else self.steps
+
     def unused(self, kind: str) -> list[str]:
         """Names of settings that are not the default's and that this kind of model (`arm`, `mdm`) has no use for."""
         return [
@@ -161,6 +172,53 @@ class Sampling:
         ]
 
 
+SampledT = TypeVar("SampledT")
+
+
+def sampling_flag(name: str, default: Any) -> Any:
+    """The field of `Sampling` with another default, for a dataclass of flags."""
+    (own,) = (one for one in fields(Sampling) if one.name == name)
+    return field(default=default, metadata=own.metadata)
+
+
+def sampling_flags(without: Collection[str] = ()) -> Callable[[type[SampledT]], type[SampledT]]:
+    """Give a dataclass of flags every setting of `Sampling` that it does not have itself; stands below `@dataclass`.
+
+    Args:
+        without: names that it does not get.
+    """
+
+    def extended(flags: type[SampledT]) -> type[SampledT]:
+        kinds = dict(flags.__annotations__)
+        for one in fields(Sampling):
+            if one.name not in kinds and one.name not in without:
+                kinds[one.name] = one.type
+                setattr(flags, one.name, sampling_flag(one.name, one.default))
+        flags.__annotations__ = kinds
+        return flags
+
+    return extended
+
+
+def sampling_values(flags: Any) -> dict[str, Any]:
+    """The settings of `Sampling` that flags have under the same names, whole numbers as such where it has fractions."""
+    found = {one.name: getattr(flags, one.name) for one in fields(Sampling) if hasattr(flags, one.name)}
+    return {name: float(value) if type(value) is int and _FLOATS.get(name) else value for name, value in found.items()}
+
+
+def setting_kind(name: str) -> str | None:
+    """The kind of model (`arm`, `mdm`) that alone has a use for a setting; None for both."""
+    kinds = {one.name: one.metadata["kind"] for one in fields(Sampling)}
+    return kinds[name]  # type: ignore[no-any-return]
+
+
+def changed_settings(flags: Any, said: Collection[str] = ()) -> dict[str, Any]:
+    """The settings of `Sampling` among flags that are not the flags' defaults, but for those that are `said` anyway."""
+    names = [one.name for one in fields(Sampling) if one.name not in said and hasattr(flags, one.name)]
+    return {name: getattr(flags, name) for name in names if getattr(flags, name) != getattr(type(flags), name)}
+
+
+_FLOATS = {one.name: one.type == "float" for one in fields(Sampling)}
 _HISTORIC_NAMES = {"greddy": "greedy"}
 
 

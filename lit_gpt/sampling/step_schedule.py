@@ -8,6 +8,8 @@ B rows, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,18 +28,18 @@ class StepSchedule:
         unfinished: (B,) bool, rows that have anything left to do.
     """
 
-    def __init__(self, free: Tensor, steps: int, block_length: int, full_blocks: bool) -> None:
+    def __init__(self, free: Tensor, steps: Callable[[int], int], block_length: int, full_blocks: bool) -> None:
         """Before the first step.
 
         Args:
             free: (B, T) bool, the positions to denoise.
-            steps: of a whole row, shared evenly by its blocks.
+            steps: a row's free positions to the steps of the whole row, shared evenly by its blocks.
             block_length: positions of a block; 0 is all.
             full_blocks: a block ends with the last of its steps, not with the last of its masks.
         """
         counts = free.sum(1).tolist()
         block_length = block_length or max(1, *counts)
-        row_steps = [-(-steps // max(1, -(-count // block_length))) for count in counts]
+        row_steps = [-(-steps(count) // max(1, -(-count // block_length))) for count in counts]
         times = torch.zeros(len(counts), max(row_steps) + 1)
         for row, own in enumerate(row_steps):
             # float32, as published: the greedy count int(n (1 - s / t)) depends on it. The last step leads to 0.

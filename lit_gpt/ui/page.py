@@ -211,5 +211,9 @@ class PageModels:
         length = settings.pop("context_length", min(_DEFAULT_LENGTH, self.checkpoints[name].config.block_size))
         # Its mistakes are told before a large model is read.
         sampling = Sampling(**settings)
+        if sampling.steps_per_token * length > _MAX_STEPS:
+            raise ValueError(
+                f"steps_per_token is {sampling.steps_per_token:g}: this page shows at most {_MAX_STEPS} steps"
+            )
         completer = _load(name, Path(name).stat().st_mtime_ns, self.tokenizer, self.device)
         return Generation(name, completer, completer.request(prompt, length), sampling)

@@ -94,7 +94,7 @@ def test_what_cannot_be_is_an_error(models, settings, words):
 @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
 def test_lengths_have_several_names(models, name):
     request = adapter(models, "mdm")._writer.request("ROMEO:", {name: 7}, 0)
-    assert request.length - len(request.prompt) == request.sampling.steps == 7
+    assert request.length - len(request.prompt) == request.sampling.row_steps(7) == 7
 
 
 def test_the_tasks_settings_go_before_the_models(models, capsys):

@@ -30,7 +30,7 @@ from lit_gpt.evaluation.mt_bench.benchmark_files import (
 from lit_gpt.evaluation.result_file import EXISTING
 from lit_gpt.evaluation.settings import BEHIND_END, MtBenchAnswerFlags
 from lit_gpt.processes import launched_world
-from lit_gpt.sampling.settings import Sampling
+from lit_gpt.sampling.settings import Sampling, changed_settings, setting_kind
 from lit_gpt.tokenizer import SPECIAL_TOKENS
 
 # Each is as much work as the first, which alone is judged.
@@ -53,7 +53,7 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
     questions = read_mt_bench_questions(bench.questions, flags.question_begin, flags.question_end)
     path = Path(flags.answer_file) if flags.answer_file else bench.answers(flags.model_id)
     # Before the checkpoint, which may take a while, so that a wrong setting shows at once.
-    sampling = Sampling(steps=flags.steps, cfg_scale=flags.cfg_scale)
+    sampling = Sampling.of(flags)
     rank, _ = join_processes()
     model = _open_model(flags)
     length = _context_length(model, flags.max_new_token, questions, rank)
@@ -65,8 +65,8 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
     def answer(batch: list[JsonQuestion]) -> list[JsonQuestion]:
         asked = [one["question"] for one in batch]
         texts = [
-            _texts(model, asked, replace(sampling, seed=seed), length, flags.behind_end)
-            for seed in range(flags.num_choices)
+            _texts(model, asked, replace(sampling, seed=flags.seed + number), length, flags.behind_end)
+            for number in range(flags.num_choices)
         ]
         return [answer_line(one, flags.model_id, own) for one, own in zip(asked, zip(*texts, strict=True), strict=True)]
 
@@ -118,8 +118,9 @@ def _warn_of_no_effect(flags: MtBenchAnswerFlags) -> None:
     for name in ("max_gpu_memory", "revision"):
         if getattr(flags, name) not in (None, "main"):
             warn(f"--{name.replace('_', '-')} has no effect: the model is one file, and on one device")
-    if flags.model_type == "arm" and flags.steps != MtBenchAnswerFlags.steps:
-        warn("--steps has no effect on an ARM")
+    for name in changed_settings(flags):
+        if setting_kind(name) not in (None, flags.model_type):
+            warn(f"--{name.replace('_', '-')} has no effect on an {flags.model_type.upper()}")
     if (flags.num_gpus_total > 1 or flags.num_gpus_per_model > 1) and launched_world() is None:
         count = max(1, flags.num_gpus_total // max(1, flags.num_gpus_per_model))
         warn(
@@ -166,7 +167,8 @@ def _settings(flags: MtBenchAnswerFlags, model: LoadedModel, length: int) -> dic
         settings["behind_end"] = flags.behind_end
     if model.kind == "mdm":
         settings |= {"steps": flags.steps, "cfg_scale": flags.cfg_scale}
-    return {"model_id": flags.model_id, **model.identity(), **settings}
+    more = changed_settings(flags, ("steps", "cfg_scale"))
+    return {"model_id": flags.model_id, **model.identity(), **settings, **more}
 
 
 def _texts(
