@@ -306,7 +306,7 @@ def _read(model: ScoringModel, answers: Sequence[_Answer], pad_to: int) -> None:
     inputs = [
         masked_input(one.request, own, own, model.mask_id, pad_to) for one, own in zip(answers, masks, strict=True)
     ]
-    found = score_tokens(model, inputs)
+    found = score_tokens(model, inputs, best=False)
     check_scores([answer.request for answer in answers], found)
     for answer, own, scores in zip(answers, masks, found, strict=True):
         answer.add(own, scores.nll[:, target_slice(answer.request)])
