@@ -2,7 +2,8 @@
 
 Steps, tokens and FLOPs are training's own functions. Memory is counted from what the model keeps for its backward pass,
 tensor by tensor, without torch.compile (which keeps less); `tests/training/test_run_plan.py` holds it to 15 % of what
-torch's profiler counts in real steps. Not counted: what the driver, the libraries and gaps between tensors take.
+torch's profiler counts in real steps of one process and of several that share a model. Not counted: what the driver,
+the libraries and gaps between tensors take.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class StepShape:
     """GPT or TransEncoder."""
     precision: str
     """bf16-mixed, bf16-true or 32-true."""
-    checkpointing: bool
-    """Whether activations are computed again in the backward pass."""
+    checkpointing: bool | str
+    """Whether activations are computed again in the backward pass: as `--activation_checkpointing`."""
     logits_at_once: int
     """Logits of the loss that exist at one time (`kernels.chunk_elements`)."""
 
@@ -80,7 +81,7 @@ class GpuMemory:
     parameters: float
     """Its share of them, whole ones where blocks compute, and copies in bf16 where products read those."""
     gradients: float
-    """Its share of them, and whole ones while micro batches accumulate."""
+    """Whole ones, or where they are sharded and no micro batches accumulate those that are there at the peak."""
     optimizer: float
     """AdamW's two moments."""
     activations: float
@@ -114,14 +115,22 @@ def micro_batch_memory(config: Config, shape: StepShape, rows: int) -> tuple[flo
     # Rotated queries and keys, values (a view of qkv), attention's output and its copy; gate, silu, up and their product.
     block = 2 * norm + size * (qkv + width + key_width + 2 * width + 4 * inner)
     residual = _FLOAT32 * width
-    kept = tokens * config.n_layer * (residual if shape.checkpointing else block)
+    # Of these, what a product or attention has made; and the two products whose outputs are added to the residual stream.
+    products = size * (qkv + width + 2 * inner)
+    kept_of_block = {
+        False: block,
+        True: residual,
+        "selective": residual + products + 2 * size * width + _FLOAT32 * config.n_head,
+    }
+    again = {False: 0, True: block - residual, "selective": block - residual - products}[shape.checkpointing]
+    kept = tokens * config.n_layer * kept_of_block[shape.checkpointing]
     head = width * config.padded_vocab_size
     scored = int(tokens * _SCORED_SHARE[shape.model_class.kind])
     # The head's gradient; in half precision also the head's copy and a product before it is added.
     loss = tokens * norm + 2 * size * width * scored + head * (shape.parameter_bytes if size == _FLOAT32 else 8)
     chunks = max(1, round(scored * config.padded_vocab_size / shape.logits_at_once))
     logits = -(-scored // chunks) * config.padded_vocab_size * (_FLOAT32 if size == _FLOAT32 else 2 * size + _FLOAT32)
-    backward = tokens * (size * (2 * inner + width) + (block - residual if shape.checkpointing else 0))
+    backward = tokens * (size * (2 * inner + width) + again)
     return (kept + loss, logits) if loss + logits > backward else (kept + backward, 0.0)
 
 
@@ -136,21 +145,27 @@ def gpu_memory(config: Config, shape: StepShape, rows: int, shards: int, accumul
         accumulating: whether a step has several micro batches, between which sharded parameters and gradients stay whole.
     """
     total, each = parameter_count(config, shape.model_class), shape.parameter_bytes
-    head = config.n_embd * config.padded_vocab_size
-    matrices = config.non_embedding_params + head
-    parameters, gradients = each * total / shards, each * total / shards
-    if shards > 1:
-        # Gathered: embedding and head from forward to backward; of blocks two, the next one while one computes, or all
-        # while micro batches accumulate. Blocks are gathered in what they compute in (`strategies._shard`).
-        embeddings, two_blocks = total - config.non_embedding_params, 2 * config.non_embedding_params / config.n_layer
-        parameters += each * embeddings
-        parameters += shape.compute_bytes * (config.non_embedding_params if accumulating else two_blocks)
-        gradients += each * (total if accumulating else embeddings + two_blocks)
-    elif shape.precision == "bf16-mixed":
-        # Autocast keeps what it has cast until the micro batch ends.
-        parameters += 2 * (matrices - head)
+    blocks, head = config.non_embedding_params, config.n_embd * config.padded_vocab_size
+    parameters, moments, gradients = each * total / shards, 2 * each * total / shards, float(each * total)
     activations, logits = micro_batch_memory(config, shape, rows)
-    return GpuMemory(parameters, gradients, 2 * each * total / shards, activations, logits)
+    if shards == 1:
+        if shape.precision == "bf16-mixed":
+            # Autocast keeps what it has cast until the micro batch ends.
+            parameters += 2 * blocks
+        return GpuMemory(parameters, gradients, moments, activations, logits)
+    # Gathered: embedding and head from forward to backward; of blocks two, the next one while one computes, or all while
+    # micro batches accumulate. Blocks are gathered in what they compute in (`strategies._shard`).
+    two_blocks = 2 * blocks / config.n_layer
+    parameters += each * (total - blocks) + shape.compute_bytes * (blocks if accumulating else two_blocks)
+    if accumulating:
+        return GpuMemory(parameters, gradients, moments, activations, logits)
+    # In the loss there is the head's gradient alone, which counts there; behind it that of a block, and what is sent of
+    # another. When the backward pass ends there are all shares besides, and the embedding's, but no activations.
+    gradients = 0.0 if logits else each * (head + two_blocks)
+    at_end = each * (total / shards + total - blocks + two_blocks)
+    if gradients + activations + logits < at_end:
+        return GpuMemory(parameters, at_end, moments, 0.0, 0.0)
+    return GpuMemory(parameters, gradients, moments, activations, logits)
 
 
 def largest_micro_batch(
@@ -220,11 +235,11 @@ class PretrainingPlan:
         count, each = parameter_count(self.config, self.model_class), 2 if self.precision == "bf16-true" else _FLOAT32
         return 3 * each * count, _FLOAT32 * count
 
-    def memory(self) -> Iterator[tuple[str, bool, int, GpuMemory]]:
-        """By strategy, without and with activation checkpointing: (strategy, checkpointing, micro batch or 0, memory)."""
+    def memory(self) -> Iterator[tuple[str, bool | str, int, GpuMemory]]:
+        """By strategy and activation checkpointing, the least first: (strategy, checkpointing, micro batch or 0, memory)."""
         strategies = {"ddp": 1, "fsdp": self.gpus, "hybrid": min(self.gpus, self.gpus_per_node)}
         for strategy, shards in strategies.items():
-            for checkpointing in (False, True):
+            for checkpointing in (False, "selective", True):
                 logits = kernels.chunk_elements(torch.device("cuda"))
                 shape = StepShape(self.model_class, self.precision, checkpointing, logits)
                 rows = self.batch_size // self.gpus
@@ -262,5 +277,5 @@ class PretrainingPlan:
             parts = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.logits)
             sizes = "".join(f"{part / 1e9:{w}.1f}" for part, w in zip(parts, (12, 11, 11, 13, 8), strict=True))
             fits = f"{rows:11d}" if rows else "       none"
-            recomputed = "yes" if checkpointing else "no"
+            recomputed = checkpointing if isinstance(checkpointing, str) else "yes" if checkpointing else "no"
             yield f"{strategy:8}  {recomputed:>13}  {fits}{sizes}{memory.total / 1e9:8.1f}"

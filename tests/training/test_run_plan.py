@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,65 +17,71 @@ from lit_gpt.config import Config
 from lit_gpt.model import kernels
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
-from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.training.run_plan import GPU_KINDS, PretrainingPlan, StepShape, gpu_memory, parameter_count
 from scripts.plan_run import main
+from tests.support.step_memory import CONFIGS, ROWS, SHARDED_CASE, made_up_terms, most_allocated
 from tests.support.training_runs import make_packed_data, read_metrics, run_pretraining
 
-ROWS = 4
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def measured_memory(shape: StepShape, config: Config) -> float:
-    """Bytes of parameters, gradients and moments, and the most that tensors of a second micro batch add to them.
-
-    Torch's profiler reports every allocation of a tensor; their running sum is what a GPU's allocator would hold.
-    """
+    """Bytes of parameters, gradients and moments, and the most that tensors of a second micro batch add to them."""
     model = shape.model_class(config)
     model.init_weights(1)
     model.checkpoint_blocks = shape.checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    count = ROWS * config.block_size
-    weights = torch.zeros(count)
-    weights[torch.randperm(count)[: count if shape.model_class is GPT else count // 2]] = 1.0
-    weights = weights.view(ROWS, -1)
-    ids = torch.randint(0, config.vocab_size, (ROWS, config.block_size))
+    terms = made_up_terms(shape, config)
 
     def micro_batch() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=shape.precision == "bf16-mixed"):
-            loss = model.weighted_nll(LossTerms(ids, ids, weights, weights > 0))[0]
+            loss = model.weighted_nll(terms)[0]
         loss.backward()
 
     micro_batch()
     optimizer.step()
     tensors = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
     tensors += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        micro_batch()
-    allocated = most = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            allocated += event.nbytes()
-            most = max(most, allocated)
-    return sum(tensor.nbytes for tensor in tensors) + most
+    return sum(tensor.nbytes for tensor in tensors) + most_allocated(micro_batch)
 
 
-# Longer than 256 tokens: up to there bf16 attention on a CPU takes another way than on a GPU.
-CONFIGS = {
-    "many layers": Config("deep", 8, 2, 64, 256, 2, block_size=320, vocab_size=512),
-    "a large vocabulary": Config("broad", 2, 4, 96, 288, 2, block_size=384, vocab_size=6000),
-}
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("model_class", [GPT, TransEncoder])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["many layers", "a large vocabulary"])
 def test_memory_is_within_15_percent_of_a_real_step(name, model_class, precision, checkpointing):
     config = CONFIGS[name]
     shape = StepShape(model_class, precision, checkpointing, kernels.chunk_elements(torch.device("cpu")))
     planned = gpu_memory(config, shape, ROWS, 1, True)
     measured = measured_memory(shape, config)
     assert planned.total == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("names", "precisions", "replicas"),
+    [
+        (["many layers"], ("bf16-mixed",), 1),
+        pytest.param(CONFIGS, ("bf16-mixed", "32-true"), 1, marks=pytest.mark.slow),
+        pytest.param(CONFIGS, ("bf16-mixed", "32-true"), 2, marks=pytest.mark.slow),
+    ],
+    ids=["short", "fsdp", "hybrid"],
+)
+def test_memory_of_a_sharded_step_is_within_15_percent(tmp_path, names, precisions, replicas):
+    """Steps of FSDP2 in processes that share a model by twos."""
+    values = (names, precisions, (False, "selective", True), (2,), (replicas,), (False, True))
+    cases = [dict(zip(SHARDED_CASE, case, strict=True)) for case in itertools.product(*values)]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    words = ["tests/support/step_memory.py", tmp_path / "cases.json", tmp_path / "results.json"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    off = {}
+    for case, measured in zip(cases, json.loads((tmp_path / "results.json").read_text()), strict=True):
+        logits = kernels.chunk_elements(torch.device("cpu"))
+        shape = StepShape(TransEncoder, case["precision"], case["checkpointing"], logits)
+        planned = gpu_memory(CONFIGS[case["config"]], shape, ROWS, case["shards"], case["accumulating"])
+        if planned.total != pytest.approx(measured, rel=0.15):
+            off[tuple(case.values())] = planned.total / measured
+    assert not off
 
 
 def test_selective_checkpointing_takes_less_memory_than_none_and_more_than_full():
@@ -119,6 +129,7 @@ def test_sharding_and_checkpointing_take_less():
     assert memory["hybrid", False][1].optimizer == memory["ddp", False][1].optimizer / 8
     for strategy in ("ddp", "fsdp", "hybrid"):
         assert 1 <= memory[strategy, False][0] < memory[strategy, True][0] <= 16
+        assert memory[strategy, False][0] <= memory[strategy, "selective"][0] <= memory[strategy, True][0]
     assert all(found.total <= 0.9 * 80e9 for _, found in memory.values())
 
 
@@ -140,8 +151,8 @@ def test_the_script_prints_steps_price_and_every_strategy(capsys, monkeypatch):
     assert int(price) == pytest.approx(2 * int(gpu_hours), abs=2)
     # Six FLOPs a parameter and token, and a bit for attention and the head.
     assert 1 < int(gpu_hours) / (10e18 / (312e12 * 0.5 * 3600)) < 1.5
-    assert re.findall(r"^(ddp|fsdp|hybrid) +(no|yes)", out, re.MULTILINE) == [
-        (strategy, word) for strategy in ("ddp", "fsdp", "hybrid") for word in ("no", "yes")
+    assert re.findall(r"^(ddp|fsdp|hybrid) +(no|selective|yes)", out, re.MULTILINE) == [
+        (strategy, word) for strategy in ("ddp", "fsdp", "hybrid") for word in ("no", "selective", "yes")
     ]
 
 
