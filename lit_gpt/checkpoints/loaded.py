@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ def load_model(
     chosen = choose_device(device)
     dtype = compute_dtype(dtype, chosen)
     model, record = read_model(path, model_name, kind, chosen)
-    fingerprint = record.tokenizer.get("fingerprint") if record else None
-    return LoadedModel(model, lambda: find_tokenizer(path, model.config, record, tokenizer), dtype, fingerprint)
+    fingerprint, run = (record.tokenizer.get("fingerprint"), record.run) if record else (None, {})
+    return LoadedModel(model, lambda: find_tokenizer(path, model.config, record, tokenizer), dtype, fingerprint, run)
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ class LoadedModel:
     """float32 or bfloat16 (autocast)."""
     trained_with: str | None = None
     """SHA-256 of the tokenizer that its record names, if any."""
+    run_record: dict[str, Any] = field(default_factory=dict)
+    """What its record says of the run that made it; empty if nothing."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

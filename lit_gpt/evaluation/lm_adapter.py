@@ -21,6 +21,7 @@ from lit_gpt.checkpoints.loaded import TOKENIZATION_VERSION, load_model
 from lit_gpt.cli import warn
 from lit_gpt.devices import join_processes
 from lit_gpt.evaluation import versions
+from lit_gpt.evaluation.chat_template import find_chat_template, render_chat
 from lit_gpt.evaluation.harness_generation import GenerationRequest, TextWriter
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key
 from lit_gpt.evaluation.settings import ModelArgs
@@ -81,11 +82,25 @@ class Adapter:
         self._writer = TextWriter(self.loaded, arguments, self.max_length, self._batch_tokens())
         self._cache = EvalCache(cache_folder, self._identity(), self._rank, found_folder)
         self._errors: list[float] = []
+        self._chat_template: str | None = None
 
     @property
     def tokenizer_name(self) -> str:
-        """Where the tokenizer came from; the harness's cache of prompts asks."""
-        return str(self.tokenizer.source)
+        """What of the model decides how a prompt reads; the harness's cache of prompts asks."""
+        return request_key("prompts", self.tokenizer.fingerprint, self._chat_template)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template of `--apply_chat_template`, as Jinja: a named one, or with True the checkpoint's own."""
+        if not chat_template:
+            return None
+        name = chat_template if isinstance(chat_template, str) else None
+        self._chat_template = find_chat_template(self.loaded, name)
+        return self._chat_template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of messages with roles."""
+        template = self._chat_template or find_chat_template(self.loaded)
+        return render_chat(template, chat_history, self.tokenizer.eos_text, add_generation_prompt)
 
     def _check(self) -> None:
         """Refuse settings that this checkpoint contradicts."""

@@ -128,7 +128,7 @@ def mdm_likelihoods(
         # The greedy check begins with everything masked, as one row of most plans is: in one call, it costs nothing.
         checked = part if settings.greedy else []
         all_masked = [_all_masked_input(request, model.mask_id, settings.pad_to) for request in checked]
-        found = score_tokens(model, inputs + all_masked)
+        found = score_tokens(model, inputs + all_masked, best=settings.greedy)
         _check_finite(part, found[: len(part)])
         greedy = greedy_matches(model, checked, found[len(part) :], settings.pad_to) or [False] * len(part)
         for number, request, plan, scores, matches in zip(

@@ -9,9 +9,12 @@ R rows of a request, B rows of a batch, T tokens, N scored positions, V vocabula
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,18 +71,21 @@ class TokenScores:
     nll: Tensor
     """float32: -log p(target), nats; NaN or infinite where a logit of the position is, or where all of them are equal."""
     best_ids: Tensor
-    """int64: the likeliest token."""
+    """int64: the likeliest token; 0 where nobody asked."""
     best_probability: Tensor
-    """float32: its probability."""
+    """float32: its probability; likewise."""
 
 
 @torch.no_grad()
-def score_tokens(model: ScoringModel, inputs: Sequence[ScoringInput]) -> list[TokenScores]:
+def score_tokens(model: ScoringModel, inputs: Sequence[ScoringInput], best: bool = True) -> list[TokenScores]:
     """Score every row of every request.
+
+    A device gets a batch before the results of the one before it are fetched, so that it computes while the host works.
 
     Args:
         model: its `max_tokens` is halved for the rest of the call when memory runs out.
         inputs: in any order.
+        best: also find the likeliest tokens, which costs another pass over the logits.
 
     Returns:
         The scores of each input, on the CPU.
@@ -87,26 +93,61 @@ def score_tokens(model: ScoringModel, inputs: Sequence[ScoringInput]) -> list[To
     Raises:
         ValueError: a single row does not fit into memory.
     """
-    results = [
-        TokenScores(torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
-        for shape in (own.input_ids.shape for own in inputs)
-    ]
+    store = _ScoreStore(inputs)
     rows = _distinct_rows(inputs)
     start, max_tokens = 0, model.max_tokens
+    running: tuple[Tensor, tuple[Tensor, ...]] | None = None
     while start < len(rows):
         length = inputs[rows[start][0][0]].input_ids.size(1)
         batch_rows = rows[start : start + max(1, max_tokens // length)]
         try:
-            batch, targets = _padded_batch(inputs, batch_rows, model.device)
-            found = _scores(model.logits_fn(batch), targets, model.vocab_size)
+            batch, targets, places = _padded_batch(inputs, batch_rows, store, model.device)
+            found = token_scores(model.logits_fn(batch), targets, model.vocab_size, best)
         except torch.OutOfMemoryError:
             if len(batch_rows) == 1:
                 raise ValueError(f"a row of {length} tokens does not fit into the memory of {model.device}") from None
             max_tokens = len(batch_rows) * length // 2
             continue
         start += len(batch_rows)
-        _store(inputs, batch_rows, found, results)
-    return results
+        if running:
+            store.put(*running)
+        running = places, found
+    if running:
+        store.put(*running)
+    return store.scores
+
+
+class _ScoreStore:
+    """The results of all requests in one piece of memory, and the scored positions of their rows.
+
+    Attributes:
+        scores: each request's part, to be filled.
+    """
+
+    def __init__(self, inputs: Sequence[ScoringInput]) -> None:
+        shapes = [own.input_ids.shape for own in inputs]
+        ends = list(itertools.accumulate((shape.numel() for shape in shapes), initial=0))
+        self._values = torch.zeros(ends[-1]), torch.zeros(ends[-1], dtype=torch.int64), torch.zeros(ends[-1])
+        self.scores = [
+            TokenScores(*(values[start : start + shape.numel()].view(shape) for values in self._values))
+            for start, shape in zip(ends, shapes, strict=False)
+        ]
+        self._starts = ends[:-1]
+        # As numpy arrays: torch needs several microseconds for what is done once a row here.
+        self._columns = []
+        for own in inputs:
+            row, column = own.scored.numpy().nonzero()
+            self._columns.append(np.split(column, np.searchsorted(row, np.arange(1, len(own.scored)))))
+
+    def positions(self, request: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """The scored columns of a row, and where their results belong."""
+        columns = self._columns[request][row]
+        return columns, columns + (self._starts[request] + row * self.scores[request].nll.size(1))
+
+    def put(self, places: Tensor, found: tuple[Tensor, ...]) -> None:
+        """Fetch a batch's values (N,) from the device and write them at their places (N,)."""
+        for values, whole in zip(found, self._values, strict=False):
+            whole[places] = values.cpu()
 
 
 _EqualRows = list[tuple[int, int]]
@@ -124,55 +165,60 @@ def _distinct_rows(inputs: Sequence[ScoringInput]) -> list[_EqualRows]:
 
 
 def _padded_batch(
-    inputs: Sequence[ScoringInput], batch_rows: list[_EqualRows], device: torch.device | str
-) -> tuple[LogitsBatch, Tensor]:
-    """The padded batch of some distinct rows, and the targets (N,) of its scored positions."""
-    width = max(inputs[equal[0][0]].input_ids.size(1) for equal in batch_rows)
-    input_ids = torch.zeros(len(batch_rows), width, dtype=torch.int64)
-    key_mask, prompt_mask = (torch.zeros(len(batch_rows), width, dtype=torch.bool) for _ in range(2))
-    indices, targets = [], []
+    inputs: Sequence[ScoringInput], batch_rows: list[_EqualRows], store: _ScoreStore, device: torch.device | str
+) -> tuple[LogitsBatch, Tensor, Tensor]:
+    """The padded batch of some distinct rows, and the targets (N,) of its scored positions with their results' places."""
+    lengths = torch.tensor([inputs[equal[0][0]].input_ids.size(1) for equal in batch_rows])
+    prompts = torch.tensor([inputs[equal[0][0]].prompt_length for equal in batch_rows])
+    width = int(lengths.max())
+    input_ids = np.zeros((len(batch_rows), width), dtype=np.int64)
+    indices, targets, places, most = [], [], [], 0
     for batch_row, equal in enumerate(batch_rows):
-        first, first_row = inputs[equal[0][0]], equal[0][1]
-        length = first.input_ids.size(1)
-        input_ids[batch_row, :length] = first.input_ids[first_row]
-        key_mask[batch_row, :length] = True
-        prompt_mask[batch_row, : first.prompt_length] = True
+        request, row = equal[0]
+        ids = inputs[request].input_ids.numpy()[row]
+        input_ids[batch_row, : len(ids)] = ids
+        wanted = []
         for request, row in equal:
-            positions = inputs[request].scored[row].nonzero().squeeze(1)
-            indices.append(positions + batch_row * width)
-            targets.append(inputs[request].targets[positions])
-    padded = None if bool(key_mask.all()) else key_mask.to(device)
-    batch = LogitsBatch(input_ids.to(device), padded, prompt_mask.to(device), torch.cat(indices).to(device))
-    return batch, torch.cat(targets).to(device)
+            columns, where = store.positions(request, row)
+            wanted.append(columns)
+            targets.append(inputs[request].targets.numpy()[columns])
+            places.append(where)
+        indices += [columns + batch_row * width for columns in wanted]
+        most = max(most, len(wanted[0]) if len(wanted) == 1 else len(set(np.concatenate(wanted).tolist())))
+    column = torch.arange(width)
+    key_mask, prompt_mask = column < lengths[:, None], column < prompts[:, None]
+
+    def there(value: Tensor | np.ndarray) -> Tensor:
+        return torch.as_tensor(value).to(device, non_blocking=True)
+
+    batch = LogitsBatch(
+        there(input_ids),
+        None if bool((lengths == width).all()) else there(key_mask),
+        there(prompt_mask),
+        there(np.concatenate(indices)),
+        max_per_row=most,
+    )
+    return batch, there(np.concatenate(targets)), torch.as_tensor(np.concatenate(places))
 
 
-def _scores(logits: Iterator[Tensor], targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, likeliest token and its probability at every scored position, (N,) each, on the CPU."""
-    parts, start = [], 0
+# Logits that differ by less than this are all the same: rounding of -log V, which is then every log-probability.
+_EQUAL_LOGITS = 1e-5
+
+
+def token_scores(logits: Iterator[Tensor], targets: Tensor, vocab_size: int, best: bool) -> tuple[Tensor, ...]:
+    """Cross-entropy, and where wanted the likeliest token and its probability, at every scored position, (N,) each."""
+    parts: list[tuple[Tensor, ...]] = []
+    start = 0
     for chunk in logits:
         own = targets[start : (start := start + len(chunk))]
-        total = chunk.logsumexp(1)
-        best, best_ids = chunk[:, :vocab_size].max(1)
-        lowest = chunk.amin(1)
+        log_p = chunk.log_softmax(1)
+        lowest = log_p.amin(1)
         # A logit of -inf vanishes in the sum, and states that overflow vanish in the last norm: their logits are all equal.
-        sound = lowest.isfinite() & (lowest < best)
-        nll = torch.where(sound, total - chunk.gather(1, own[:, None]).squeeze(1), torch.nan)
-        parts.append((nll, best_ids, (best - total).exp()))
-    nll, best_ids, best_probability = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    return nll, best_ids, best_probability
-
-
-def _store(
-    inputs: Sequence[ScoringInput],
-    batch_rows: list[_EqualRows],
-    found: tuple[Tensor, Tensor, Tensor],
-    results: list[TokenScores],
-) -> None:
-    """Write the values (N,) of a batch's scored positions into the results of all requests that have its rows."""
-    start = 0
-    for request, row in (one for equal in batch_rows for one in equal):
-        scored = inputs[request].scored[row]
-        part = slice(start, start := start + int(scored.sum()))
-        scores = results[request]
-        for values, whole in zip(found, (scores.nll, scores.best_ids, scores.best_probability), strict=True):
-            whole[row, scored] = values[part]
+        sound = lowest.isfinite() & (lowest < -math.log(chunk.size(1)) - _EQUAL_LOGITS)
+        nll = torch.where(sound, -log_p.gather(1, own[:, None]).squeeze(1), torch.nan)
+        if best:
+            highest, ids = log_p[:, :vocab_size].max(1)
+            parts.append((nll, ids, highest.exp()))
+        else:
+            parts.append((nll,))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
