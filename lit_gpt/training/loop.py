@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_gpt import cli, devices
+from lit_gpt import cli, devices, processes
 from lit_gpt.data import batching
 from lit_gpt.data.batching import MicroBatch, StepLayout
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.training import loggers, schedule, skipped_steps, speed_monitor
 from lit_gpt.training.attempts import Outcome
 from lit_gpt.training.experiment import Experiment
+from lit_gpt.training.group_sizes import published_micro_steps
 from lit_gpt.training.prepared_model import PreparedModel
 from lit_gpt.training.run_folder import RunFolder
 from lit_gpt.training.settings import PRECISIONS, TrainConfig
@@ -126,8 +127,8 @@ class _Trainer:
             if stop := self._validate(signals):
                 self.folder.interrupted(self.fabric, stop, self.step)
             return self._finish()
-        except Exception:
-            self._save_what_is_whole()
+        except Exception as error:
+            self._save_what_is_whole(isinstance(error, RuntimeError) and processes.lost_a_process(error))
             raise
         finally:
             signals.restore()
@@ -283,7 +284,7 @@ class _Trainer:
                 "metric/train_ppl": loggers.perplexity(loss),
                 "metric/grad_norm": grad_norm,
                 "learning_rate": self.prepared.optimizer.param_groups[0]["lr"],
-                "samples": step * batch_size,
+                "samples": self._iter_num() * self.layout.group_size,
                 "total_tokens": self.tokens,
                 "skipped_steps": passed_over,
                 "time/left": left_s,
@@ -297,12 +298,16 @@ class _Trainer:
         devices.say(
             self.fabric,
             f"iter {self._iter_num()} step {step}: loss {loss:.4f}, iter time: {micro_ms:.2f}ms "
-            f"{rates['throughput/tokens_per_sec']:.0f} tokens/s remaining time: {hours:.2f} hours. or {hours / 24:.2f} days.",
+            f"remaining time: {hours:.2f} hours. or {hours / 24:.2f} days. "
+            f"{rates['throughput/tokens_per_sec']:.0f} tokens/s",
         )
 
     def _iter_num(self) -> int:
-        """Published count of micro steps: groups of the global batch, whatever the devices and the memory."""
-        return self.step * (self.layout.global_batch_size // self.layout.group_size)
+        """Published count of micro steps; behind a checkpoint in the proportion that it has, so that its names go on."""
+        start = self.folder.start
+        if start is None or not start.step:
+            return self.step * published_micro_steps(self.layout.global_batch_size, self.layout.group_size)
+        return start.iter_num + (self.step - start.step) * max(1, start.iter_num // start.step)
 
     def _validate(self, signals: devices.StopSignals) -> int:
         """Validate, log and print; without validation data nothing happens.
@@ -337,14 +342,15 @@ class _Trainer:
         with self.speed.saving():
             self.folder.save(self.fabric, state, self.layout.micro_batch_size, alone)
 
-    def _save_what_is_whole(self) -> None:
+    def _save_what_is_whole(self, lost_a_process: bool) -> None:
         """Before an error ends the run: save the last whole step, unless it is on the disk or its numbers are no good.
 
         A save of this very step that has just failed is the error itself, and is not tried again.
         The other processes may be gone or wait elsewhere, so the first one does it alone, where it has the whole model.
+        Where it has not, and the error is that one is gone, this error says enough: the run goes on from what is saved.
         """
         saves = self.folder.saves
-        saves.settle()
+        saves.settle(lost_a_process)
         if not self._whole or self.step in (saves.saved_step, saves.failed_step) or not self.fabric.is_global_zero:
             return
         try:
@@ -353,7 +359,8 @@ class _Trainer:
                 self._save(alone=True)
         # The error that ends the run is the one to tell.
         except Exception as error:
-            cli.warn(f"step {self.step} could not be saved: {error}")
+            if not (lost_a_process and isinstance(error, ValueError)):
+                cli.warn(f"step {self.step} could not be saved: {error}")
 
     def _finish(self) -> dict[str, Any]:
         """Export the final weights, and write down the result."""
