@@ -358,7 +358,9 @@ class LoadedModel:
                 if not is_out_of_memory(error):
                     raise
                 if len(batch) == 1:
-                    raise ValueError(f"a row of {length} tokens does not fit into the memory of {self.device}") from None
+                    raise ValueError(
+                        f"a row of {length} tokens does not fit into the memory of {self.device}"
+                    ) from None
                 at_once = len(batch) // 2
                 continue
             start += len(batch)
