@@ -16,7 +16,7 @@ import torch
 from benchmarks.common import table
 from benchmarks.training_speed import installed, processor
 from benchmarks.training_steps import STEPS, Cell, attention_times, build_model, compute_type
-from lit_gpt.checkpoints.loaded import LoadedModel, compute_dtype
+from lit_gpt.checkpoints.loaded import LoadedModel, compute_dtype, round_matrices
 from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, LikelihoodSettings
 from lit_gpt.likelihood.monte_carlo import MonteCarlo
 from lit_gpt.model import kernels

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # A day: one process's share of an evaluation may take hours longer than another's.
@@ -23,8 +24,13 @@ EVALUATION_TIMEOUT_S = 24 * 3600
 _LEAST_PORT = 15000
 # torch's and Lightning's own default.
 _TRAINING_TIMEOUT_S = "1800"
+# Exit codes with which a process ends after it has said why: an error (2: the user's) or, from Python itself, a traceback.
+_TOLD_CODES = (1, 2)
 # How long a process other than the first waits before it reports an error of its own.
 _OTHERS_WAIT_S = 3.0
+
+# Processes of this run that this one has started.
+_started: list[int] = []
 
 
 @dataclass(frozen=True)
@@ -168,16 +174,31 @@ def process_rank() -> int:
 
 
 def speaks_for_run() -> bool:
-    """Whether this process reports an error: the first one does; another only if it fails alone.
+    """Whether this process reports an error: the first one does, unless another has; another only if it fails alone.
 
     When all fail alike, the first one's end ends the others (its launcher stops them, or they are its children) while
-    they wait here.
+    they wait here. One that reports found the first one stopped, or waiting for something else.
     """
     if process_rank() == 0:
-        return True
+        return not any(_has_told(process) for process in _started)
     parent = os.getppid()
     time.sleep(_OTHERS_WAIT_S)
     return os.getppid() == parent
+
+
+def note_started(process_ids: Iterable[int]) -> None:
+    """Remember processes of this run that this one has started."""
+    _started.extend(process_ids)
+
+
+def _has_told(process_id: int) -> bool:
+    """Whether a child has ended with an error of its own."""
+    try:
+        # The end stays there for whoever waits for it.
+        end = os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return end is not None and end.si_code == os.CLD_EXITED and end.si_status in _TOLD_CODES
 
 
 def end_with_parent() -> None:

@@ -66,7 +66,7 @@ class Tokenizer:
         fingerprint: SHA-256 (hex) of the model file.
         vocab_size: number of ids.
         bos_id: id of the token that begins a text; the end token's where there is none.
-        eos_id: id of the token that ends a document.
+        eos_id, eos_text: of the token that ends a document; no text where the file does not call it special.
         special_tokens: one of `SPECIAL_TOKENS`.
     """
 
@@ -133,6 +133,7 @@ class Tokenizer:
         self.vocab_size = self._backend.vocab_size
         self.bos_id = self._backend.bos_id
         self.eos_id = self._backend.eos_id
+        self.eos_text = next((text for text, number in self._backend.special.items() if number == self.eos_id), "")
         longest_first = sorted(map(re.escape, self._backend.special), key=len, reverse=True)
         self._special_text = re.compile(f"({'|'.join(longest_first)})")
 

@@ -236,9 +236,10 @@ def test_processes_end_with_their_launcher_while_they_still_start(tmp_path):
 
 
 @pytest.fixture
-def started(folder):
+def started(folder, request):
     """A run of two processes by --devices, with a short time-out; nothing is left of it afterwards."""
-    command = [sys.executable, *pretraining_command("train_mdm.py", folder, **FLAGS | {"max_steps": 10**6}, devices=2)]
+    flags = FLAGS | {"max_steps": 10**6, "devices": 2} | getattr(request, "param", {})
+    command = [sys.executable, *pretraining_command("train_mdm.py", folder, **flags)]
     environment = {**one_thread_environment(), "SMDM_TIMEOUT_S": "15"}  # starting takes several seconds
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
@@ -273,6 +274,50 @@ def test_a_stopped_process_ends_the_run_and_is_not_left_behind(started):
         started.returncode == 1 and err.count("\n") == 1 and "another process of this run has ended, or does not" in err
     )
     second.wait(5)
+
+
+@pytest.mark.slow
+def test_a_stopped_first_process_does_not_tell_again_what_the_second_has_told(started):
+    assert any("step 5:" in line for line in started.stdout)
+    second, first = second_process(started), psutil.Process(started.pid)
+    first.suspend()
+    try:
+        while second.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.1)
+    finally:
+        first.resume()
+    _, err = started.communicate(timeout=100)
+    assert started.returncode == 1 and err.count("\n") == 1 and "another process of this run has ended" in err
+
+
+@pytest.mark.parametrize(
+    "started", [{"strategy": "fsdp", "shard_checkpoints_gb": 0, "save_interval": 1}], indirect=True, ids=["shards"]
+)
+def test_a_lost_process_is_told_once_where_it_has_a_part_of_the_model(started):
+    """What could not be saved without it needs no lines of its own: the error says what the run goes on from."""
+    assert any("step 5:" in line for line in started.stdout)
+    second_process(started).kill()
+    _, err = started.communicate(timeout=100)
+    assert started.returncode == 1 and err.count("\n") == 1 and "another process of this run has ended" in err
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ("raise SystemExit(1)", True),
+        ("raise SystemExit(2)", True),
+        ("pass", False),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", False),
+        ("raise SystemExit(143)", False),
+    ],
+)
+def test_an_error_that_another_process_has_told_is_not_told_again(monkeypatch, end, told):
+    monkeypatch.setattr(processes, "_started", [])
+    with subprocess.Popen([sys.executable, "-c", end]) as child:
+        processes.note_started([child.pid])
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert processes.speaks_for_run() == (not told)
+    assert processes.speaks_for_run()  # nothing is known of it any more
 
 
 @pytest.mark.parametrize("text", ["", "0", "half an hour", "1e3", "9" * 99])

@@ -17,7 +17,7 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +89,14 @@ def load_model(
     chosen = choose_device(device)
     dtype = compute_dtype(dtype, chosen)
     model, record = read_model(path, model_name, kind, chosen)
-    fingerprint = record.tokenizer.get("fingerprint") if record else None
+    fingerprint, run = (record.tokenizer.get("fingerprint"), record.run) if record else (None, {})
     digest = None
     if dtype == "bfloat16":
         # Of what the file holds: a result's identity names the dtype beside it.
         digest = state_hash(model.state_dict())
         round_matrices(model)
     open_tokenizer = functools.partial(find_tokenizer, path, model.config, record, tokenizer)
-    return LoadedModel(model, open_tokenizer, dtype, fingerprint, digest)
+    return LoadedModel(model, open_tokenizer, dtype, fingerprint, run, digest)
 
 
 def round_matrices(model: Transformer) -> None:
@@ -128,6 +128,8 @@ class LoadedModel:
     """float32 or bfloat16."""
     trained_with: str | None = None
     """SHA-256 of the tokenizer that its record names, if any."""
+    run_record: dict[str, Any] = field(default_factory=dict)
+    """What its record says of the run that made it; empty if nothing."""
     original_hash: str | None = None
     """`weights_hash`, where the parameters have been rounded since."""
 

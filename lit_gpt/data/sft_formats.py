@@ -24,6 +24,21 @@ CHAT_TEMPLATE = (
     "and polite answers to the user's questions. USER: {question} ASSISTANT:"
 )
 """Vicuna 1.1's prompt template (lm-sys/FastChat)."""
+CHAT_TEMPLATES = {
+    "vicuna": (
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+        f"{CHAT_TEMPLATE.split(' USER:')[0]}"
+        "{% endif %}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}"
+        "{{ '' if loop.index0 and messages[loop.index0 - 1]['role'] == 'assistant' else ' ' }}USER: {{ message['content'] }}"
+        "{% elif message['role'] == 'assistant' %} ASSISTANT: {{ message['content'] }}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    )
+}
+"""By name, templates of whole dialogues as Jinja, like those of the transformers library; of one question `vicuna` is
+`CHAT_TEMPLATE`, and an answer ends with the end token, behind which the next question follows (FastChat)."""
 # That template leaves out the blanks around a turn that is empty.
 _CHAT_WITHOUT_QUESTION = CHAT_TEMPLATE.replace(" {question} ", "")
 
@@ -61,6 +76,8 @@ class SftFormat:
     """A file to (line or item number from 1, record)."""
     examples: Callable[[str, Tokenizer], list[Example]]
     """A record to its examples; they stand or fall together. Raises Unusable."""
+    chat_template: str | None = None
+    """The name of the template that questions are asked in, one of `CHAT_TEMPLATES`."""
     version: int = 1
     """Changes whenever the same file would give other examples."""
 
@@ -149,6 +166,7 @@ SHAREGPT = SftFormat(
     "data/sharegpt/dummy_conversation.json",
     json_items,
     sharegpt_examples,
+    chat_template="vicuna",
     version=2,
 )
 REVERSE = SftFormat(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.evaluation.generated_answers import checkpoint_name
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import results_folder
 from lit_gpt.evaluation.settings import ModelArgs, read_model_args, usage
@@ -115,7 +116,7 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
     for name in ("model", "device", "batch_size", "output_path"):
         if getattr(known, name):
             sys.argv += [f"--{name}", getattr(known, name)]
-    with _one_line_errors():
+    with _one_line_errors(), _folders_named_by_checkpoint():
         cli_evaluate()
     for adapter in run.built:
         adapter.close()
@@ -137,6 +138,24 @@ def _result_files(output_path: str | None) -> set[Path]:
         return set()
     name = f"{glob.escape(Path(output_path).stem)}_*.json" if output_path.endswith(".json") else "results_*.json"
     return set(_output_folder(output_path).rglob(name))
+
+
+@contextlib.contextmanager
+def _folders_named_by_checkpoint() -> Iterator[None]:
+    """Results lie in a folder named as the checkpoint is; the harness has one name for all models that it does not know."""
+    from lm_eval.loggers.evaluation_tracker import GeneralConfigTracker
+
+    harness_name = GeneralConfigTracker._get_model_name
+
+    def name(model_args: Any) -> str | None:
+        path = model_args.get("ckpt_path") if isinstance(model_args, dict) else None
+        return checkpoint_name(str(path)) if path else harness_name(model_args)
+
+    GeneralConfigTracker._get_model_name = staticmethod(name)
+    try:
+        yield
+    finally:
+        GeneralConfigTracker._get_model_name = staticmethod(harness_name)
 
 
 @contextlib.contextmanager

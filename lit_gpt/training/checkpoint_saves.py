@@ -138,8 +138,12 @@ class CheckpointSaves:
     def _last_good(self) -> str:
         return saving.last_good(self._run_dir)
 
-    def settle(self) -> None:
-        """Before an error ends the run: let the save in the background end, without asking the other processes."""
+    def settle(self, lost_a_process: bool = False) -> None:
+        """Before an error ends the run: let the save in the background end, without asking the other processes.
+
+        Args:
+            lost_a_process: the error says that one is gone; that this keeps the save from ending is not said again.
+        """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -150,4 +154,5 @@ class CheckpointSaves:
         except Exception as error:
             lost = isinstance(error, RuntimeError) and processes.lost_a_process(error)
             reason = "a process that has a part of it is gone" if lost else error
-            cli.warn(f"step {pending.step} could not be saved: {reason}")
+            if not (lost and lost_a_process):
+                cli.warn(f"step {pending.step} could not be saved: {reason}")

@@ -19,7 +19,7 @@ from lit_gpt.checkpoints.export import tokenizer_name
 from lit_gpt.checkpoints.tokenizer_lookup import find_tokenizer
 from lit_gpt.data import sft_dataset
 from lit_gpt.data.sft_dataset import ExamplePreparation, SftDataset
-from lit_gpt.data.sft_formats import SftFormat
+from lit_gpt.data.sft_formats import CHAT_TEMPLATES, SftFormat
 from lit_gpt.model.layers import Transformer
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.training import loop, strategies
@@ -101,12 +101,18 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
         record={
             "tokenizer": tokenizer_record,
             "pretrained": str(flags.pretrain_path),
+            **_chat_template(recipe.data_format),
         },
         export_name=f"{_stem(flags.pretrain_path)}-{recipe.suffix}",
         tokenizer=tokenizer,
         varying_length=objective.lengths_vary,
     )
     return loop.fit(fabric, experiment, flags, Path(flags.out_dir) / name)
+
+
+def _chat_template(data_format: SftFormat) -> dict[str, str]:
+    """The template of the questions, for the record: whoever asks later uses the same."""
+    return {"chat_template": CHAT_TEMPLATES[data_format.chat_template]} if data_format.chat_template else {}
 
 
 def _check(flags: FinetuneConfig) -> None:

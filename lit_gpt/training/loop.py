@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_gpt import cli, devices
+from lit_gpt import cli, devices, processes
 from lit_gpt.data import batching
 from lit_gpt.data.batching import MicroBatch, StepLayout
 from lit_gpt.model.loss_terms import LossTerms
@@ -126,8 +126,8 @@ class _Trainer:
             if stop := self._validate(signals):
                 self.folder.interrupted(self.fabric, stop, self.step)
             return self._finish()
-        except Exception:
-            self._save_what_is_whole()
+        except Exception as error:
+            self._save_what_is_whole(isinstance(error, RuntimeError) and processes.lost_a_process(error))
             raise
         finally:
             signals.restore()
@@ -337,14 +337,15 @@ class _Trainer:
         with self.speed.saving():
             self.folder.save(self.fabric, state, self.layout.micro_batch_size, alone)
 
-    def _save_what_is_whole(self) -> None:
+    def _save_what_is_whole(self, lost_a_process: bool) -> None:
         """Before an error ends the run: save the last whole step, unless it is on the disk or its numbers are no good.
 
         A save of this very step that has just failed is the error itself, and is not tried again.
         The other processes may be gone or wait elsewhere, so the first one does it alone, where it has the whole model.
+        Where it has not, and the error is that one is gone, this error says enough: the run goes on from what is saved.
         """
         saves = self.folder.saves
-        saves.settle()
+        saves.settle(lost_a_process)
         if not self._whole or self.step in (saves.saved_step, saves.failed_step) or not self.fabric.is_global_zero:
             return
         try:
@@ -353,7 +354,8 @@ class _Trainer:
                 self._save(alone=True)
         # The error that ends the run is the one to tell.
         except Exception as error:
-            cli.warn(f"step {self.step} could not be saved: {error}")
+            if not (lost_a_process and isinstance(error, ValueError)):
+                cli.warn(f"step {self.step} could not be saved: {error}")
 
     def _finish(self) -> dict[str, Any]:
         """Export the final weights, and write down the result."""

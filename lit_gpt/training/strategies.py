@@ -112,6 +112,7 @@ def _watch_start(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
     Lightning's own watch would kill this process without a word, later on while it saves the last step, too. It is
     relieved of its list. Once connected, the next collective tells that a process is gone.
+    The processes are noted, because one of them may tell of an error before this one does.
 
     Args:
         started: Lightning's list, still empty.
@@ -137,6 +138,8 @@ def _watch_start(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
         yield
     finally:
         connected.set()
+        thread.join()
+        processes.note_started(child.pid for child in (*children, *started))
         started.clear()
 
 

@@ -246,8 +246,12 @@ def test_the_arm_command_and_its_record(models, tmp_path):
     )
     assert any("next_line" in line for line in table(done.stdout))
     assert "likelihoods: exact (left to right), seed 1234" in done.stdout
+    # Nothing was estimated: nothing is said of an estimator's error.
+    assert "standard error" not in done.stdout
     (path,) = (tmp_path / "out").rglob("results_*.json")
+    assert path.parent == tmp_path / "out" / "tiny"
     config = json.loads(path.read_text())["config"]
+    assert config["standard_error_nats"] == {"mean": None, "largest": None, "requests": 6 * 4 + 6}
     assert config["kind"] == "arm" and len(config["checkpoint"]) == 64 and config["versions"]["lm_eval"]
     assert config["command"][1:3] == TASKS[:2]
     assert list((tmp_path / "out").rglob("samples_next_line_*.jsonl"))
@@ -271,12 +275,17 @@ def test_a_killed_evaluation_goes_on_and_processes_share_it(models, tmp_path):
     assert process.poll() is None, "it ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    resumed = run_script(tmp_path, "evaluate_diff.py", *words, str(cache))
+    resumed = run_script(tmp_path, "evaluate_diff.py", *words, str(cache), "--output_path", str(tmp_path / "one.json"))
     assert "results were there already" in resumed.stdout
     assert "likelihoods: mc, mc_num 256, cfg 0, seed 1234" in resumed.stdout
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
     two = subprocess.run(
-        [*launch, *command("evaluate_diff.py", *words, str(tmp_path / "two"))[1:]],
+        [
+            *launch,
+            *command("evaluate_diff.py", *words, str(tmp_path / "two"), "--output_path", str(tmp_path / "two.json"))[
+                1:
+            ],
+        ],
         cwd=ROOT,
         env=environment(tmp_path),
         capture_output=True,
@@ -286,6 +295,12 @@ def test_a_killed_evaluation_goes_on_and_processes_share_it(models, tmp_path):
     assert two.returncode == 0, two.stderr
     for one, other in zip(values(resumed.stdout), values(two.stdout), strict=True):
         assert one[:2] == other[:2] and one[2] == pytest.approx(other[2], rel=1e-4)
+    records = [json.loads(next(tmp_path.glob(f"{name}_*.json")).read_text())["config"] for name in ("one", "two")]
+    errors = [record["standard_error_nats"] for record in records]
+    assert errors[0]["requests"] == errors[1]["requests"] == sum(records[1]["results_by_commit"].values())
+    assert errors[0]["mean"] == pytest.approx(errors[1]["mean"], rel=1e-4) and errors[0]["mean"] > 0
+    (footer,) = (line for line in two.stdout.splitlines() if line.startswith("likelihoods: "))
+    assert footer.endswith(f"over {errors[0]['requests']} requests")
 
 
 MISTAKES = {
