@@ -122,19 +122,19 @@ def mdm_likelihoods(
         part = [requests[number] for number in numbers]
         plans = [masking_plan(settings, request) for request in part]
         inputs = [
-            _masked_input(request, plan.masks, plan.scored, model.mask_id, settings.pad_to)
+            masked_input(request, plan.masks, plan.scored, model.mask_id, settings.pad_to)
             for request, plan in zip(part, plans, strict=True)
         ]
         # The greedy check begins with everything masked, as one row of most plans is: in one call, it costs nothing.
         checked = part if settings.greedy else []
-        all_masked = [_all_masked_input(request, model.mask_id, settings.pad_to) for request in checked]
+        all_masked = [all_masked_input(request, model.mask_id, settings.pad_to) for request in checked]
         found = score_tokens(model, inputs + all_masked, best=settings.greedy)
-        _check_finite(part, found[: len(part)])
+        check_scores(part, found[: len(part)])
         greedy = greedy_matches(model, checked, found[len(part) :], settings.pad_to) or [False] * len(part)
         for number, request, plan, scores, matches in zip(
             numbers, part, plans, found[: len(part)], greedy, strict=True
         ):
-            nll, error = plan.reduce(scores.nll[:, _target_slice(request)].double())
+            nll, error = plan.reduce(scores.nll[:, target_slice(request)].double())
             yield number, Likelihood(nll, error, matches)
 
 
@@ -159,7 +159,7 @@ def arm_likelihoods(model: ScoringModel, requests: Sequence[LikelihoodRequest]) 
             scored = torch.arange(len(ids) - 1) >= len(request.prefix) - 1
             inputs.append(ScoringInput(ids[None, :-1], scored[None], ids[1:]))
         found = score_tokens(model, inputs)
-        _check_finite([requests[number] for number in numbers], found)
+        check_scores([requests[number] for number in numbers], found)
         for number, own, scores in zip(numbers, inputs, found, strict=True):
             matches = bool((scores.best_ids == own.targets)[own.scored].all())
             yield number, Likelihood(float(scores.nll.double().sum()), 0.0, matches)
@@ -183,19 +183,19 @@ def greedy_matches(
     matches = [True] * len(requests)
     unfinished, found = list(range(len(requests))), all_masked
     while unfinished:
-        _check_finite([requests[number] for number in unfinished], found)
+        check_scores([requests[number] for number in unfinished], found)
         for number, scores in zip(unfinished, found, strict=True):
-            request, part = requests[number], _target_slice(requests[number])
+            request, part = requests[number], target_slice(requests[number])
             position = int(torch.where(masks[number][0], scores.best_probability[0, part], -1.0).argmax())
             matches[number] = int(scores.best_ids[0, part][position]) == request.target[position]
             masks[number][0, position] = False
         unfinished = [number for number in unfinished if matches[number] and bool(masks[number].any())]
-        inputs = [_masked_input(requests[n], masks[n], masks[n], model.mask_id, pad_to) for n in unfinished]
+        inputs = [masked_input(requests[n], masks[n], masks[n], model.mask_id, pad_to) for n in unfinished]
         found = score_tokens(model, inputs)
     return matches
 
 
-def _check_finite(requests: Sequence[LikelihoodRequest], found: Sequence[TokenScores]) -> None:
+def check_scores(requests: Sequence[LikelihoodRequest], found: Sequence[TokenScores]) -> None:
     """Refuse scores that are not numbers: they must not enter a mean or a cache."""
     for request, scores in zip(requests, found, strict=True):
         if not bool(scores.nll.isfinite().all()):
@@ -218,15 +218,14 @@ def _plan(estimator: Estimator, length: int, *keys: int) -> MaskingPlan:
 def _rounds(
     model: ScoringModel, requests: Sequence[LikelihoodRequest], passes: Callable[[LikelihoodRequest], int]
 ) -> Iterator[list[int]]:
-    """Numbers of requests in rounds of some batches of work, or less on slow devices; longest first, like prefixes together."""
+    """Numbers of requests in rounds of work; longest first, like prefixes together."""
 
     def order(number: int) -> tuple[int, tuple[int, ...], int]:
         request = requests[number]
         return -len(request.prefix) - len(request.target), request.prefix, number
 
     current: list[int] = []
-    tokens, most = 0, _BATCHES_PER_ROUND * model.max_tokens
-    most = min(most, model.tokens_per_result or most)
+    tokens, most = 0, round_tokens(model)
     for number in sorted(range(len(requests)), key=order):
         request = requests[number]
         current.append(number)
@@ -238,18 +237,24 @@ def _rounds(
         yield current
 
 
-def _target_slice(request: LikelihoodRequest) -> slice:
+def round_tokens(model: ScoringModel) -> int:
+    """Tokens of a round: some batches, or less on slow devices."""
+    most = _BATCHES_PER_ROUND * model.max_tokens
+    return min(most, model.tokens_per_result or most)
+
+
+def target_slice(request: LikelihoodRequest) -> slice:
     """The columns of the target in a row."""
     return slice(len(request.prefix), len(request.prefix) + len(request.target))
 
 
-def _all_masked_input(request: LikelihoodRequest, mask_id: int, pad_to: int) -> ScoringInput:
+def all_masked_input(request: LikelihoodRequest, mask_id: int, pad_to: int) -> ScoringInput:
     """One row with the whole target masked and scored."""
     everything = torch.ones(1, len(request.target), dtype=torch.bool)
-    return _masked_input(request, everything, everything, mask_id, pad_to)
+    return masked_input(request, everything, everything, mask_id, pad_to)
 
 
-def _masked_input(request: LikelihoodRequest, masks: Tensor, scored: Tensor, mask_id: int, pad_to: int) -> ScoringInput:
+def masked_input(request: LikelihoodRequest, masks: Tensor, scored: Tensor, mask_id: int, pad_to: int) -> ScoringInput:
     """The rows of a target under some masks (R, L), behind its prefix and before the padding."""
     rows, before = len(masks), len(request.prefix)
     length = before + len(request.target)
