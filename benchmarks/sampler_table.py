@@ -77,7 +77,7 @@ def samplers() -> list[tuple[str, str, dict[str, Any]]]:
         ("ARM, keys and values kept", "arm", {}),
         ("ARM, everything read again", "arm", {"use_cache": False}),
     ]
-    for share in (1.0, 0.5, 0.25):
+    for share in (2.0, 1.0, 0.5, 0.25):
         for algorithm in ("origin", "greedy"):
             words = f"{algorithm}, {share:g} steps for each token"
             found.append((words, "mdm", {"algorithm": algorithm, "steps_per_token": share}))
