@@ -96,7 +96,7 @@ def heading(machine: Machine, flags: Flags, seconds: float) -> list[str]:
         f"# One device: {machine.name}" + (" (a toy run: no measure of speed)" if flags.toy else ""),
         f"Commit {commit}, {datetime.date.today()}, {seconds / 60:.1f} minutes: "
         f"`python benchmarks/gpu.py{' --toy' if flags.toy else ''}`",
-        f"{'bfloat16 (autocast)' if machine.bf16 else 'float32'}; published peak {peak}, matrix rate "
+        f"{'bfloat16' if machine.bf16 else 'float32'}; published peak {peak}, matrix rate "
         f"{machine.matrix_rate / 1e12:.3g} TFLOP/s; " + ", ".join(f"{name} {own}" for name, own in found.items()) + ".",
     ]
 

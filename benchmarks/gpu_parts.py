@@ -16,7 +16,7 @@ import torch
 from benchmarks.common import table
 from benchmarks.training_speed import installed, processor
 from benchmarks.training_steps import STEPS, Cell, attention_times, build_model, compute_type
-from lit_gpt.checkpoints.loaded import LoadedModel, compute_dtype
+from lit_gpt.checkpoints.loaded import LoadedModel, compute_dtype, round_matrices
 from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, LikelihoodSettings
 from lit_gpt.likelihood.monte_carlo import MonteCarlo
 from lit_gpt.model import kernels
@@ -235,7 +235,10 @@ def evaluation_and_sampling(machine: Machine, workload: Workload) -> list[str]:
     kernels.choose("torch", machine.device, compute_type(machine.bf16))
     for kind in ("arm", "mdm"):
         cell = Cell(kind, workload.size, 1, 2 * workload.half, machine.device.type)
-        loaded = LoadedModel(build_model(cell).eval(), no_tokenizer, "bfloat16" if machine.bf16 else "float32")
+        model = build_model(cell).eval()
+        if machine.bf16:
+            round_matrices(model)
+        loaded = LoadedModel(model, no_tokenizer, "bfloat16" if machine.bf16 else "float32")
         with part(f"evaluation {kind}"):
             seconds = evaluation_seconds(loaded, workload)
         flops = workload.texts * forward_flops(loaded, workload.half) / seconds

@@ -5,17 +5,19 @@
     model.generate("Once upon a time", max_new_tokens=32, temperature=0.7)
     model.fill("The ___ sat on the ___3.")
 
-Decisions: parameters stay float32, and `bfloat16` is autocast around the forward passes, as in training; the tokenizer is
-opened when it is first asked for, since scoring token files needs none; the evaluations use the same object.
+Decisions: with `bfloat16` the matrices of the products are rounded once and there is no other copy of them; autocast around
+the forward passes rounds what they are multiplied with, as in training, so that embeddings, norms and the sums between the
+blocks stay float32 and the numbers are those of training's arithmetic. The tokenizer is opened when it is first asked for,
+since scoring token files needs none; the evaluations use the same object.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ _BATCH_TOKENS = {"cpu": 8192, "cuda": 131072}
 
 
 def compute_dtype(name: str, device: torch.device) -> str:
-    """`float32` or `bfloat16` (autocast): as asked for, or with `auto` bfloat16 on GPUs that have it.
+    """`float32` or `bfloat16`: as asked for, or with `auto` bfloat16 on GPUs that have it.
 
     Raises:
         ValueError: another name.
@@ -78,7 +80,7 @@ def load_model(
         kind: `arm` or `mdm`, if only one of them will do.
         tokenizer: a folder, file or hub name; None takes the checkpoint's own, which an export holds inside.
         device: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU if there is one.
-        dtype: `float32`, or `bfloat16` (autocast); `auto` is float32 on CPUs and bfloat16 on GPUs that have it.
+        dtype: `float32`, or `bfloat16` for the matrix products; `auto` is float32 on CPUs and bfloat16 on GPUs that have it.
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -88,7 +90,20 @@ def load_model(
     dtype = compute_dtype(dtype, chosen)
     model, record = read_model(path, model_name, kind, chosen)
     fingerprint, run = (record.tokenizer.get("fingerprint"), record.run) if record else (None, {})
-    return LoadedModel(model, lambda: find_tokenizer(path, model.config, record, tokenizer), dtype, fingerprint, run)
+    digest = None
+    if dtype == "bfloat16":
+        # Of what the file holds: a result's identity names the dtype beside it.
+        digest = state_hash(model.state_dict())
+        round_matrices(model)
+    open_tokenizer = functools.partial(find_tokenizer, path, model.config, record, tokenizer)
+    return LoadedModel(model, open_tokenizer, dtype, fingerprint, run, digest)
+
+
+def round_matrices(model: Transformer) -> None:
+    """Round every matrix that is multiplied with to bfloat16, in place; embedding and norms stay as they are."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
 
 
 @dataclass(frozen=True)
@@ -110,13 +125,15 @@ class LoadedModel:
     open_tokenizer: Callable[[], Tokenizer]
     """Called once, when the tokenizer is first needed."""
     dtype: str = "float32"
-    """float32 or bfloat16 (autocast)."""
+    """float32 or bfloat16."""
     trained_with: str | None = None
     """SHA-256 of the tokenizer that its record names, if any."""
     run_record: dict[str, Any] = field(default_factory=dict)
     """What its record says of the run that made it; empty if nothing."""
+    original_hash: str | None = None
+    """`weights_hash`, where the parameters have been rounded since."""
 
-    @cached_property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
@@ -145,10 +162,10 @@ class LoadedModel:
         """Tokens of a batch that suit the device."""
         return _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cuda"])
 
-    @cached_property
+    @functools.cached_property
     def weights_hash(self) -> str:
-        """SHA-256 of the parameters, whatever file they came from."""
-        return state_hash(self.model.state_dict())
+        """SHA-256 of the parameters before rounding, whatever file they came from."""
+        return self.original_hash or state_hash(self.model.state_dict())
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context of every forward pass."""
@@ -244,9 +261,7 @@ class LoadedModel:
 
     def _finished(self, row: list[int], length: int, sampling: dict[str, Any]) -> list[int]:
         """The ids of a row ([MASK] at gaps) once it is written to a length."""
-        # Around all states: the weights are rounded once.
-        with self.autocast():
-            (last,) = deque(self.states(row, length, Sampling(**sampling)), maxlen=1)
+        (last,) = deque(self.states(row, length, Sampling(**sampling)), maxlen=1)
         return last.tokens()[0].tolist()  # type: ignore[no-any-return]
 
     # --- tokens -------------------------------------------------------------------------------------------------------
@@ -341,22 +356,29 @@ class LoadedModel:
             Each finished row's ids, prompt included; None where the prompt leaves no room for a token.
 
         Raises:
-            ValueError: the batch does not fit into memory.
+            ValueError: a single row does not fit into memory; a batch that does not is computed in halves.
         """
         finished: list[list[int] | None] = [None] * len(prompts)
         has_room = [number for number, prompt in enumerate(prompts) if len(prompt) < length]
         if not has_room:
             return finished
-        fitting, numbers = [prompts[n] for n in has_room], [rows[n] for n in has_room]
-        try:
-            with self.autocast():
-                ids = sample(self.model, fitting, sampling, length, self.tokenizer.eos_id, numbers)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ValueError(
-                f"{len(has_room)} rows of {length} tokens do not fit into memory: give a smaller --batch_size"
-            ) from error
-        for number, row in zip(has_room, ids, strict=True):
-            finished[number] = row.tolist()
+        start, at_once = 0, len(has_room)
+        while start < len(has_room):
+            batch = has_room[start : start + at_once]
+            fitting, numbers = [prompts[n] for n in batch], [rows[n] for n in batch]
+            try:
+                with self.autocast():
+                    ids = sample(self.model, fitting, sampling, length, self.tokenizer.eos_id, numbers)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    raise ValueError(
+                        f"a row of {length} tokens does not fit into the memory of {self.device}"
+                    ) from None
+                at_once = len(batch) // 2
+                continue
+            start += len(batch)
+            for number, row in zip(batch, ids, strict=True):
+                finished[number] = row.tolist()
         return finished

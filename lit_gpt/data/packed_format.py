@@ -181,9 +181,8 @@ class PackedDatasetBuilder:
         self._filled += array.shape[0]
 
     def write_reminder(self) -> None:
-        """Write what is left, padded with the separator (the name is TinyLlama's); nothing left writes nothing."""
-        if self._filled:
-            self._write_chunk()
+        """Write what is left, padded with the separator (the name is TinyLlama's); nothing left is a file of separators."""
+        self._write_chunk()
 
     def _write_chunk(self) -> None:
         path = self._path(self._counter)

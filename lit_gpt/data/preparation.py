@@ -166,7 +166,8 @@ class _Series:
 
     def close(self) -> dict[str, Any]:
         """Write the last file; returns the manifest."""
-        self._builder.write_reminder()
+        if self._builder.pending.size:
+            self._builder.write_reminder()
         names = [Path(name).name for name in self._builder.filenames]
         last = self.tokens - (len(names) - 1) * self._plan.chunk_size
         counts = [self._plan.chunk_size] * (len(names) - 1) + [last]

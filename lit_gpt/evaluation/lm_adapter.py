@@ -7,7 +7,6 @@ trailing white space goes to the continuation.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 from collections import Counter
@@ -25,6 +24,7 @@ from lit_gpt.evaluation.chat_template import find_chat_template, render_chat
 from lit_gpt.evaluation.harness_generation import GenerationRequest, TextWriter
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key
 from lit_gpt.evaluation.settings import ModelArgs
+from lit_gpt.evaluation.standard_errors import StandardErrors
 from lit_gpt.likelihood.estimators import make_estimator
 from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings, NotFiniteError
 from lit_gpt.randomness import hash_int
@@ -81,7 +81,8 @@ class Adapter:
         )
         self._writer = TextWriter(self.loaded, arguments, self.max_length, self._batch_tokens())
         self._cache = EvalCache(cache_folder, self._identity(), self._rank, found_folder)
-        self._errors: list[float] = []
+        self._errors = StandardErrors()
+        self._makers: dict[str, str] = {}
         self._chat_template: str | None = None
 
     @property
@@ -170,35 +171,22 @@ class Adapter:
         """What goes into the results file beside the harness's own record."""
         return {
             **self._identity(),
-            "standard_error_nats": self.error_summary(),
+            "standard_error_nats": self._errors.summary(),
             "command": self.command,
             "versions": versions.versions(_REPORTED_VERSIONS),
             "commit": versions.commit(),
-            "results_by_commit": dict(collections.Counter(self._cache.makers().values())),
+            "results_by_commit": dict(Counter({**self._makers, **self._cache.makers()}.values())),
             "processes": self._world_size,
         }
 
     def close(self) -> None:
         """Say how sure the likelihoods are, and end what was opened."""
-        summary = self.error_summary()
-        if summary["requests"] and not self._rank:
+        if self._errors.by_request and not self._rank:
             settings = self.likelihood_settings
             how = f"{settings.estimator.description()}, cfg {settings.cfg_scale:g}"
-            print(
-                f"likelihoods: {'exact (left to right)' if self.kind == 'arm' else how}, seed {settings.seed}; the "
-                f"estimator's standard error is {summary['mean']:.4f} nats on average and at most "
-                f"{summary['largest']:.4f} over {summary['requests']} requests"
-            )
+            how = "exact (left to right)" if self.kind == "arm" else how
+            print(f"likelihoods: {how}, seed {settings.seed}; {self._errors.line()}")
         self._cache.close()
-
-    def error_summary(self) -> dict[str, float | int]:
-        """The estimator's standard errors of this process's likelihoods, nats: mean, largest, and how many there are."""
-        errors = [error for error in self._errors if error == error]
-        return {
-            "mean": sum(errors) / len(errors) if errors else 0.0,
-            "largest": max(errors, default=0.0),
-            "requests": len(self._errors),
-        }
 
     # --- between processes ----------------------------------------------------------------------------------------------
 
@@ -215,7 +203,10 @@ class Adapter:
         return parts
 
     def barrier(self) -> None:
-        """Wait for all processes."""
+        """Wait for all processes; the first one learns what the others' results are, for its record of all of them."""
+        for errors, makers in self.gather_object((self._errors.by_request, self._cache.makers())) or ():
+            self._errors.update(errors)
+            self._makers.update(makers)
         torch.distributed.barrier()
 
     # --- likelihoods --------------------------------------------------------------------------------------------------
@@ -261,8 +252,10 @@ class Adapter:
                 found[key] = Likelihood(*known)
             else:
                 todo[key] = request
-        if self._cache.path and found and not self._rank:
-            print(f"{len(found)} of {len(set(keys))} results were there already: {self._cache.path}", flush=True)
+        asked_for = {key for key, request in zip(keys, requests, strict=True) if request.target}
+        if self._cache.path and len(todo) < len(asked_for) and not self._rank:
+            there = len(asked_for) - len(todo)
+            print(f"{there} of {len(asked_for)} results were there already: {self._cache.path}", flush=True)
         names = list(todo)
         with self.loaded.autocast():
             estimates = self.loaded.likelihoods(list(todo.values()), self.likelihood_settings, self._batch_tokens())
@@ -272,7 +265,7 @@ class Adapter:
                 found.update(self._progress(kept, len(names), "likelihoods", disable_tqdm))
             except NotFiniteError as error:
                 raise NotFiniteError(error.request, _name(asked[requests.index(error.request)])) from None
-        self._errors += [found[key].standard_error for key in keys]
+        self._errors.update({key: found[key].standard_error for key in keys})
         return [found[key] for key in keys]
 
     # --- the rest -----------------------------------------------------------------------------------------------------
@@ -289,7 +282,7 @@ class Adapter:
             "max_length": self.max_length,
             "dtype": self.loaded.dtype,
             "device": self.loaded.device.type,
-            "versions": self.loaded.likelihood_versions(self.likelihood_settings)
+            "computed_by": self.loaded.likelihood_versions(self.likelihood_settings)
             | {"tokenization": TOKENIZATION_VERSION},
             "generation": _generation(arguments),
         }

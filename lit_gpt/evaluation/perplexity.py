@@ -166,7 +166,7 @@ def _settings(flags: PerplexityFlags, model: LoadedModel, length: int) -> dict[s
         "config": model.model.config.to_dict(),
         "dtype": model.dtype,
         "device": model.device.type,
-        "versions": model.likelihood_versions(_likelihood_settings(flags)),
+        "computed_by": model.likelihood_versions(_likelihood_settings(flags)),
         "length": length,
     }
     if flags.type == "mdm":

@@ -37,7 +37,7 @@ class ModelArgs:
     device: str | None = None
     """cpu, cuda or cuda:N; by default a GPU if there is one."""
     dtype: str = "auto"
-    """float32 or bfloat16 (autocast); auto is float32 on CPUs and bfloat16 on GPUs that have it."""
+    """float32, or bfloat16 for the matrix products; auto is float32 on CPUs and bfloat16 on GPUs that have it."""
     seed: int = 1234
     """Of masks and samples."""
     temperature: float = sampling_flag("temperature", 0.0)

@@ -23,6 +23,7 @@ from torch import Tensor
 from lit_gpt.likelihood.monte_carlo import MonteCarlo
 from lit_gpt.likelihood.plan import Estimator, MaskingPlan
 from lit_gpt.likelihood.scoring import ScoringInput, ScoringModel, TokenScores, score_tokens
+from lit_gpt.likelihood.shared_context import answers_of_a_batch, score_answers
 from lit_gpt.model.logits import guided
 from lit_gpt.randomness import hash_int
 
@@ -122,19 +123,19 @@ def mdm_likelihoods(
         part = [requests[number] for number in numbers]
         plans = [masking_plan(settings, request) for request in part]
         inputs = [
-            _masked_input(request, plan.masks, plan.scored, model.mask_id, settings.pad_to)
+            masked_input(request, plan.masks, plan.scored, model.mask_id, settings.pad_to)
             for request, plan in zip(part, plans, strict=True)
         ]
         # The greedy check begins with everything masked, as one row of most plans is: in one call, it costs nothing.
         checked = part if settings.greedy else []
-        all_masked = [_all_masked_input(request, model.mask_id, settings.pad_to) for request in checked]
+        all_masked = [all_masked_input(request, model.mask_id, settings.pad_to) for request in checked]
         found = score_tokens(model, inputs + all_masked, best=settings.greedy)
-        _check_finite(part, found[: len(part)])
+        check_scores(part, found[: len(part)])
         greedy = greedy_matches(model, checked, found[len(part) :], settings.pad_to) or [False] * len(part)
         for number, request, plan, scores, matches in zip(
             numbers, part, plans, found[: len(part)], greedy, strict=True
         ):
-            nll, error = plan.reduce(scores.nll[:, _target_slice(request)].double())
+            nll, error = plan.reduce(scores.nll[:, target_slice(request)].double())
             yield number, Likelihood(nll, error, matches)
 
 
@@ -152,17 +153,40 @@ def arm_likelihoods(model: ScoringModel, requests: Sequence[LikelihoodRequest]) 
         NotFiniteError: as `mdm_likelihoods`.
     """
     for numbers in _rounds(model, requests, lambda request: 1):
-        inputs = []
-        for request in (requests[number] for number in numbers):
-            assert request.prefix, "an ARM's first token needs one before it"
-            ids = torch.tensor(request.prefix + request.target)
-            scored = torch.arange(len(ids) - 1) >= len(request.prefix) - 1
-            inputs.append(ScoringInput(ids[None, :-1], scored[None], ids[1:]))
-        found = score_tokens(model, inputs)
-        _check_finite([requests[number] for number in numbers], found)
-        for number, own, scores in zip(numbers, inputs, found, strict=True):
-            matches = bool((scores.best_ids == own.targets)[own.scored].all())
-            yield number, Likelihood(float(scores.nll.double().sum()), 0.0, matches)
+        part = [requests[number] for number in numbers]
+        found: dict[int, TokenScores] = {}
+        # A context with several answers is read once; everything else is whole rows.
+        for own, scores in _shared_contexts(model, part):
+            found[own] = scores
+        alone = [own for own in range(len(part)) if own not in found]
+        inputs = [_whole_input(part[own]) for own in alone]
+        for own, row, scores in zip(alone, inputs, score_tokens(model, inputs), strict=True):
+            scored = row.scored[0]
+            kept = (values[:, scored] for values in (scores.nll, scores.best_ids, scores.best_probability))
+            found[own] = TokenScores(*kept)
+        check_scores(part, [found[own] for own in range(len(part))])
+        for own, (number, request) in enumerate(zip(numbers, part, strict=True)):
+            matches = found[own].best_ids[0].tolist() == list(request.target)
+            yield number, Likelihood(float(found[own].nll.double().sum()), 0.0, matches)
+
+
+def _shared_contexts(model: ScoringModel, requests: Sequence[LikelihoodRequest]) -> Iterator[tuple[int, TokenScores]]:
+    """The scores, (1, L) each, of the requests whose prefix others have too, by their numbers."""
+    if model.network is None:
+        return
+    answers: dict[tuple[int, ...], list[int]] = {}
+    for number, request in enumerate(requests):
+        answers.setdefault(request.prefix, []).append(number)
+    questions, numbers = [], []
+    for prefix, own in answers.items():
+        # Whole rows that are equal are read once anyway: answers of one token, for example.
+        if len(prefix) > 1 and len({requests[number].target[:-1] for number in own}) > 1:
+            for some in answers_of_a_batch(prefix, [requests[number].target for number in own], model.max_tokens):
+                questions.append(some)
+                numbers.append(own[: len(some.answers)])
+                own = own[len(some.answers) :]
+    for question, scores in score_answers(model.network, questions, model.max_tokens):
+        yield from zip(numbers[question], scores, strict=True)
 
 
 def greedy_matches(
@@ -183,19 +207,19 @@ def greedy_matches(
     matches = [True] * len(requests)
     unfinished, found = list(range(len(requests))), all_masked
     while unfinished:
-        _check_finite([requests[number] for number in unfinished], found)
+        check_scores([requests[number] for number in unfinished], found)
         for number, scores in zip(unfinished, found, strict=True):
-            request, part = requests[number], _target_slice(requests[number])
+            request, part = requests[number], target_slice(requests[number])
             position = int(torch.where(masks[number][0], scores.best_probability[0, part], -1.0).argmax())
             matches[number] = int(scores.best_ids[0, part][position]) == request.target[position]
             masks[number][0, position] = False
         unfinished = [number for number in unfinished if matches[number] and bool(masks[number].any())]
-        inputs = [_masked_input(requests[n], masks[n], masks[n], model.mask_id, pad_to) for n in unfinished]
+        inputs = [masked_input(requests[n], masks[n], masks[n], model.mask_id, pad_to) for n in unfinished]
         found = score_tokens(model, inputs)
     return matches
 
 
-def _check_finite(requests: Sequence[LikelihoodRequest], found: Sequence[TokenScores]) -> None:
+def check_scores(requests: Sequence[LikelihoodRequest], found: Sequence[TokenScores]) -> None:
     """Refuse scores that are not numbers: they must not enter a mean or a cache."""
     for request, scores in zip(requests, found, strict=True):
         if not bool(scores.nll.isfinite().all()):
@@ -218,15 +242,18 @@ def _plan(estimator: Estimator, length: int, *keys: int) -> MaskingPlan:
 def _rounds(
     model: ScoringModel, requests: Sequence[LikelihoodRequest], passes: Callable[[LikelihoodRequest], int]
 ) -> Iterator[list[int]]:
-    """Numbers of requests in rounds of some batches of work, or less on slow devices; longest first, like prefixes together."""
+    """Numbers of requests in rounds of work; longest first, like prefixes together."""
+    longest: dict[tuple[int, ...], int] = {}
+    for request in requests:
+        longest[request.prefix] = max(len(request.target), longest.get(request.prefix, 0))
 
-    def order(number: int) -> tuple[int, tuple[int, ...], int]:
-        request = requests[number]
-        return -len(request.prefix) - len(request.target), request.prefix, number
+    def order(number: int) -> tuple[int, tuple[int, ...], int, int]:
+        # The answers of a question stand where its longest does.
+        prefix, target = requests[number].prefix, requests[number].target
+        return -len(prefix) - longest[prefix], prefix, -len(target), number
 
     current: list[int] = []
-    tokens, most = 0, _BATCHES_PER_ROUND * model.max_tokens
-    most = min(most, model.tokens_per_result or most)
+    tokens, most = 0, round_tokens(model)
     for number in sorted(range(len(requests)), key=order):
         request = requests[number]
         current.append(number)
@@ -238,18 +265,32 @@ def _rounds(
         yield current
 
 
-def _target_slice(request: LikelihoodRequest) -> slice:
+def round_tokens(model: ScoringModel) -> int:
+    """Tokens of a round: some batches, or less on slow devices."""
+    most = _BATCHES_PER_ROUND * model.max_tokens
+    return min(most, model.tokens_per_result or most)
+
+
+def target_slice(request: LikelihoodRequest) -> slice:
     """The columns of the target in a row."""
     return slice(len(request.prefix), len(request.prefix) + len(request.target))
 
 
-def _all_masked_input(request: LikelihoodRequest, mask_id: int, pad_to: int) -> ScoringInput:
+def _whole_input(request: LikelihoodRequest) -> ScoringInput:
+    """One row with prefix and target, whose last token nobody reads, for an ARM."""
+    assert request.prefix, "an ARM's first token needs one before it"
+    ids = torch.tensor(request.prefix + request.target)
+    scored = torch.arange(len(ids) - 1) >= len(request.prefix) - 1
+    return ScoringInput(ids[None, :-1], scored[None], ids[1:])
+
+
+def all_masked_input(request: LikelihoodRequest, mask_id: int, pad_to: int) -> ScoringInput:
     """One row with the whole target masked and scored."""
     everything = torch.ones(1, len(request.target), dtype=torch.bool)
-    return _masked_input(request, everything, everything, mask_id, pad_to)
+    return masked_input(request, everything, everything, mask_id, pad_to)
 
 
-def _masked_input(request: LikelihoodRequest, masks: Tensor, scored: Tensor, mask_id: int, pad_to: int) -> ScoringInput:
+def masked_input(request: LikelihoodRequest, masks: Tensor, scored: Tensor, mask_id: int, pad_to: int) -> ScoringInput:
     """The rows of a target under some masks (R, L), behind its prefix and before the padding."""
     rows, before = len(masks), len(request.prefix)
     length = before + len(request.target)

@@ -23,6 +23,22 @@ _GROUP_SIZES: dict[str, tuple[tuple[float, int], ...]] = {
 }
 
 
+# GPUs of the published commands.
+_PUBLISHED_DEVICES = 8
+
+
+def published_micro_steps(global_batch_size: int, group_rows: int) -> int:
+    """Micro steps of an optimizer step, as the published commands count them: those of one of their eight GPUs.
+
+    Whatever the devices and the memory are here; at least 1.
+
+    Args:
+        global_batch_size: sequences of a step.
+        group_rows: the published micro batch.
+    """
+    return max(1, global_batch_size // (_PUBLISHED_DEVICES * group_rows))
+
+
 def group_size(script: str, size_in_millions: float) -> int:
     """Rows of a group.
 

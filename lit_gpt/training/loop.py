@@ -24,6 +24,7 @@ from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.training import loggers, schedule, skipped_steps, speed_monitor
 from lit_gpt.training.attempts import Outcome
 from lit_gpt.training.experiment import Experiment
+from lit_gpt.training.group_sizes import published_micro_steps
 from lit_gpt.training.prepared_model import PreparedModel
 from lit_gpt.training.run_folder import RunFolder
 from lit_gpt.training.settings import PRECISIONS, TrainConfig
@@ -283,7 +284,7 @@ class _Trainer:
                 "metric/train_ppl": loggers.perplexity(loss),
                 "metric/grad_norm": grad_norm,
                 "learning_rate": self.prepared.optimizer.param_groups[0]["lr"],
-                "samples": step * batch_size,
+                "samples": self._iter_num() * self.layout.group_size,
                 "total_tokens": self.tokens,
                 "skipped_steps": passed_over,
                 "time/left": left_s,
@@ -297,12 +298,16 @@ class _Trainer:
         devices.say(
             self.fabric,
             f"iter {self._iter_num()} step {step}: loss {loss:.4f}, iter time: {micro_ms:.2f}ms "
-            f"{rates['throughput/tokens_per_sec']:.0f} tokens/s remaining time: {hours:.2f} hours. or {hours / 24:.2f} days.",
+            f"remaining time: {hours:.2f} hours. or {hours / 24:.2f} days. "
+            f"{rates['throughput/tokens_per_sec']:.0f} tokens/s",
         )
 
     def _iter_num(self) -> int:
-        """Published count of micro steps: groups of the global batch, whatever the devices and the memory."""
-        return self.step * (self.layout.global_batch_size // self.layout.group_size)
+        """Published count of micro steps; behind a checkpoint in the proportion that it has, so that its names go on."""
+        start = self.folder.start
+        if start is None or not start.step:
+            return self.step * published_micro_steps(self.layout.global_batch_size, self.layout.group_size)
+        return start.iter_num + (self.step - start.step) * max(1, start.iter_num // start.step)
 
     def _validate(self, signals: devices.StopSignals) -> int:
         """Validate, log and print; without validation data nothing happens.

@@ -34,12 +34,20 @@ def test_what_is_behind_it(models):
             assert not torch.is_autocast_enabled("cpu")
 
 
-def test_bfloat16_is_autocast(tmp_path):
+def test_bfloat16_is_autocast_around_matrices_that_are_rounded_once(tmp_path):
     path = export_arm_and_mdm(tmp_path)["mdm"]
     model = load_model(path, device="cpu", dtype="bfloat16")
     with model.autocast():
         assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    assert next(model.model.parameters()).dtype == torch.float32
+    for name, parameter in model.model.named_parameters():
+        kept = name == "transformer.wte.weight" or parameter.dim() == 1
+        assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
+    # Rounded before or by autocast in every pass: the same bits.
+    wide, ids = load_model(path, dtype="float32").model, torch.arange(1, 33)[None]
+    with model.autocast(), torch.no_grad():
+        assert model.model(ids).equal(wide(ids))
+        columns = torch.tensor([[0, 5, 31]])
+        assert model.model.hidden_states(ids, columns=columns).equal(wide.hidden_states(ids, columns=columns))
     exact = load_model(path, dtype="float32").loglikelihood("To be", " or not").nats
     assert model.loglikelihood("To be", " or not").nats == pytest.approx(exact, rel=0.02)
     assert model.identity() | {"dtype": "float32"} == load_model(path).identity()

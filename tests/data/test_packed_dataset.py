@@ -116,7 +116,7 @@ def test_files_hold_the_documents_in_order_even_across_an_interruption(tmp_path_
     content = b"".join(path.read_bytes()[24:] for path in paths)
     tokens = np.frombuffer(content, dtype="<u2")
     total = sum(lengths)
-    assert len(paths) == -(-total // chunk_size)
+    assert len(paths) == max(1, -(-total // chunk_size))  # published: nothing at all is a file, too
     assert np.array_equal(tokens[:total], counting(total)) and (tokens[total:] == 1).all()
 
     first = PackedDatasetBuilder(folder / "b", "x", chunk_size, 1, vocab_size=32000)
@@ -129,6 +129,21 @@ def test_files_hold_the_documents_in_order_even_across_an_interruption(tmp_path_
     second.write_reminder()
     assert [Path(name).name for name in second.filenames] == [path.name for path in paths]
     assert b"".join(Path(name).read_bytes()[24:] for name in second.filenames) == content
+
+
+def test_nothing_left_is_a_file_of_separators_that_changes_no_block(tmp_path):
+    """As users' preparation scripts expect; read, it is padding."""
+    (empty,) = build(tmp_path / "a", "train_slim", [], 8)
+    assert empty.name == "train_slim_0000000000.bin"
+    assert np.frombuffer(empty.read_bytes()[24:], dtype="<u2").tolist() == [1] * 8
+    for folder in (tmp_path / "b", tmp_path / "c"):
+        build(folder, "train_slim", [counting(16)], 8)
+    builder = PackedDatasetBuilder(tmp_path / "c", "train_slim", 8, 1, vocab_size=32000)
+    builder.continue_from(2, np.asarray([], dtype=np.int64))
+    builder.write_reminder()
+    assert len(builder.filenames) == 3 and Path(builder.filenames[2]).is_file()
+    one, other = (open_series(tmp_path / name) for name in "bc")
+    assert len(one) == len(other) == 4
 
 
 def test_builder_refuses_tokens_that_would_wrap_around(tmp_path):

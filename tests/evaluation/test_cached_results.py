@@ -87,7 +87,7 @@ def test_likelihoods_of_the_harness(folder, tmp_path, name):
     adapter.close()
     common = {"kind": kind, "max_length": 128, "dtype": "float32", "generation": ["greedy", None, 0.0]}
     own = {} if kind == "arm" else {expected["estimator"]: 1}
-    common |= {"device": "cpu", "versions": {"scoring": 1, "tokenization": 1, **own}}
+    common |= {"device": "cpu", "computed_by": {"scoring": 1, "tokenization": 1, **own}}
     common["special_tokens"] = "ids"
     assert settings_of(tmp_path, OF_THE_MODEL) == {**common, **expected}
 
@@ -111,7 +111,7 @@ def test_rows_of_fineweb(folder, tmp_path, monkeypatch, kind, words, expected):
     monkeypatch.setattr(sys, "argv", ["evaluate_fineweb.py", *flags, "--cache", str(tmp_path), *words])
     evaluate_fineweb.main()
     versions = {"scoring": 1, **({} if kind == "arm" else {expected["estimator"]: 1})}
-    common = {"dtype": "float32", "length": 16, "device": "cpu", "versions": versions}
+    common = {"dtype": "float32", "length": 16, "device": "cpu", "computed_by": versions}
     assert settings_of(tmp_path, ("checkpoint", "config")) == {**common, **expected}
 
 

@@ -17,6 +17,7 @@ from lit_gpt.evaluation.generated_answers import AnswerFile
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate
 from lit_gpt.evaluation.settings import read_model_args
+from lit_gpt.evaluation.standard_errors import StandardErrors
 from lit_gpt.evaluation.versions import commit
 from tests.support.small_models import export_arm_and_mdm
 
@@ -166,3 +167,14 @@ def test_results_keep_the_commit_that_made_them(tmp_path: Path) -> None:
     last = EvalCache(tmp_path, settings, rank=2)
     assert last.get("new") == 3 and last.makers() == {"new": made_by["new"]}
     last.close()
+
+
+def test_an_error_that_nothing_was_estimated_for_is_not_reported() -> None:
+    """It was 0.0000 nats for an ARM, and for one draw, which cannot tell its error."""
+    exact, one_draw, estimated = StandardErrors(), StandardErrors(), StandardErrors()
+    exact.update({"a": 0.0, "b": 0.0})
+    one_draw.update({"a": math.nan})
+    estimated.update({"a": 0.5, "b": 0.0, "c": math.nan})
+    assert exact.summary() == {"mean": None, "largest": None, "requests": 2} and exact.line() == "2 requests"
+    assert one_draw.line() == "one draw cannot tell the estimator's standard error, 1 requests"
+    assert estimated.summary() == {"mean": 0.25, "largest": 0.5, "requests": 3}

@@ -17,6 +17,7 @@ import pytest
 
 from lit_gpt import cli
 from lit_gpt.evaluation import lm_harness
+from lit_gpt.evaluation.harness_command import read_command
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import EvalCache
 from lit_gpt.evaluation.settings import read_model_args
@@ -246,8 +247,12 @@ def test_the_arm_command_and_its_record(models, tmp_path):
     )
     assert any("next_line" in line for line in table(done.stdout))
     assert "likelihoods: exact (left to right), seed 1234" in done.stdout
+    # Nothing was estimated: nothing is said of an estimator's error.
+    assert "standard error" not in done.stdout
     (path,) = (tmp_path / "out").rglob("results_*.json")
+    assert path.parent == tmp_path / "out" / "tiny"
     config = json.loads(path.read_text())["config"]
+    assert config["standard_error_nats"] == {"mean": None, "largest": None, "requests": 6 * 4 + 6}
     assert config["kind"] == "arm" and len(config["checkpoint"]) == 64 and config["versions"]["lm_eval"]
     assert config["command"][1:3] == TASKS[:2]
     assert list((tmp_path / "out").rglob("samples_next_line_*.jsonl"))
@@ -271,12 +276,17 @@ def test_a_killed_evaluation_goes_on_and_processes_share_it(models, tmp_path):
     assert process.poll() is None, "it ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    resumed = run_script(tmp_path, "evaluate_diff.py", *words, str(cache))
+    resumed = run_script(tmp_path, "evaluate_diff.py", *words, str(cache), "--output_path", str(tmp_path / "one.json"))
     assert "results were there already" in resumed.stdout
     assert "likelihoods: mc, mc_num 256, cfg 0, seed 1234" in resumed.stdout
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
     two = subprocess.run(
-        [*launch, *command("evaluate_diff.py", *words, str(tmp_path / "two"))[1:]],
+        [
+            *launch,
+            *command("evaluate_diff.py", *words, str(tmp_path / "two"), "--output_path", str(tmp_path / "two.json"))[
+                1:
+            ],
+        ],
         cwd=ROOT,
         env=environment(tmp_path),
         capture_output=True,
@@ -286,6 +296,12 @@ def test_a_killed_evaluation_goes_on_and_processes_share_it(models, tmp_path):
     assert two.returncode == 0, two.stderr
     for one, other in zip(values(resumed.stdout), values(two.stdout), strict=True):
         assert one[:2] == other[:2] and one[2] == pytest.approx(other[2], rel=1e-4)
+    records = [json.loads(next(tmp_path.glob(f"{name}_*.json")).read_text())["config"] for name in ("one", "two")]
+    errors = [record["standard_error_nats"] for record in records]
+    assert errors[0]["requests"] == errors[1]["requests"] == sum(records[1]["results_by_commit"].values())
+    assert errors[0]["mean"] == pytest.approx(errors[1]["mean"], rel=1e-4) and errors[0]["mean"] > 0
+    (footer,) = (line for line in two.stdout.splitlines() if line.startswith("likelihoods: "))
+    assert footer.endswith(f"over {errors[0]['requests']} requests")
 
 
 MISTAKES = {
@@ -313,6 +329,9 @@ MISTAKES = {
     "endless guidance": ([], {"cfg": "1e999"}, "cfg is inf: it must be"),
     "brackets": ([], {"tokenizer": "[" * 5000}, "more than 100 brackets"),
     "no value": (["--use_cache"], {}, "--use_cache/-c: expected one argument"),
+    "abbreviated cache": (["--use_cach", "nowhere/x"], {}, "--use_cache: spell it out"),
+    "no config": (["--config", "nowhere.yaml"], {}, "nowhere.yaml"),
+    "config of another kind": (["-C", "README.md"], {}, "README.md(: expected YAML| is no YAML)"),
     "no temperature": ([], {"temperature": "None"}, "temperature=None: expected int or float"),
     "endless temperature": ([], {"temperature": "inf"}, "temperature is inf: it must be a number from 0"),
     "algorithm": ([], {"alg": "best"}, "unknown sampling algorithm 'best'"),
@@ -337,6 +356,37 @@ def test_mistakes_are_one_line(models, name, capsys, monkeypatch):
     last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(last) == 1
     assert re.search(message, last[0]), last
+
+
+def test_a_config_file_counts_before_our_defaults_and_behind_what_is_typed(models, tmp_path, monkeypatch, capsys):
+    """Its batch size and device were overruled by ours, and its `use_cache` reached a cache that unpickles."""
+    config = {
+        "model_args": {"ckpt_path": str(models["arm"])},
+        "tasks": ["next_line"],
+        "include_path": "tasks",
+        "limit": 1,
+        "batch_size": 3,
+        "device": "cpu",
+        "use_cache": str(tmp_path / "cache"),
+        "output_path": str(tmp_path / "from_config"),
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))  # YAML, too
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["evaluate_ar.py"])
+    words = ["--config", str(tmp_path / "config.yaml"), "-o", str(tmp_path / "typed")]
+    with read_command(words).words("ar") as handed_on:
+        assert handed_on[:4] == ["--model", "ar", "--output_path", str(tmp_path / "typed")]
+        assert handed_on[4] == "--config" and len(handed_on) == 6
+    with read_command([*words, "--device", "cuda:1", "-b", "7"]).words("ar") as handed_on:
+        assert handed_on[2:6] == ["--device", "cuda:1", "--batch_size", "7"]
+    lm_harness.evaluate("ar", words)
+    (record,) = (tmp_path / "typed").rglob("results_*.json")
+    assert not (tmp_path / "from_config").exists()
+    shown = json.loads(record.read_text())["config"]
+    assert (shown["batch_size"], shown["device"], shown["use_cache"]) == (3, "cpu", None)
+    # Our cache, where the file says; and no database.
+    assert {path.suffix for path in tmp_path.glob("cache*/*")} == {".jsonl"} and not list(tmp_path.rglob("*.db"))
+    assert sum(lines(tmp_path / "cache").values()) > 4
 
 
 def test_results_that_could_not_be_written_are_an_error(models, tmp_path, monkeypatch, capsys):

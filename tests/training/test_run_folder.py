@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from lit_gpt.data.packed_format import PackedDatasetBuilder
 from tests.checkpoints.test_sharded import largest_file
@@ -79,6 +80,26 @@ def test_a_refused_rewind_deletes_nothing(finished, mistake, rewind):
     )
     assert err.startswith("error: ")
     assert contents(finished) == before
+
+
+def test_checkpoints_are_named_by_published_micro_steps_and_older_names_go_on(folder):
+    """512 sequences in groups of 32 are 2 micro steps of one of 8 GPUs; a run of another count keeps its own."""
+    flags = {"max_steps": 4, "save_interval": 2, "keep_checkpoints": 0, "val_samples": 0, "batch_size": 512}
+    flags |= {"block_size": 8, "log_interval": 1}
+    run_pretraining("train_mdm.py", folder, **flags)
+    (run,) = folder.glob("workdir/*/*")
+    assert [path.stem for path in sorted(run.glob("iter-*.pth"))] == ["iter-000004-ckpt", "iter-000008-ckpt"]
+    assert [float(row["samples"]) for row in read_metrics(folder) if row["samples"]] == [64, 128, 192, 256]
+    # As it was counted before: every group of the step, 16 here.
+    content = torch.load(run / "iter-000004-ckpt.pth", weights_only=True) | {"iter_num": 32}
+    torch.save(content, run / "iter-000032-ckpt.pth")
+    expected = torch.load(run / "iter-000008-ckpt.pth", weights_only=True)["model"]
+    out, _ = run_pretraining("train_mdm.py", folder, **flags, resume=run / "iter-000032-ckpt.pth")
+    assert "iter 64 step 4: " in out
+    again = torch.load(run / "iter-000064-ckpt.pth", weights_only=True)
+    assert (again["iter_num"], again["step_count"]) == (64, 4)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in again["model"].items())
+    assert "is finished" in run_pretraining("train_mdm.py", folder, **flags)[0]
 
 
 def test_a_rewind_deletes_later_checkpoints_with_its_first_save(finished):
@@ -265,7 +286,11 @@ def test_a_row_says_what_an_operator_asks(folder, processes):
         assert {name for name, value in row.items() if not value} == validation | {"throughput/device/mfu"}
         left = (12 - int(row["step"])) * 8 / float(row["throughput/samples_per_sec"])
         assert float(row["time/left"]) == pytest.approx(left)
-        assert f"remaining time: {left / 3600:.2f} hours" in out
+        hours = left / 3600
+        assert f"ms remaining time: {hours:.2f} hours. or {hours / 24:.2f} days. " in out, (
+            "the published order of words"
+        )
+        assert float(row["samples"]) == int(row["step"]) * 8
         assert 0 < float(row["data/wait_share"]) <= 1 and float(row["data/wait_ms"]) > 0
         # Of this process, or of one that the test started: torch alone takes a part of it.
         assert 0.1 < float(row["memory/peak_gb"]) < 20
