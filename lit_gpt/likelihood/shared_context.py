@@ -28,7 +28,7 @@ _KEYS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class Question:
+class SharedContext:
     """A context and what may follow it."""
 
     context: TokenIds
@@ -43,18 +43,18 @@ class Question:
         return len(self.context) + read + keys // _KEYS_PER_TOKEN
 
 
-def answers_of_a_batch(context: TokenIds, answers: Sequence[TokenIds], max_tokens: int) -> Iterator[Question]:
+def answers_of_a_batch(context: TokenIds, answers: Sequence[TokenIds], max_tokens: int) -> Iterator[SharedContext]:
     """A question's answers in order, as few questions with so many of them as a batch of `max_tokens` takes."""
     start = 0
     for end in range(1, len(answers) + 1):
         last = end == len(answers)
-        if last or Question(context, tuple(answers[start : end + 1])).tokens() > max_tokens:
-            yield Question(context, tuple(answers[start:end]))
+        if last or SharedContext(context, tuple(answers[start : end + 1])).tokens() > max_tokens:
+            yield SharedContext(context, tuple(answers[start:end]))
             start = end
 
 
 def score_answers(
-    network: Transformer, questions: Sequence[Question], max_tokens: int
+    network: Transformer, questions: Sequence[SharedContext], max_tokens: int
 ) -> Iterator[tuple[int, list[TokenScores]]]:
     """Score all answers of some questions.
 
@@ -87,10 +87,10 @@ def score_answers(
         start += count
 
 
-def _one_by_one(network: Transformer, question: Question) -> list[TokenScores]:
+def _one_by_one(network: Transformer, question: SharedContext) -> list[TokenScores]:
     """The scores of a question whose answers do not fit into memory together."""
     try:
-        return [_read(network, [Question(question.context, (answer,))])[0][0] for answer in question.answers]
+        return [_read(network, [SharedContext(question.context, (answer,))])[0][0] for answer in question.answers]
     except torch.OutOfMemoryError:
         longest = len(question.context) + max(map(len, question.answers)) - 1
         device = network.lm_head.weight.device
@@ -98,7 +98,7 @@ def _one_by_one(network: Transformer, question: Question) -> list[TokenScores]:
 
 
 @torch.no_grad()
-def _read(network: Transformer, questions: Sequence[Question]) -> list[list[TokenScores]]:
+def _read(network: Transformer, questions: Sequence[SharedContext]) -> list[list[TokenScores]]:
     """The scores of some questions' answers, read together."""
     device = network.lm_head.weight.device
     answers = [answer for question in questions for answer in question.answers]

@@ -11,7 +11,7 @@ import torch
 from lit_gpt.config import Config
 from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, arm_likelihoods
 from lit_gpt.likelihood.scoring import ScoringModel
-from lit_gpt.likelihood.shared_context import Question, answers_of_a_batch, score_answers
+from lit_gpt.likelihood.shared_context import SharedContext, answers_of_a_batch, score_answers
 from lit_gpt.model.causal import GPT
 from tests.support.gpus import DEVICES
 from tests.support.small_models import scaled_model
@@ -101,7 +101,7 @@ def test_answers_stay_together_however_many_rounds_there_are():
 
 def test_what_does_not_fit_is_read_in_parts():
     model = scaled_model(GPT, TINY, 5)
-    questions = [Question((1, 2, number), ((4, 5, 6), (7, 8), (9,))) for number in range(5)]
+    questions = [SharedContext((1, 2, number), ((4, 5, 6), (7, 8), (9,))) for number in range(5)]
     expected = list(score_answers(model, questions, 10**6))
     inner, most = model.hidden_states, [9]
 
