@@ -356,22 +356,29 @@ class LoadedModel:
             Each finished row's ids, prompt included; None where the prompt leaves no room for a token.
 
         Raises:
-            ValueError: the batch does not fit into memory.
+            ValueError: a single row does not fit into memory; a batch that does not is computed in halves.
         """
         finished: list[list[int] | None] = [None] * len(prompts)
         has_room = [number for number, prompt in enumerate(prompts) if len(prompt) < length]
         if not has_room:
             return finished
-        fitting, numbers = [prompts[n] for n in has_room], [rows[n] for n in has_room]
-        try:
-            with self.autocast():
-                ids = sample(self.model, fitting, sampling, length, self.tokenizer.eos_id, numbers)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ValueError(
-                f"{len(has_room)} rows of {length} tokens do not fit into memory: give a smaller --batch_size"
-            ) from error
-        for number, row in zip(has_room, ids, strict=True):
-            finished[number] = row.tolist()
+        start, at_once = 0, len(has_room)
+        while start < len(has_room):
+            batch = has_room[start : start + at_once]
+            fitting, numbers = [prompts[n] for n in batch], [rows[n] for n in batch]
+            try:
+                with self.autocast():
+                    ids = sample(self.model, fitting, sampling, length, self.tokenizer.eos_id, numbers)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    raise ValueError(
+                        f"a row of {length} tokens does not fit into the memory of {self.device}"
+                    ) from None
+                at_once = len(batch) // 2
+                continue
+            start += len(batch)
+            for number, row in zip(batch, ids, strict=True):
+                finished[number] = row.tolist()
         return finished

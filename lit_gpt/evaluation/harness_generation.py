@@ -16,7 +16,8 @@ from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.cli import warn
 from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.randomness import hash_int
-from lit_gpt.sampling.many import SampleRequest, sample_many
+from lit_gpt.sampling.many import sample_many
+from lit_gpt.sampling.sequence import SampleRequest
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
 

@@ -6,7 +6,6 @@ it is keyed by request alone, so that another checkpoint or setting would be ser
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import glob
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.evaluation.generated_answers import checkpoint_name
+from lit_gpt.evaluation.harness_command import read_command
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import results_folder
-from lit_gpt.evaluation.settings import ModelArgs, read_model_args, usage
+from lit_gpt.evaluation.settings import read_model_args, usage
 from lit_gpt.files import SaveError, make_folder
 
-# The harness reads values as Python's literals, whose parser gives up at a depth of some hundreds without a ValueError.
-_MOST_BRACKETS = 100
 HARNESS_MODEL_KINDS = {"ar": "arm", "mdlm": "mdm"}
 
 
@@ -66,6 +64,12 @@ def registered_models() -> list[Any]:
                 flags.pop("max_batch_size", None)  # a batch is bounded by its tokens
                 return cls(**{**flags, **arg_dict})
 
+            def set_cache_hook(self, cache_hook: Any) -> None:
+                """The harness would put its own cache around the model, which unpickles."""
+                raise ValueError(
+                    "--use_cache: spell it out, as a word of its own, so that it names our cache of results"
+                )
+
         return Registered
 
     return [register_model(name)(registered(kind)) for name, kind in HARNESS_MODEL_KINDS.items()]
@@ -81,20 +85,8 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
     Raises:
         ValueError: the user's mistakes, ours and the harness's.
     """
-    for word in argv:
-        if max(map(word.count, "([{")) > _MOST_BRACKETS:
-            raise ValueError(f"{word[:40]}...: more than {_MOST_BRACKETS} brackets")
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    flags.add_argument("--use_cache", "-c")
-    flags.add_argument("--output_path", "-o")
-    flags.add_argument("--device", default="auto")
-    flags.add_argument("--batch_size", "-b", default=str(ModelArgs.batch_size))
-    flags.add_argument("--model", "-M", default=model)
-    try:
-        known, rest = flags.parse_known_args([word for word in argv if word != "run"])
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    if {"-h", "--help"} & set(rest):
+    command = read_command(argv)
+    if {"-h", "--help"} & set(command.rest):
         print(usage() + "\n--use_cache FOLDER|off: where finished results are kept (never served to other settings)\n")
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -102,28 +94,26 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
         raise ValueError(
             f"lm-evaluation-harness is missing ({error}): ./setup.sh eval, or pip install 'smdm[eval]'"
         ) from None
-    results_before = _result_files(known.output_path)
-    if known.output_path is not None:
+    output_path = command.output_path
+    results_before = _result_files(output_path)
+    if output_path is not None:
         # Before the work: the harness itself only warns when it cannot write, and ends with code 0.
-        make_folder(_output_folder(known.output_path))
-    beside_output = None if known.output_path is None else _output_folder(known.output_path) / "cache"
+        make_folder(_output_folder(output_path))
+    beside_output = None if output_path is None else _output_folder(output_path) / "cache"
     # Beside the output a result is easy to keep with it; what was computed before there was an output counts, too.
-    found_folder = None if known.use_cache else results_folder(None)
-    run = HarnessRun(results_folder(known.use_cache, beside_output), found_folder, [sys.argv[0], *argv])
+    found_folder = None if command.use_cache else results_folder(None)
+    run = HarnessRun(results_folder(command.use_cache, beside_output), found_folder, [sys.argv[0], *argv])
     for model_class in registered_models():
         model_class.run = run
-    sys.argv = ["lm_eval", "run", *rest]
-    for name in ("model", "device", "batch_size", "output_path"):
-        if getattr(known, name):
-            sys.argv += [f"--{name}", getattr(known, name)]
-    with _one_line_errors(), _folders_named_by_checkpoint():
+    with command.words(model) as words, _one_line_errors(), _folders_named_by_checkpoint():
+        sys.argv = ["lm_eval", "run", *words]
         cli_evaluate()
     for adapter in run.built:
         adapter.close()
-    if known.output_path is not None and os.environ.get("RANK", "0") == "0":
-        written = _result_files(known.output_path) - results_before
+    if output_path is not None and os.environ.get("RANK", "0") == "0":
+        written = _result_files(output_path) - results_before
         if not any(path.stat().st_size for path in written):
-            raise SaveError(f"the results could not be written below {known.output_path}")
+            raise SaveError(f"the results could not be written below {output_path}")
 
 
 def _output_folder(output_path: str) -> Path:

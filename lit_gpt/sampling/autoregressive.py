@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_gpt.model.causal import GPT
 from lit_gpt.randomness import Stream, uniform
 from lit_gpt.sampling.categorical import TOKEN, sample_tokens
-from lit_gpt.sampling.kv_cache import KVCache
+from lit_gpt.sampling.kv_cache import KVCache, compute_dtype_of
 from lit_gpt.sampling.sequence import PartialSequences, State
 from lit_gpt.sampling.settings import Sampling
 
@@ -89,10 +89,7 @@ def cached(model: GPT, batch: int, capacity: int) -> NextLogitsFn:
         batch: B.
         capacity: columns of the finished prompts.
     """
-    weight = model.lm_head.weight
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    cache = KVCache(model.config, batch, capacity, weight.device, dtype)
+    cache = KVCache(model.config, batch, capacity, model.lm_head.weight.device, compute_dtype_of(model))
 
     def last_logits(input_ids: Tensor, positions: Tensor, key_mask: Tensor | None) -> Tensor:
         hidden = model.hidden_states(input_ids, positions, model.visibility.padded(key_mask), cache)

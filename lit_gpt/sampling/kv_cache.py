@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 from lit_gpt.config import Config
+from lit_gpt.model.causal import GPT
+
+
+def compute_dtype_of(model: GPT) -> torch.dtype:
+    """The dtype of a model's keys and values: autocast's, else the weights'."""
+    weight = model.lm_head.weight
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 class KVCache:

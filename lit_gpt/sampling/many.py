@@ -1,35 +1,21 @@
-"""Many prompts through one model: batches of about equal rows, each ended as soon as all its texts are decided.
+"""Many prompts through one model: an ARM's in slots that are filled again, an MDM's in batches of about equal rows.
 
-Decisions: a row's tokens depend on its own number and prompt alone (`sample`), so neither the batches nor a batch that is
-computed again in halves after memory ran out change them; what a text is, and where it ends, the caller knows.
+Decisions: nothing is computed behind where a text is decided, for an MDM once that holds for its whole batch; a row's
+tokens depend on its own number and prompt alone (`sample`), so that no batch changes them, nor one that is computed again
+in halves after memory ran out; what a text is, and where it ends, the caller knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Iterator, Sequence
 
 from lit_gpt.devices import is_out_of_memory
+from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
 from lit_gpt.sampling.sample import sample_states
-from lit_gpt.sampling.sequence import State
+from lit_gpt.sampling.sequence import SampleRequest, State, context_lengths
 from lit_gpt.sampling.settings import Sampling
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """One prompt to complete."""
-
-    prompt: Sequence[int]
-    """Token ids."""
-    length: int
-    """Tokens of the finished row, prompt included."""
-    row: int
-    """The row's number, which decides its random numbers."""
-    is_decided: Callable[[list[int]], bool] | None = None
-    """Given the first new tokens, as far as they are final: whether nothing behind them counts. None: all tokens count."""
+from lit_gpt.sampling.slots import SlotSampler
 
 
 def sample_many(
@@ -51,51 +37,54 @@ def sample_many(
     Raises:
         ValueError: as `sample`; a single row does not fit into memory.
     """
+    if requests:
+        context_lengths([one.prompt for one in requests], [one.length for one in requests], model.config)
     # Rows of about the same length waste the least, and the longest show at once whether memory suffices.
     order = sorted(range(len(requests)), key=lambda number: (-requests[number].length, -len(requests[number].prompt)))
-    start, shrunk = 0, batch_tokens
-    while start < len(order):
-        length = requests[order[start]].length
-        numbers = order[start : start + max(1, shrunk // length)]
+    waiting = dict.fromkeys(order)
+    while waiting:
+        length = requests[next(iter(waiting))].length
+        rows = min(len(waiting), max(1, batch_tokens // length))
+        todo = [(number, requests[number]) for number in waiting]
+        if isinstance(model, GPT) and sampling.use_cache and not sampling.cfg_scale:
+            found = SlotSampler(model, sampling, stop_id, rows, length).write(todo)
+        else:
+            found = _batch(model, todo[:rows], sampling, stop_id)
         try:
-            found = _batch(model, [requests[number] for number in numbers], sampling, stop_id)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+            for number, new in found:
+                del waiting[number]
+                yield number, new
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if len(numbers) == 1:
+            if rows == 1:
                 device = next(model.parameters()).device
                 raise ValueError(f"a row of {length} tokens does not fit into the memory of {device}") from None
-            shrunk = len(numbers) // 2 * length
-            continue
-        start += len(numbers)
-        yield from zip(numbers, found, strict=True)
+            batch_tokens = rows // 2 * length
 
 
-def _batch(model: Transformer, requests: Sequence[SampleRequest], sampling: Sampling, stop_id: int) -> list[list[int]]:
-    """The new tokens of requests that are computed together."""
+def _batch(
+    model: Transformer, numbered: Sequence[tuple[int, SampleRequest]], sampling: Sampling, stop_id: int
+) -> Iterator[tuple[int, list[int]]]:
+    """(number, new tokens) of requests that are computed together, once all of them are done."""
+    requests = [request for _, request in numbered]
     prompts, lengths, rows = ([getattr(one, name) for one in requests] for name in ("prompt", "length", "row"))
-    open_numbers = set(range(len(requests)))
+    undecided = set(range(len(requests)))
     new: list[list[int]] = [[] for _ in requests]
     watched = all(one.is_decided is not None for one in requests)
     for state in sample_states(model, prompts, sampling, lengths, stop_id, rows):
-        last = state
-        if not watched:
-            continue
-        final = _final_tokens(model, state)
-        for number in sorted(open_numbers):
-            request = requests[number]
-            new[number] = final[number][len(request.prompt) :]
-            assert request.is_decided is not None
-            if request.is_decided(new[number]):
-                open_numbers.remove(number)
-        if not open_numbers:
-            state.check()
-            return new
-    whole = [ids.tolist() for ids in last.tokens()]
-    return [
-        whole[number][len(request.prompt) :] if number in open_numbers else new[number]
-        for number, request in enumerate(requests)
-    ]
+        if watched:
+            final = _final_tokens(model, state)
+            for place in sorted(undecided):
+                request = requests[place]
+                new[place] = final[place][len(request.prompt) :]
+                if request.is_decided is not None and request.is_decided(new[place]):
+                    undecided.remove(place)
+            if not undecided:
+                break
+    for place, ids in enumerate(state.tokens()):
+        whole = ids[len(prompts[place]) :].tolist()
+        yield numbered[place][0], whole if place in undecided else new[place]
 
 
 def _final_tokens(model: Transformer, state: State) -> list[list[int]]:

@@ -9,7 +9,7 @@ B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,10 +63,8 @@ class State:
         Raises:
             ValueError: some logits were no finite numbers.
         """
-        if self.finite is not None and not bool(self.finite):
-            raise ValueError(
-                "the model gives logits that are no finite numbers: its weights are damaged or it diverged"
-            )
+        if self.finite is not None:
+            check_finite_logits(self.finite)
 
     def tokens(self) -> list[Tensor]:
         """Each row without its padding, (L_i,) int64.
@@ -80,6 +78,33 @@ class State:
     def confidences(self) -> list[Tensor]:
         """The confidences of `tokens`, (L_i,) float32 each."""
         return [value[keep] for value, keep in zip(self.confidence, self.key_mask, strict=True)]
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One prompt of many to complete."""
+
+    prompt: Sequence[int]
+    """Token ids."""
+    length: int
+    """Tokens of the finished row, prompt included."""
+    row: int
+    """The row's number, which decides its random numbers."""
+    is_decided: Callable[[list[int]], bool] | None = None
+    """Given the first new tokens, as far as they are final: whether nothing behind them counts. None: all tokens count."""
+
+
+def check_finite_logits(finite: Tensor) -> None:
+    """Refuse a broken model; waits for the device.
+
+    Args:
+        finite: scalar bool, whether all logits were finite numbers.
+
+    Raises:
+        ValueError: they were not.
+    """
+    if not bool(finite):
+        raise ValueError("the model gives logits that are no finite numbers: its weights are damaged or it diverged")
 
 
 def context_lengths(

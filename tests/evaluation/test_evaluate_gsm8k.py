@@ -501,16 +501,33 @@ def test_the_published_settings(folder, evaluating, tmp_path, monkeypatch):
     assert Flags().length == 256 and Flags().data == "data/gsm8k/test.jsonl"
 
 
-def test_a_batch_that_does_not_fit_is_one_line(evaluating, tmp_path, monkeypatch):
+def test_a_batch_that_does_not_fit_is_halved(evaluating, tmp_path, monkeypatch):
+    """A device with room for one row: the same answers."""
+    assert evaluating("mdm", "--steps", "4", "--output", str(tmp_path / "whole.jsonl"))[0] == 0
+    from lit_gpt.checkpoints import loaded
+
+    whole, rows = loaded.sample, []
+
+    def sample(model, prompts, *rest):
+        rows.append(len(prompts))
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, prompts, *rest)
+
+    monkeypatch.setattr("lit_gpt.checkpoints.loaded.sample", sample)
+    assert evaluating("mdm", "--steps", "4", "--output", str(tmp_path / "halves.jsonl"))[0] == 0
+    assert rows[:6] == [4, 2, 1, 1, 1, 1]
+    assert answers_of(tmp_path / "halves.jsonl") == answers_of(tmp_path / "whole.jsonl")
+
+
+def test_a_row_that_does_not_fit_is_one_line(evaluating, tmp_path, monkeypatch):
     def sample(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("lit_gpt.checkpoints.loaded.sample", sample)
     code, _, err = evaluating("mdm", "--output", str(tmp_path / "a.jsonl"))
     assert code == 2
-    assert (
-        err.splitlines()[-1] == f"error: 4 rows of {LENGTH} tokens do not fit into memory: give a smaller --batch_size"
-    )
+    assert err.splitlines()[-1] == f"error: a row of {LENGTH} tokens does not fit into the memory of cpu"
 
 
 def test_flags_that_an_arm_has_no_use_for(evaluating, tmp_path):

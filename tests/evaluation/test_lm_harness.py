@@ -17,6 +17,7 @@ import pytest
 
 from lit_gpt import cli
 from lit_gpt.evaluation import lm_harness
+from lit_gpt.evaluation.harness_command import read_command
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.result_cache import EvalCache
 from lit_gpt.evaluation.settings import read_model_args
@@ -328,6 +329,9 @@ MISTAKES = {
     "endless guidance": ([], {"cfg": "1e999"}, "cfg is inf: it must be"),
     "brackets": ([], {"tokenizer": "[" * 5000}, "more than 100 brackets"),
     "no value": (["--use_cache"], {}, "--use_cache/-c: expected one argument"),
+    "abbreviated cache": (["--use_cach", "nowhere/x"], {}, "--use_cache: spell it out"),
+    "no config": (["--config", "nowhere.yaml"], {}, "nowhere.yaml"),
+    "config of another kind": (["-C", "README.md"], {}, "README.md(: expected YAML| is no YAML)"),
     "no temperature": ([], {"temperature": "None"}, "temperature=None: expected int or float"),
     "endless temperature": ([], {"temperature": "inf"}, "temperature is inf: it must be a number from 0"),
     "algorithm": ([], {"alg": "best"}, "unknown sampling algorithm 'best'"),
@@ -352,6 +356,37 @@ def test_mistakes_are_one_line(models, name, capsys, monkeypatch):
     last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(last) == 1
     assert re.search(message, last[0]), last
+
+
+def test_a_config_file_counts_before_our_defaults_and_behind_what_is_typed(models, tmp_path, monkeypatch, capsys):
+    """Its batch size and device were overruled by ours, and its `use_cache` reached a cache that unpickles."""
+    config = {
+        "model_args": {"ckpt_path": str(models["arm"])},
+        "tasks": ["next_line"],
+        "include_path": "tasks",
+        "limit": 1,
+        "batch_size": 3,
+        "device": "cpu",
+        "use_cache": str(tmp_path / "cache"),
+        "output_path": str(tmp_path / "from_config"),
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))  # YAML, too
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["evaluate_ar.py"])
+    words = ["--config", str(tmp_path / "config.yaml"), "-o", str(tmp_path / "typed")]
+    with read_command(words).words("ar") as handed_on:
+        assert handed_on[:4] == ["--model", "ar", "--output_path", str(tmp_path / "typed")]
+        assert handed_on[4] == "--config" and len(handed_on) == 6
+    with read_command([*words, "--device", "cuda:1", "-b", "7"]).words("ar") as handed_on:
+        assert handed_on[2:6] == ["--device", "cuda:1", "--batch_size", "7"]
+    lm_harness.evaluate("ar", words)
+    (record,) = (tmp_path / "typed").rglob("results_*.json")
+    assert not (tmp_path / "from_config").exists()
+    shown = json.loads(record.read_text())["config"]
+    assert (shown["batch_size"], shown["device"], shown["use_cache"]) == (3, "cpu", None)
+    # Our cache, where the file says; and no database.
+    assert {path.suffix for path in tmp_path.glob("cache*/*")} == {".jsonl"} and not list(tmp_path.rglob("*.db"))
+    assert sum(lines(tmp_path / "cache").values()) > 4
 
 
 def test_results_that_could_not_be_written_are_an_error(models, tmp_path, monkeypatch, capsys):

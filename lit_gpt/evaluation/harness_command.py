@@ -1,0 +1,113 @@
+"""lm-evaluation-harness's command line: what of it is ours, and what is handed on.
+
+Decisions: a flag that was typed counts before `--config FILE` (the harness's YAML), and that before our own defaults.
+`use_cache` is never handed on, from wherever it comes: the harness's cache unpickles what it finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.evaluation.settings import ModelArgs
+from lit_gpt.files import open_regular
+
+# The harness reads values as Python's literals, whose parser gives up at a depth of some hundreds without a ValueError.
+_MOST_BRACKETS = 100
+_OURS = (("--use_cache", "-c"), ("--output_path", "-o"), ("--config", "-C"))
+_DEFAULTS = {"--device": "auto", "--batch_size": str(ModelArgs.batch_size)}
+
+
+@dataclass(frozen=True)
+class HarnessCommand:
+    """A command line of the harness."""
+
+    typed: argparse.Namespace
+    """The flags that mean something to us; None for what was not typed."""
+    rest: list[str]
+    """All others."""
+    config: Mapping[str, Any]
+    """What `--config` says; empty without one."""
+
+    @property
+    def use_cache(self) -> str | None:
+        """The folder of our own cache, or `off`."""
+        return self._text("use_cache")
+
+    @property
+    def output_path(self) -> str | None:
+        """Where the harness writes."""
+        return self._text("output_path")
+
+    def _text(self, name: str) -> str | None:
+        value = getattr(self.typed, name)
+        value = self.config.get(name) if value is None else value
+        if not isinstance(value, str | None):
+            raise ValueError(f"{self.typed.config}: {name} is {value!r}, expected a text")
+        return value
+
+    @contextlib.contextmanager
+    def words(self, model: str) -> Iterator[list[str]]:
+        """The words for the harness.
+
+        Args:
+            model: the `--model` that is meant where nothing says one.
+        """
+        words = list(self.rest)
+        for flag, default in {"--model": model, **_DEFAULTS, "--output_path": None}.items():
+            name = flag.removeprefix("--")
+            value = getattr(self.typed, name) or (default if self.config.get(name) is None else None)
+            words += [flag, value] if value else []
+        with tempfile.TemporaryDirectory() as folder:
+            if "use_cache" in self.config:
+                copy = Path(folder) / Path(self.typed.config).name
+                copy.write_text(_as_yaml({name: self.config[name] for name in self.config if name != "use_cache"}))
+                words += ["--config", str(copy)]
+            elif self.typed.config is not None:
+                words += ["--config", self.typed.config]
+            yield words
+
+
+def read_command(argv: Sequence[str]) -> HarnessCommand:
+    """Read a command line.
+
+    Raises:
+        ValueError: a flag without its value; brackets without end; `--config` names a file that is no YAML mapping.
+        OSError: that file cannot be read.
+    """
+    for word in argv:
+        if max(map(word.count, "([{")) > _MOST_BRACKETS:
+            raise ValueError(f"{word[:40]}...: more than {_MOST_BRACKETS} brackets")
+    # What is not typed is None, so that it is told from what is.
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for names in (*_OURS, ("--device",), ("--batch_size", "-b"), ("--model", "-M")):
+        flags.add_argument(*names)
+    try:
+        typed, rest = flags.parse_known_args([word for word in argv if word != "run"])
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    return HarnessCommand(typed, rest, {} if typed.config is None else _read_yaml(typed.config))
+
+
+def _read_yaml(path: str) -> Mapping[str, Any]:
+    import yaml
+
+    with open_regular(path) as file:
+        try:
+            content = yaml.safe_load(file.read().decode())
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is no YAML ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected YAML with flags and their values, found a {type(content).__name__}")
+    return content
+
+
+def _as_yaml(content: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(content), sort_keys=False))
