@@ -54,7 +54,9 @@ def serve(models: PageModels, listening: socket.socket, host: str) -> None:
     import uvicorn
 
     page = PageServer(models)
-    config = uvicorn.Config(make_app(page, listening, host), log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        make_app(page, listening, host), log_level="warning", lifespan="off", timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
     page.is_ending = lambda: server.should_exit
     server.run(sockets=[listening])
