@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run
-from lit_gpt.evaluation.result_pages import changed_flags, check_page, command_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,6 +130,8 @@ def report_folder(flags: Flags) -> Path:
     Raises:
         ValueError: it would replace the repository's, which is another study's.
     """
+    from lit_gpt.evaluation.result_pages import changed_flags, check_page
+
     whole = not changed_flags(flags, but=("out", "docs"))
     folder = Path(flags.docs or ("docs/results" if whole else flags.out))
     check_page("docs", folder / "reverse_curse.md", whole, "the study as it is, with no other flag,")
@@ -255,6 +256,7 @@ def write_report(flags: Flags, folder: Path, results: dict[str, dict[str, Any]],
     """A table, a picture and the commands, for people, in a folder."""
     from lit_gpt.evaluation.generated_answers import wilson_interval
     from lit_gpt.evaluation.invented_people import DESCRIPTION_FIRST, NAME_FIRST
+    from lit_gpt.evaluation.result_pages import command_line
     from lit_gpt.evaluation.versions import commit
     from lit_gpt.files import make_folder
     from lit_gpt.ui.plots import plot_accuracies
