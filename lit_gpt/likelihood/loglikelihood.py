@@ -23,6 +23,7 @@ from torch import Tensor
 from lit_gpt.likelihood.monte_carlo import MonteCarlo
 from lit_gpt.likelihood.plan import Estimator, MaskingPlan
 from lit_gpt.likelihood.scoring import ScoringInput, ScoringModel, TokenScores, score_tokens
+from lit_gpt.likelihood.shared_context import answers_of_a_batch, score_answers
 from lit_gpt.model.logits import guided
 from lit_gpt.randomness import hash_int
 
@@ -152,17 +153,40 @@ def arm_likelihoods(model: ScoringModel, requests: Sequence[LikelihoodRequest]) 
         NotFiniteError: as `mdm_likelihoods`.
     """
     for numbers in _rounds(model, requests, lambda request: 1):
-        inputs = []
-        for request in (requests[number] for number in numbers):
-            assert request.prefix, "an ARM's first token needs one before it"
-            ids = torch.tensor(request.prefix + request.target)
-            scored = torch.arange(len(ids) - 1) >= len(request.prefix) - 1
-            inputs.append(ScoringInput(ids[None, :-1], scored[None], ids[1:]))
-        found = score_tokens(model, inputs)
-        check_scores([requests[number] for number in numbers], found)
-        for number, own, scores in zip(numbers, inputs, found, strict=True):
-            matches = bool((scores.best_ids == own.targets)[own.scored].all())
-            yield number, Likelihood(float(scores.nll.double().sum()), 0.0, matches)
+        part = [requests[number] for number in numbers]
+        found: dict[int, TokenScores] = {}
+        # A context with several answers is read once; everything else is whole rows.
+        for own, scores in _shared_contexts(model, part):
+            found[own] = scores
+        alone = [own for own in range(len(part)) if own not in found]
+        inputs = [_whole_input(part[own]) for own in alone]
+        for own, row, scores in zip(alone, inputs, score_tokens(model, inputs), strict=True):
+            scored = row.scored[0]
+            kept = (values[:, scored] for values in (scores.nll, scores.best_ids, scores.best_probability))
+            found[own] = TokenScores(*kept)
+        check_scores(part, [found[own] for own in range(len(part))])
+        for own, (number, request) in enumerate(zip(numbers, part, strict=True)):
+            matches = found[own].best_ids[0].tolist() == list(request.target)
+            yield number, Likelihood(float(found[own].nll.double().sum()), 0.0, matches)
+
+
+def _shared_contexts(model: ScoringModel, requests: Sequence[LikelihoodRequest]) -> Iterator[tuple[int, TokenScores]]:
+    """The scores, (1, L) each, of the requests whose prefix others have too, by their numbers."""
+    if model.network is None:
+        return
+    answers: dict[tuple[int, ...], list[int]] = {}
+    for number, request in enumerate(requests):
+        answers.setdefault(request.prefix, []).append(number)
+    questions, numbers = [], []
+    for prefix, own in answers.items():
+        # Whole rows that are equal are read once anyway: answers of one token, for example.
+        if len(prefix) > 1 and len({requests[number].target[:-1] for number in own}) > 1:
+            for some in answers_of_a_batch(prefix, [requests[number].target for number in own], model.max_tokens):
+                questions.append(some)
+                numbers.append(own[: len(some.answers)])
+                own = own[len(some.answers) :]
+    for question, scores in score_answers(model.network, questions, model.max_tokens):
+        yield from zip(numbers[question], scores, strict=True)
 
 
 def greedy_matches(
@@ -219,10 +243,14 @@ def _rounds(
     model: ScoringModel, requests: Sequence[LikelihoodRequest], passes: Callable[[LikelihoodRequest], int]
 ) -> Iterator[list[int]]:
     """Numbers of requests in rounds of work; longest first, like prefixes together."""
+    longest: dict[tuple[int, ...], int] = {}
+    for request in requests:
+        longest[request.prefix] = max(len(request.target), longest.get(request.prefix, 0))
 
-    def order(number: int) -> tuple[int, tuple[int, ...], int]:
-        request = requests[number]
-        return -len(request.prefix) - len(request.target), request.prefix, number
+    def order(number: int) -> tuple[int, tuple[int, ...], int, int]:
+        # The answers of a question stand where its longest does.
+        prefix, target = requests[number].prefix, requests[number].target
+        return -len(prefix) - longest[prefix], prefix, -len(target), number
 
     current: list[int] = []
     tokens, most = 0, round_tokens(model)
@@ -246,6 +274,14 @@ def round_tokens(model: ScoringModel) -> int:
 def target_slice(request: LikelihoodRequest) -> slice:
     """The columns of the target in a row."""
     return slice(len(request.prefix), len(request.prefix) + len(request.target))
+
+
+def _whole_input(request: LikelihoodRequest) -> ScoringInput:
+    """One row with prefix and target, whose last token nobody reads, for an ARM."""
+    assert request.prefix, "an ARM's first token needs one before it"
+    ids = torch.tensor(request.prefix + request.target)
+    scored = torch.arange(len(ids) - 1) >= len(request.prefix) - 1
+    return ScoringInput(ids[None, :-1], scored[None], ids[1:])
 
 
 def all_masked_input(request: LikelihoodRequest, mask_id: int, pad_to: int) -> ScoringInput:

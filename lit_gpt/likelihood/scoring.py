@@ -40,6 +40,8 @@ class ScoringModel:
     """Where the batches go."""
     tokens_per_result: int | None = None
     """Tokens that are read before the first results must come; None: only the number of batches counts."""
+    network: Transformer | None = None
+    """What `logits_fn` runs; with an ARM's, a context that several targets share is read once."""
 
     @classmethod
     def of(cls, model: Transformer, max_tokens: int) -> ScoringModel:
@@ -47,7 +49,7 @@ class ScoringModel:
         config, device = model.config, next(model.parameters()).device
         flops = _FLOPS_PER_RESULT.get(device.type)
         tokens = None if flops is None else int(flops / (2 * sum(value.numel() for value in model.parameters())))
-        return cls(model_logits(model), config.mask_id, config.vocab_size, max_tokens, device, tokens)
+        return cls(model_logits(model), config.mask_id, config.vocab_size, max_tokens, device, tokens, model)
 
 
 @dataclass(frozen=True)
