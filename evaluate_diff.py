@@ -6,8 +6,9 @@
         model_name=1028,ckpt_path='models/mdm-1028M-3300e18-rsl-0.01-bs-1024.safetensors',nll_type='chain_rule',greddy=True,cfg=1.1
 
 `nll_type` is mc (published; mc_num draws), chain_rule (published) or exact (the same bound as mc with far less noise;
-budget forward passes). All flags are the harness's; `--help` lists them and what --model_args takes. Prints the harness's
-table, then the estimator's standard error; a killed evaluation goes on where it stood. The paper's settings: eval_mdm.sh.
+budget forward passes, or with decide=0.01 as many as a multiple-choice question needs). All flags are the harness's; `--help`
+lists them and what --model_args takes. Prints the harness's table, then the estimator's standard error; a killed evaluation
+goes on where it stood. The paper's settings: eval_mdm.sh.
 """
 
 from __future__ import annotations

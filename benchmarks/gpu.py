@@ -26,9 +26,10 @@ import torch
 from benchmarks.gpu_parts import TOY, Machine, Workload, evaluation_and_sampling, training
 from lit_gpt import devices
 from lit_gpt.cli import parse, run
-from lit_gpt.evaluation import versions
+from lit_gpt.evaluation import result_pages, versions
+from lit_gpt.evaluation.result_pages import check_page, command_line
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "gpu.md"
+RESULTS = result_pages.RESULTS / "gpu.md"
 
 
 @dataclass
@@ -82,8 +83,7 @@ def check_flags(flags: Flags, device: torch.device) -> Path | None:
     output = Path(flags.output)
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: there is no folder {output.parent}")
-    if not full and output.resolve() == RESULTS:
-        raise ValueError(f"--output {output}: only a full run on a GPU may write this page")
+    check_page("output", output, full, "a full run on a GPU")
     return output
 
 
@@ -95,7 +95,7 @@ def heading(machine: Machine, flags: Flags, seconds: float) -> list[str]:
     return [
         f"# One device: {machine.name}" + (" (a toy run: no measure of speed)" if flags.toy else ""),
         f"Commit {commit}, {datetime.date.today()}, {seconds / 60:.1f} minutes: "
-        f"`python benchmarks/gpu.py{' --toy' if flags.toy else ''}`",
+        f"`{command_line('benchmarks/gpu.py', flags, but=('output',))}`",
         f"{'bfloat16' if machine.bf16 else 'float32'}; published peak {peak}, matrix rate "
         f"{machine.matrix_rate / 1e12:.3g} TFLOP/s; " + ", ".join(f"{name} {own}" for name, own in found.items()) + ".",
     ]

@@ -32,12 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
 from lit_gpt.cli import parse, run
+from lit_gpt.evaluation.result_pages import changed_flags, check_page, command_line
 
 if TYPE_CHECKING:
     from lit_gpt.data.packed_dataset import PackedMixture
 
 VOCABULARY = 32000
 FAR = 10**9
+# The flags of the run whose page is in the repository.
+_FULL = {"ranks": 16, "files": 300_000}
 
 
 @dataclass
@@ -73,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--ranks must be at least 0, --batches at least 1, --tokens at least a block for each file")
     if flags.output is not None and (not flags.ranks or not Path(flags.output).parent.is_dir()):
         raise ValueError(f"--output {flags.output}: needs --ranks, and a folder that is there")
+    if flags.output is not None:
+        check_page("output", Path(flags.output), changed_flags(flags, but=("output",)) == _FULL, "a run of full size")
     # A scheduler's signal ends the work as Ctrl-C does, so that the files are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="input_pipeline_") as folder:
@@ -93,11 +98,7 @@ def simulate(flags: Flags, folder: Path) -> None:
         Corpus(folder, flags.files, int(flags.tokens), flags.block_length, flags.ranks, flags.samples, flags.batches)
     )
     minutes = (time.perf_counter() - started) / 60
-    names = ("ranks", "files", "tokens", "batches", "samples", "block_length")
-    changed = [name for name in names if getattr(flags, name) != getattr(Flags, name)]
-    command = " ".join(
-        ["python benchmarks/input_pipeline.py", *(f"--{name} {getattr(flags, name)}" for name in changed)]
-    )
+    command = command_line("benchmarks/input_pipeline.py", flags, but=("output",))
     text = "\n\n".join(
         [
             "# Reading packed data at the size of a large run",

@@ -7,6 +7,7 @@ A rank is a process of its own, since memory is what is asked for: it gets the o
 from __future__ import annotations
 
 import os
+import statistics
 import struct
 import time
 from collections.abc import Callable
@@ -34,6 +35,8 @@ _AGE_S = 2.1
 # Rows of a rank's step, which are one micro batch.
 _ROWS = 8
 _EARLY = 10
+# Threads whose rates are compared, in turn, since other work on the machine comes and goes.
+_THREADS, _ROUNDS = (1, 8), 7
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,10 @@ def _build_rank(corpus: Corpus, rank: int) -> Callable[[PackedFiles], tuple[floa
 
 
 def _build_rates(corpus: Corpus, files: PackedFiles) -> Callable[[], list[Row]]:
-    """Rates of reading, by threads; cold samples lie in files of which nothing was read but the ends."""
+    """Rates of reading, by threads: median, least and most of the rounds.
+
+    Cold samples lie in files of which nothing was read but the ends.
+    """
     from lit_gpt.data.batching import Group, StepLayout, prefetched_steps
 
     layout = StepLayout(128, 8, 8, 0, 128)
@@ -164,15 +170,18 @@ def _build_rates(corpus: Corpus, files: PackedFiles) -> Callable[[], list[Row]]:
         return count * 128 / _seconds(read)
 
     def measure() -> list[Row]:
-        rows = []
+        rates: dict[str, list[float]] = {}
         # Behind what the ranks have read, and each figure's own.
         first = corpus.batches * corpus.ranks
-        for threads in (1, 8):
+        for threads in _THREADS * _ROUNDS:
             for kind in ("cold", "warm"):
                 name = f"{kind} files, {threads} reader thread{'s' if threads > 1 else ''}"
-                rows.append((name, f"{rate(first, threads):,.0f} samples/s"))
+                rates.setdefault(name, []).append(rate(first, threads))
             first += count
-        return rows
+        return [
+            (name, f"{statistics.median(found):,.0f} samples/s ({min(found):,.0f} to {max(found):,.0f})")
+            for name, found in rates.items()
+        ]
 
     return measure
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import OwnProcess, print_table
 from benchmarks.likelihood_published import Rounds, in_both_dtypes, print_dtypes, shared_contexts
 from lit_gpt.cli import parse, run
+from lit_gpt.evaluation.result_pages import changed_flags, check_page
 
 if TYPE_CHECKING:
     from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings
@@ -64,6 +65,8 @@ class Flags:
 def main() -> None:
     """Measure and print."""
     flags = parse(Flags, None, __doc__)
+    if flags.plot:
+        check_page("plot", Path(flags.plot), not changed_flags(flags, but=("plot",)))
     import torch
 
     from benchmarks.likelihood_baseline import build_model, timed_requests

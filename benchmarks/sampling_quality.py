@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run
+from lit_gpt.evaluation.result_pages import changed_flags, check_page
 
 if TYPE_CHECKING:
     from lit_gpt.model.layers import Transformer
@@ -59,6 +60,8 @@ class Point:
 def main() -> None:
     """Sample, judge, print."""
     flags = parse(Flags, None, __doc__)
+    if flags.plot:
+        check_page("plot", Path(flags.plot), not changed_flags(flags, but=("plot",)))
     from lit_gpt.checkpoints.loaded import load_model
     from lit_gpt.tokenizer import Tokenizer
 

@@ -6,8 +6,8 @@ r"""The reversal curse in a quarter of an hour: does a model that read "name is 
 Invents people; of all of them it writes down "name is description" in some phrasings, of one half also "description is
 name". Trains a small ARM and a small MDM on that from scratch, by sft/finetune_mdm_reverse.py, and asks both about both
 halves in both directions, by evaluate_reverse.py. The half that was read in one order and is asked in the other shows the
-curse. Writes {docs}/reverse_curse.md and .png; everything else lies in --out. What is finished is not done again; after
-Ctrl-C the same command goes on.
+curse. Writes reverse_curse.md and .png to docs/results, or of a short look to --out, where everything else lies. What is
+finished is not done again; after Ctrl-C the same command goes on.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class Flags:
     """Decides people, weights, data order and noise."""
     out: str = "workdir/study_reverse_curse"
     """Folder for everything that is made on the way."""
-    docs: str = "docs/results"
-    """Folder for the report and its picture."""
+    docs: str | None = None
+    """Folder for the report and its picture; by default docs/results, or --out where a flag makes it another study."""
 
 
 def main() -> None:
@@ -109,6 +109,7 @@ def main() -> None:
     ]
     if problems:
         raise ValueError("; ".join(problems))
+    docs = report_folder(flags)
 
     from rich.console import Console
 
@@ -120,7 +121,21 @@ def main() -> None:
     facts = make_facts(flags, pipeline)
     start = make_start(flags, pipeline, facts)
     results = {kind: train_and_ask(kind, flags, pipeline, facts, start) for kind in KINDS}
-    write_report(flags, results, console)
+    write_report(flags, docs, results, console)
+
+
+def report_folder(flags: Flags) -> Path:
+    """Where the report is written.
+
+    Raises:
+        ValueError: it would replace the repository's, which is another study's.
+    """
+    from lit_gpt.evaluation.result_pages import changed_flags, check_page
+
+    whole = not changed_flags(flags, but=("out", "docs"))
+    folder = Path(flags.docs or ("docs/results" if whole else flags.out))
+    check_page("docs", folder / "reverse_curse.md", whole, "the study as it is, with no other flag,")
+    return folder
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -237,16 +252,16 @@ def read_accuracies(lines: list[str]) -> dict[str, float]:
     return {"same": float(found[1]), "reverse": float(found[2])}
 
 
-def write_report(flags: Flags, results: dict[str, dict[str, Any]], console: Console) -> None:
-    """A table, a picture and the commands, for people."""
+def write_report(flags: Flags, folder: Path, results: dict[str, dict[str, Any]], console: Console) -> None:
+    """A table, a picture and the commands, for people, in a folder."""
     from lit_gpt.evaluation.generated_answers import wilson_interval
     from lit_gpt.evaluation.invented_people import DESCRIPTION_FIRST, NAME_FIRST
+    from lit_gpt.evaluation.result_pages import command_line
     from lit_gpt.evaluation.versions import commit
     from lit_gpt.files import make_folder
     from lit_gpt.ui.plots import plot_accuracies
 
     curves = {kind: result["curve"] for kind, result in results.items()}
-    folder = Path(flags.docs)
     make_folder(folder)
     panels = {
         f"{kind.upper()}, {curves[kind][-1]['step']:,} steps": {
@@ -275,7 +290,7 @@ def write_report(flags: Flags, results: dict[str, dict[str, Any]], console: Cons
         seen=asked[1],
         minutes=minutes,
         table="\n".join(rows),
-        command=typed(["scripts/study_reverse_curse.py"]),
+        command=command_line("scripts/study_reverse_curse.py", flags),
         commands="\n".join(command for kind in KINDS for command in results[kind]["commands"]),
         forward="; ".join(f'"{form} ..."' for form in NAME_FIRST).format(name="NAME"),
         backward="; ".join(f'"{form} ..."' for form in DESCRIPTION_FIRST).format(description="the DESCRIPTION"),

@@ -150,7 +150,8 @@ def published_form(answer: str) -> str:
     text = answer.split("=")[-1]
     for found, replacement in (*_PUBLISHED_REPLACED, *((word, "") for word in _PUBLISHED_REMOVED)):
         text = text.replace(found, replacement)
-    text = re.sub(r".*?\$(.*?)\$.*", r"$\1$", text)
+    if text.count("$") > 1:
+        text = f"${text.split('$')[1]}$"
     for frame in ("text", "textbf", "overline"):
         text = re.sub(rf"\\{frame}{{(.*?)}}", r"\1", text)
     text = re.sub(r"\\boxed{(.*)}", r"\1", text)

@@ -7,10 +7,11 @@ trailing white space goes to the continuation.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,11 @@ from lit_gpt.devices import join_processes
 from lit_gpt.evaluation import versions
 from lit_gpt.evaluation.chat_template import find_chat_template, render_chat
 from lit_gpt.evaluation.harness_generation import GenerationRequest, TextWriter
+from lit_gpt.evaluation.multiple_choice import QuestionScorer, find_questions
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key
 from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.evaluation.standard_errors import StandardErrors
+from lit_gpt.likelihood.decision import DECISION_VERSION, check_decision
 from lit_gpt.likelihood.estimators import make_estimator
 from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings, NotFiniteError
 from lit_gpt.randomness import hash_int
@@ -79,8 +82,14 @@ class Adapter:
             pad_to=self.loaded.model.config.block_size if arguments.padding else 0,
             seed=arguments.seed,
         )
+        if arguments.decide:
+            check_decision(self.likelihood_settings, arguments.decide)
         self._writer = TextWriter(self.loaded, arguments, self.max_length, self._batch_tokens())
         self._cache = EvalCache(cache_folder, self._identity(), self._rank, found_folder)
+        self._questions: QuestionScorer | None = None
+        if arguments.decide:
+            settings, tokens = self.likelihood_settings, self._batch_tokens()
+            self._questions = QuestionScorer(self.loaded, settings, arguments.decide, tokens, self._cache)
         self._errors = StandardErrors()
         self._makers: dict[str, str] = {}
         self._chat_template: str | None = None
@@ -128,7 +137,7 @@ class Adapter:
             self._fit(*pair, 0 if request.args[0].strip() else self._stream(request))
             for request, pair in zip(requests, pairs, strict=True)
         ]
-        results = self._likelihoods(fitted, requests, disable_tqdm)
+        results = (self._decided if self._questions else self._likelihoods)(fitted, requests, disable_tqdm)
         return [(-result.nll, result.is_greedy) for result in results]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -172,6 +181,7 @@ class Adapter:
         return {
             **self._identity(),
             "standard_error_nats": self._errors.summary(),
+            **({"decisions": self._questions.summary()} if self._questions and self._questions.spent else {}),
             "command": self.command,
             "versions": versions.versions(_REPORTED_VERSIONS),
             "commit": versions.commit(),
@@ -186,6 +196,8 @@ class Adapter:
             how = f"{settings.estimator.description()}, cfg {settings.cfg_scale:g}"
             how = "exact (left to right)" if self.kind == "arm" else how
             print(f"likelihoods: {how}, seed {settings.seed}; {self._errors.line()}")
+        if self._questions and self._questions.spent and not self._rank:
+            print(self._questions.line())
         self._cache.close()
 
     # --- between processes ----------------------------------------------------------------------------------------------
@@ -204,9 +216,11 @@ class Adapter:
 
     def barrier(self) -> None:
         """Wait for all processes; the first one learns what the others' results are, for its record of all of them."""
-        for errors, makers in self.gather_object((self._errors.by_request, self._cache.makers())) or ():
+        spent = self._questions.spent if self._questions else {}
+        for errors, makers, others in self.gather_object((self._errors.by_request, self._cache.makers(), spent)) or ():
             self._errors.update(errors)
             self._makers.update(makers)
+            spent.update(others)
         torch.distributed.barrier()
 
     # --- likelihoods --------------------------------------------------------------------------------------------------
@@ -261,12 +275,30 @@ class Adapter:
             estimates = self.loaded.likelihoods(list(todo.values()), self.likelihood_settings, self._batch_tokens())
             results = ((names[number], result) for number, result in estimates)
             kept = self._cache.keep(results, dataclasses.astuple, _RESULTS_AT_ONCE)
-            try:
+            with _requests_named(requests, asked):
                 found.update(self._progress(kept, len(names), "likelihoods", disable_tqdm))
-            except NotFiniteError as error:
-                raise NotFiniteError(error.request, _name(asked[requests.index(error.request)])) from None
         self._errors.update({key: found[key].standard_error for key in keys})
         return [found[key] for key in keys]
+
+    def _decided(
+        self, requests: Sequence[LikelihoodRequest], asked: Sequence[Instance], disable_tqdm: bool
+    ) -> list[Likelihood]:
+        """As `_likelihoods`, but answers of a question get no more passes than its decision needs."""
+        assert self._questions
+        questions = find_questions(requests, asked)
+        with _requests_named(requests, asked):
+            results = self._questions.results(
+                questions, lambda work, total: self._progress(work, total, "questions", disable_tqdm)
+            )
+        by_number: dict[int, Likelihood] = {}
+        for question, result in zip(questions, results, strict=True):
+            for place, (likelihood, equal) in enumerate(zip(result.likelihoods, question.numbers, strict=True)):
+                by_number |= dict.fromkeys(equal, likelihood)
+                self._errors.update({f"{question.key()}-{place}": likelihood.standard_error})
+        others = [number for number in range(len(requests)) if number not in by_number]
+        found = self._likelihoods([requests[n] for n in others], [asked[n] for n in others], disable_tqdm)
+        by_number |= dict(zip(others, found, strict=True))
+        return [by_number[number] for number in range(len(requests))]
 
     # --- the rest -----------------------------------------------------------------------------------------------------
 
@@ -288,6 +320,9 @@ class Adapter:
         }
         if self.kind == "arm":
             return {**known, "estimator": "exact (left to right)", "seed": self.likelihood_settings.seed}
+        if arguments.decide:
+            known["computed_by"]["decision"] = DECISION_VERSION
+            known["decide"] = arguments.decide
         return {**known, **self.likelihood_settings.identity()}
 
     def _batch_tokens(self) -> int:
@@ -300,6 +335,15 @@ class Adapter:
         from tqdm import tqdm
 
         return tqdm(work, total=total, desc=what, disable=disable or self._rank > 0 or not total)
+
+
+@contextlib.contextmanager
+def _requests_named(requests: Sequence[LikelihoodRequest], asked: Sequence[Instance]) -> Iterator[None]:
+    """Errors that tell a request say which of the harness's it is."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(error.request, _name(asked[requests.index(error.request)])) from None
 
 
 def _name(asked: Instance) -> str:

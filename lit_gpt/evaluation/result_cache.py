@@ -60,7 +60,7 @@ class EvalCache:
         self._values: dict[str, Any] = {}
         self._makers: dict[str, str] = {}
         self._served: set[str] = set()
-        self._maker: str | None = None
+        self._maker_written = False
         if folder is None:
             return
         make_folder(folder)
@@ -122,18 +122,18 @@ class EvalCache:
 
     def _write(self, results: Sequence[tuple[str, Any]]) -> None:
         """Hand results to the operating system, which has them even if this process is killed."""
-        if self._file is None:
+        maker = commit() or _UNKNOWN
+        self._makers.update(dict.fromkeys((key for key, _ in results), maker))
+        self._served.update(key for key, _ in results)
+        if self._file is None or not results:
             return
         assert self.path is not None
+        self._values.update(results)
         try:
-            if results and self._maker is None:
-                self._maker = commit() or _UNKNOWN
-                self._file.write(json.dumps({"commit": self._maker}) + "\n")
-            for key, value in results:
-                self._values[key] = value
-                self._makers[key] = self._maker or _UNKNOWN
-                self._served.add(key)
-                self._file.write(json.dumps([key, value]) + "\n")
+            if not self._maker_written:
+                self._file.write(json.dumps({"commit": maker}) + "\n")
+                self._maker_written = True
+            self._file.writelines(json.dumps([key, value]) + "\n" for key, value in results)
             self._file.flush()
         except OSError as error:
             raise cannot_write(self.path, error) from error

@@ -47,6 +47,9 @@ class ModelArgs:
     """MDM: draws of mc, the published estimator."""
     budget: int = 128
     """MDM: forward passes that exact may spend on a target."""
+    decide: float = 0.0
+    """MDM, exact: of a question, no more passes than until the chance that more change its answer is below this, as 0.01; 0
+    spends the budget on every answer."""
     cfg: float = 0.0
     """MDM: guidance scale."""
     greedy: bool = False
@@ -187,7 +190,7 @@ class MtBenchAnswerFlags:
     """Has no effect: the checkpoint is a file."""
 
 
-_MDM_ONLY = {"nll_type", "mc_num", "budget", "cfg", "greedy", "padding", "mask_id", "alg"}
+_MDM_ONLY = {"nll_type", "mc_num", "budget", "decide", "cfg", "greedy", "padding", "mask_id", "alg"}
 _MDM_ONLY |= {one.name for one in dataclasses.fields(Sampling) if one.metadata["kind"] == "mdm"}
 _ARM_ONLY = {one.name for one in dataclasses.fields(Sampling) if one.metadata["kind"] == "arm"}
 _OTHER_SPELLINGS = {"greddy": "greedy", "algorithm": "alg", "cfg_scale": "cfg"}
@@ -199,7 +202,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
         if one.name not in _OTHER_SPELLINGS
     },
     **dict.fromkeys(("mc_num", "budget", "max_length", "mask_id"), (int,)),
-    "cfg": (int, float),
+    **dict.fromkeys(("cfg", "decide"), (int, float)),
     **dict.fromkeys(("greedy", "padding"), (bool,)),
     **dict.fromkeys(("ckpt_path", "tokenizer", "special_tokens", "device", "dtype", "nll_type", "alg"), (str,)),
     **dict.fromkeys(("model_name", "batch_size"), (str, int)),

@@ -10,8 +10,7 @@ B rows, T tokens, N predicted positions.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -26,18 +25,12 @@ from lit_gpt.sampling.settings import Sampling
 from lit_gpt.sampling.step_schedule import StepSchedule
 
 
-@torch.no_grad()
 def denoise(
     logits_fn: LogitsFn, sequences: PartialSequences, sampling: Sampling, vocab_size: int, stop_id: int | None = None
 ) -> Iterator[State]:
     """Reveal the masked positions block by block, each block over t = linspace(1, 1e-5, steps + 1).
 
-    Args:
-        logits_fn: logits of chosen positions from whole rows, see `sample.mdm_logits`.
-        sequences: [MASK] is wherever a token is neither given nor padding.
-        sampling: algorithm, steps and everything else.
-        vocab_size: K; ids from here on are never sampled.
-        stop_id: the end token, for `early_stop` and `min_new_tokens`.
+    Args are those of `Denoising`.
 
     Yields:
         The state before the first step, then one after each.
@@ -45,39 +38,103 @@ def denoise(
     Raises:
         ValueError: the model's logits are no finite numbers.
     """
-    algorithm = make_algorithm(sampling)
-    input_ids, masked = sequences.input_ids, sequences.key_mask & ~sequences.prompt_mask
-    confidence, finite = sequences.prompt_mask.float(), torch.ones((), dtype=torch.bool, device=masked.device)
-    schedule = StepSchedule(masked, sampling.row_steps, sampling.block_length, algorithm.remasks)
-    predictor = Predictor(logits_fn, sequences, sampling, vocab_size, stop_id, algorithm.measure)
-    for number in itertools.count():
-        changeable = schedule.block_of >= schedule.block[:, None] if algorithm.remasks else None
-        state = State(number, input_ids, confidence, sequences.key_mask, finite, changeable)
-        yield state
-        t, s = schedule.advance(masked)
-        in_block, uniforms = schedule.in_block(), partial(_uniforms, sequences, sampling.seed, number)
-        step = DenoisingStep(in_block & masked, in_block & ~masked, t, s, uniforms)
+    denoising = Denoising(logits_fn, sequences, sampling, vocab_size, stop_id)
+    yield denoising.state()
+    while denoising.step():
+        yield denoising.state()
+
+
+class Denoising:
+    """A batch of sequences between two steps.
+
+    Args:
+        logits_fn: logits of chosen positions from whole rows, see `sample.mdm_logits`.
+        sequences: [MASK] is wherever a token is neither given nor padding.
+        sampling: algorithm, steps and everything else.
+        vocab_size: K; ids from here on are never sampled.
+        stop_id: the end token, for `early_stop` and `min_new_tokens`.
+    """
+
+    def __init__(
+        self,
+        logits_fn: LogitsFn,
+        sequences: PartialSequences,
+        sampling: Sampling,
+        vocab_size: int,
+        stop_id: int | None = None,
+    ) -> None:
+        self._logits_fn, self._sampling, self._vocab_size, self._stop_id = logits_fn, sampling, vocab_size, stop_id
+        self._algorithm, self._sequences = make_algorithm(sampling), sequences
+        self._input_ids, self._masked = sequences.input_ids, sequences.key_mask & ~sequences.prompt_mask
+        self._confidence = sequences.prompt_mask.float()
+        self._finite = torch.ones((), dtype=torch.bool, device=self._masked.device)
+        self._schedule = StepSchedule(self._masked, sampling.row_steps, sampling.block_length, self._algorithm.remasks)
+        self._steps, self._most_steps = torch.zeros_like(sequences.rows), 0
+        self._predictor = self._make_predictor()
+
+    def _make_predictor(self) -> Predictor:
+        return Predictor(
+            self._logits_fn, self._sequences, self._sampling, self._vocab_size, self._stop_id, self._algorithm.measure
+        )
+
+    def state(self) -> State:
+        """The sequences now; its step is that of the row that began first."""
+        schedule = self._schedule
+        changeable = None
+        if self._algorithm.remasks:
+            changeable = (schedule.block_of >= schedule.block[:, None]) & schedule.unfinished[:, None]
+        key_mask = self._sequences.key_mask
+        return State(self._most_steps, self._input_ids, self._confidence, key_mask, self._finite, changeable)
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Do a step; False, and nothing is done, if every row is finished.
+
+        Raises:
+            ValueError: the model's logits are no finite numbers.
+        """
+        sampling, schedule, algorithm = self._sampling, self._schedule, self._algorithm
+        t, s = schedule.advance(self._masked)
+        in_block, uniforms = schedule.in_block(), partial(_uniforms, self._sequences, sampling.seed, self._steps)
+        step = DenoisingStep(in_block & self._masked, in_block & ~self._masked, t, s, uniforms)
         candidates = algorithm.candidates(step)
         if algorithm.remasks:
             again = algorithm.remasked(step)
-            input_ids, masked = torch.where(again, sequences.input_ids, input_ids), masked | again
-            confidence = confidence.masked_fill(again, 0.0)
+            self._input_ids = torch.where(again, self._sequences.input_ids, self._input_ids)
+            self._masked, self._confidence = self._masked | again, self._confidence.masked_fill(again, 0.0)
         recomputed = schedule.recomputed(candidates, sampling.cache, sampling.refresh)
         # The one time that a step waits for the device.
-        flags = torch.stack((schedule.unfinished, finite.expand_as(t)))
+        flags = torch.stack((schedule.unfinished, self._finite.expand_as(t)))
         *counts, unfinished, all_finite = torch.stack((candidates.sum(1), recomputed.sum(1), *flags)).tolist()
         if not all(all_finite):
-            state.check()
+            self.state().check()
         if not any(unfinished):
-            return
+            return False
         if any(counts[0]):
-            predictions = predictor.predict(input_ids, candidates, recomputed, counts, uniforms)
+            predictions = self._predictor.predict(self._input_ids, candidates, recomputed, counts, uniforms)
             revealed = algorithm.revealed(step, candidates, predictions)
-            input_ids = torch.where(revealed, predictions.token_ids, input_ids)
-            confidence = torch.where(revealed, predictions.confidence.float(), confidence)
-            masked, finite = masked & ~revealed, finite & predictions.finite
-        if sampling.early_stop and stop_id is not None:
-            input_ids, masked = _fill_behind_end(input_ids, masked, sequences.prompt_mask, stop_id)
+            self._input_ids = torch.where(revealed, predictions.token_ids, self._input_ids)
+            self._confidence = torch.where(revealed, predictions.confidence.float(), self._confidence)
+            self._masked, self._finite = self._masked & ~revealed, self._finite & predictions.finite
+        if sampling.early_stop and self._stop_id is not None:
+            prompt_mask = self._sequences.prompt_mask
+            self._input_ids, self._masked = _fill_behind_end(self._input_ids, self._masked, prompt_mask, self._stop_id)
+        self._steps, self._most_steps = self._steps + 1, self._most_steps + 1
+        return True
+
+    def regroup(self, kept: Sequence[int], joined: Denoising | None = None) -> None:
+        """Go on with some rows alone, and with those of another batch of the same width behind them; without a cache.
+
+        A row's tokens do not change: its own steps count for its random numbers.
+        """
+        assert self._sampling.cache == "none"
+        places = torch.tensor(list(kept), dtype=torch.int64, device=self._masked.device)
+        self._sequences = self._sequences.regrouped(places, joined._sequences if joined else None)
+        self._schedule.regroup(places, joined._schedule if joined else None)
+        for name in ("_input_ids", "_masked", "_confidence", "_steps"):
+            parts = [getattr(self, name)[places]] + ([] if joined is None else [getattr(joined, name)])
+            setattr(self, name, torch.cat(parts))
+        self._predictor = self._make_predictor()
 
 
 class Predictor:
@@ -151,6 +208,6 @@ def _fill_behind_end(input_ids: Tensor, masked: Tensor, prompt_mask: Tensor, sto
     return input_ids.masked_fill(rest, stop_id), masked & ~rest
 
 
-def _uniforms(sequences: PartialSequences, seed: int, number: int, purpose: int) -> Tensor:
-    """(B, T) float64 in [0, 1): the random numbers of a step for one purpose."""
-    return uniform(seed, int(Stream.SAMPLER), number, sequences.rows[:, None], sequences.positions, purpose)
+def _uniforms(sequences: PartialSequences, seed: int, steps: Tensor, purpose: int) -> Tensor:
+    """(B, T) float64 in [0, 1): the random numbers of each row's step (B,) for one purpose."""
+    return uniform(seed, int(Stream.SAMPLER), steps[:, None], sequences.rows[:, None], sequences.positions, purpose)

@@ -1,8 +1,9 @@
-"""Many prompts through one model: an ARM's in slots that are filled again, an MDM's in batches of about equal rows.
+"""Many prompts through one model: a finished row's place is taken by the next prompt.
 
-Decisions: nothing is computed behind where a text is decided, for an MDM once that holds for its whole batch; a row's
-tokens depend on its own number and prompt alone (`sample`), so that no batch changes them, nor one that is computed again
-in halves after memory ran out; what a text is, and where it ends, the caller knows.
+Decisions: nothing is computed behind where a text is decided; a row's tokens depend on its own number and prompt alone
+(`sample`), so that no batch changes them, nor one that is computed again in halves after memory ran out; what a text is,
+and where it ends, the caller knows. Where keys and values of whole batches are kept (an MDM's block caches), or an ARM's
+are not, a batch ends before the next one begins.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from lit_gpt.devices import is_out_of_memory
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
-from lit_gpt.sampling.sample import sample_states
-from lit_gpt.sampling.sequence import SampleRequest, State, context_lengths
+from lit_gpt.sampling.denoising import Denoising
+from lit_gpt.sampling.sample import mdm_logits, sample_states
+from lit_gpt.sampling.sequence import SampleRequest, State, context_lengths, masked_sequences
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.sampling.slots import SlotSampler
 
@@ -48,6 +50,8 @@ def sample_many(
         todo = [(number, requests[number]) for number in waiting]
         if isinstance(model, GPT) and sampling.use_cache and not sampling.cfg_scale:
             found = SlotSampler(model, sampling, stop_id, rows, length).write(todo)
+        elif model.kind == "mdm" and sampling.cache == "none":
+            found = _refilled(model, todo, sampling, stop_id, rows)
         else:
             found = _batch(model, todo[:rows], sampling, stop_id)
         try:
@@ -85,6 +89,49 @@ def _batch(
     for place, ids in enumerate(state.tokens()):
         whole = ids[len(prompts[place]) :].tolist()
         yield numbered[place][0], whole if place in undecided else new[place]
+
+
+def _refilled(
+    model: Transformer,
+    numbered: Sequence[tuple[int, SampleRequest]],
+    sampling: Sampling,
+    stop_id: int,
+    rows: int,
+) -> Iterator[tuple[int, list[int]]]:
+    """(number, new tokens) of an MDM's requests, the longest of which comes first, so many rows at a time."""
+    waiting, width = list(numbered), numbered[0][1].length
+    logits_fn = mdm_logits(model, sampling)
+    device = next(model.parameters()).device
+
+    def begun(requests: Sequence[SampleRequest]) -> Denoising:
+        prompts, lengths, names = ([getattr(one, name) for one in requests] for name in ("prompt", "length", "row"))
+        sequences = masked_sequences(prompts, lengths, model.config.mask_id, names, device, width)
+        return Denoising(logits_fn, sequences, sampling, model.config.vocab_size, stop_id)
+
+    active, waiting = waiting[:rows], waiting[rows:]
+    denoising, done = begun([request for _, request in active]), set[int]()
+    while active:
+        state = denoising.state()
+        state.check()
+        final = _final_tokens(model, state)
+        kept = []
+        for place, (number, request) in enumerate(active):
+            new = final[place][len(request.prompt) :]
+            if number in done:
+                continue
+            if len(final[place]) == request.length or (request.is_decided is not None and request.is_decided(new)):
+                done.add(number)
+                yield number, new
+            else:
+                kept.append(place)
+        joining, waiting = waiting[: rows - len(kept)], waiting[rows - len(kept) :]
+        # Finished rows without successors are computed along until they are half of the batch: copying costs, too.
+        if joining or 2 * len(kept) <= len(active):
+            active = [active[place] for place in kept] + joining
+            if not active:
+                return
+            denoising.regroup(kept, begun([request for _, request in joining]) if joining else None)
+        denoising.step()
 
 
 def _final_tokens(model: Transformer, state: State) -> list[list[int]]:

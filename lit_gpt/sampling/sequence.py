@@ -10,7 +10,7 @@ B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +34,16 @@ class PartialSequences:
     """(B, T) bool: True where a token is given."""
     rows: Tensor
     """(B,) int64: each row's number, the key of its random stream."""
+
+    def regrouped(self, kept: Tensor, joined: PartialSequences | None) -> PartialSequences:
+        """Some of the rows (n,), and behind them those of another batch of the same width."""
+        others = [] if joined is None else [joined]
+        return PartialSequences(
+            *(
+                torch.cat([getattr(self, one.name)[kept], *(getattr(own, one.name) for own in others)])
+                for one in fields(self)
+            )
+        )
 
     def attention_mask(self) -> Tensor | None:
         """`key_mask`, or None where nothing is padded (faster kernels); waits for the device."""
@@ -148,6 +158,7 @@ def masked_sequences(
     mask_id: int,
     rows: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
+    width: int = 0,
 ) -> PartialSequences:
     """Each prompt followed by [MASK] up to its length; shorter rows are padded on the left.
 
@@ -157,12 +168,13 @@ def masked_sequences(
         mask_id: id of [MASK].
         rows: as `sample`.
         device: where the tensors go.
+        width: columns, if they shall be more than the longest row has.
     """
     filled = []
     for prompt, length in zip(prompts, lengths, strict=True):
         given = torch.as_tensor(prompt, dtype=torch.int64).cpu()
         filled.append(torch.cat((given, torch.full((length - len(given),), mask_id))))
-    return _aligned_right(filled, [ids != mask_id for ids in filled], rows, device)
+    return _aligned_right(filled, [ids != mask_id for ids in filled], rows, device, width)
 
 
 def prompt_sequences(
@@ -181,10 +193,14 @@ def prompt_sequences(
 
 
 def _aligned_right(
-    ids: Sequence[Tensor], given: Sequence[Tensor], rows: Sequence[int] | None, device: torch.device | str
+    ids: Sequence[Tensor],
+    given: Sequence[Tensor],
+    rows: Sequence[int] | None,
+    device: torch.device | str,
+    width: int = 0,
 ) -> PartialSequences:
-    """Rows of different lengths, padded on the left to the longest."""
-    shape = (len(ids), max(len(row) for row in ids))
+    """Rows of different lengths, padded on the left to the longest, or to a width."""
+    shape = (len(ids), max(width, *(len(row) for row in ids)))
     input_ids, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     key_mask, prompt_mask = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     for index, row in enumerate(ids):

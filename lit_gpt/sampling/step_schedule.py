@@ -71,6 +71,15 @@ class StepSchedule:
         self._step = self._step + 1
         return self._times.gather(1, index)[:, 0], self._times.gather(1, index + 1)[:, 0]
 
+    def regroup(self, kept: Tensor, joined: StepSchedule | None) -> None:
+        """Go on with some rows (n,) alone, and with those of another schedule behind them."""
+        steps = self._times.size(1) if joined is None else max(self._times.size(1), joined._times.size(1))
+        for name in ("_times", "_last_step", "block_of", "block", "_step", "_forward_passes", "unfinished"):
+            parts = [getattr(self, name)[kept]] + ([] if joined is None else [getattr(joined, name)])
+            if name == "_times":
+                parts = [torch.nn.functional.pad(part, (0, steps - part.size(1))) for part in parts]
+            setattr(self, name, torch.cat(parts))
+
     def in_block(self) -> Tensor:
         """(B, T) bool: the positions of each row's block."""
         return self.block_of == self.block[:, None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import socket
 import time
@@ -53,7 +54,9 @@ def serve(models: PageModels, listening: socket.socket, host: str) -> None:
     import uvicorn
 
     page = PageServer(models)
-    config = uvicorn.Config(make_app(page, host), log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        make_app(page, listening, host), log_level="warning", lifespan="off", timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
     page.is_ending = lambda: server.should_exit
     server.run(sockets=[listening])
@@ -163,8 +166,14 @@ def _streaming(lines: AsyncIterator[str], at_end: Callable[[], None]) -> Respons
     return Streaming(lines, media_type="application/x-ndjson", headers={"cache-control": "no-store"})
 
 
-def make_app(server: PageServer, host: str) -> Starlette:
-    """The page and its two requests; on a local host no other host name is answered, which a site could point here."""
+def make_app(server: PageServer, listening: socket.socket, host: str) -> Starlette:
+    """The page and its two requests; what only this machine reaches answers to its names alone: a site could point others here.
+
+    Args:
+        server: the answers.
+        listening: where they are asked for.
+        host: how the user wrote its address.
+    """
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -179,8 +188,9 @@ def make_app(server: PageServer, host: str) -> Starlette:
         }
         return FileResponse(PAGE, media_type="text/html", headers=headers)
 
-    local = host == "localhost" or host.startswith("127.")
-    names = ["localhost", "127.0.0.1", host] if local else ["*"]
+    address = ipaddress.ip_address(listening.getsockname()[0])
+    # Browsers write IPv6 addresses in brackets, and shortened.
+    names = ["localhost", "127.0.0.1", "[::1]", str(address), host] if address.is_loopback else ["*"]
     routes = [
         Route("/", page),
         Route("/api/options", server.options),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
+from lit_gpt.data import batching
 from lit_gpt.data.batching import Group, StepLayout, prefetched_steps, step_batches
 from lit_gpt.data.packed_dataset import Extent, Sample, open_mixture
 from lit_gpt.data.packed_format import PackedDatasetBuilder
@@ -73,6 +75,21 @@ def test_samples_are_waited_for_together():
     ((_, batches),) = prefetched_steps(Samples(read), rule, LAYOUT, [3], lambda batch: batch, threads=4)
     for batch in batches:
         assert batch.tokens[:, 0].tolist() == (3 * 48 + batch.rows).tolist()
+
+
+def test_samples_that_are_there_at_once_are_read_by_one_thread_at_a_time(monkeypatch):
+    """Threads that have nothing to wait for only wait for each other."""
+    monkeypatch.setattr(batching, "_PATIENCE_S", 60)
+    reading, most = [], []
+
+    def read(k):
+        reading.append(k)
+        time.sleep(0.001)
+        most.append(len(reading))
+        reading.remove(k)
+
+    ((_, batches),) = prefetched_steps(Samples(read), rule, LAYOUT, [3], lambda batch: batch)
+    assert len(most) == sum(len(batch.rows) for batch in batches) > 16 and max(most) == 1
 
 
 def test_of_several_samples_that_cannot_be_read_the_first_is_named():

@@ -167,6 +167,9 @@ def test_results_keep_the_commit_that_made_them(tmp_path: Path) -> None:
     last = EvalCache(tmp_path, settings, rank=2)
     assert last.get("new") == 3 and last.makers() == {"new": made_by["new"]}
     last.close()
+    nowhere = EvalCache(None, settings)
+    nowhere.add([("new", 3)])
+    assert nowhere.makers() == {"new": made_by["new"]} and nowhere.get("new") is None
 
 
 def test_an_error_that_nothing_was_estimated_for_is_not_reported() -> None:

@@ -6,13 +6,24 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
-from scripts.study_reverse_curse import read_accuracies
+import pytest
+
+from scripts.study_reverse_curse import Flags, read_accuracies, report_folder
 from tests.support.training_runs import ROOT, one_thread_environment
 
 
 def test_shares_are_read_from_the_evaluations_last_line():
     assert read_accuracies(["x", "qs_type: dtn, accs: 1.0, accs_reverse: 6.9e-05"]) == {"same": 1.0, "reverse": 6.9e-05}
+
+
+def test_a_short_look_does_not_replace_the_repositorys_report():
+    assert report_folder(Flags()) == report_folder(Flags(out="elsewhere")) == Path("docs/results")
+    assert report_folder(Flags(people=20, out="quick")) == Path("quick")
+    assert report_folder(Flags(people=20, docs="own")) == Path("own")
+    with pytest.raises(ValueError, match=r"--docs \S+reverse_curse.md: only the study as it is"):
+        report_folder(Flags(people=20, docs=str(ROOT / "docs/results")))
 
 
 def test_the_whole_study_small(tmp_path):
@@ -36,6 +47,8 @@ def test_the_whole_study_small(tmp_path):
     assert len(known) == 12 and all(question in texts for question in known)
     report = (tmp_path / "docs/reverse_curse.md").read_text()
     assert len(re.findall(r"^\| \W*(?:one order|both orders)", report, re.M)) == 4
+    own = "--people 24 --arm_steps 6 --mdm_steps 6 --batch_size 16 --checkpoints 1 --out out --docs docs"
+    assert f"Written by `python scripts/study_reverse_curse.py {own}` on " in report
     assert report.count("python sft/finetune_mdm_reverse.py") == 2 and report.count("python evaluate_reverse.py") == 4
     assert (tmp_path / "docs/reverse_curse.png").read_bytes().startswith(b"\x89PNG")
     # Done once: a second call trains and asks nothing.

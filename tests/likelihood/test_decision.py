@@ -139,6 +139,13 @@ def test_equal_bounds_are_decided_more_seldom_than_stated(drawn, skewed):
         assert not result.is_decided or chosen(result, rules[0]) == chosen(result, rules[1])
 
 
+def test_equal_bounds_of_a_model_are_decided_more_seldom_than_stated(close_questions):
+    """Divided by their bounds, all answers are alike."""
+    ties = [Question(one.answers, (tuple(bound),)) for one, bound in zip(*close_questions, strict=True)]
+    decided = sum(result.is_decided for result in all_of(ties, SETTINGS, 0.3))
+    assert 0 < decided <= 0.3 * len(ties)
+
+
 def test_one_look_at_two_answers_has_the_stated_error_rate(drawn, monkeypatch):
     """Where nothing is left of the union bound, the stated rate is the true one: the simulation can tell."""
     monkeypatch.setattr(decision, "_LAST_LOOK", 0.17)

@@ -47,6 +47,41 @@ def test_tokens_are_those_of_each_alone(kind, temperature, device):
     assert not list(sample_many(model, [], how, STOP, 100))
 
 
+MDM_SETTINGS = {
+    "threshold": {"algorithm": "threshold", "threshold": 0.3},
+    "blocks": {"block_length": 4, "steps": 12, "algorithm": "entropy", "entropy_bound": 2.0},
+    "remask": {"remask": 0.2},
+    "steps per token": {"steps_per_token": 0.5, "algorithm": "greedy"},
+    "guidance, early stop": {"cfg_scale": 0.5, "early_stop": True},
+    "cache": {"block_length": 4, "cache": "dual", "refresh": 1},
+}
+
+
+@pytest.mark.parametrize("name", MDM_SETTINGS)
+def test_rows_of_an_mdm_take_each_others_places(name, monkeypatch):
+    """Rows of different lengths and steps, joined in the middle of the others: the tokens of each alone."""
+    model = scaled_model(TransEncoder, CONFIG)
+    how = Sampling(**{"steps": 6, **MDM_SETTINGS[name]})
+    requests = requests_of(13, seed=2)
+    expected = {number: alone(model, request, how) for number, request in enumerate(requests)}
+    passes = counted(model, monkeypatch)
+    longest = max(request.length for request in requests)
+    assert dict(sample_many(model, requests, how, STOP, 4 * longest)) == expected
+    assert 1 < max(rows for rows, _ in passes) <= (4 if how.cache == "none" else 13)
+
+
+def test_an_mdms_batch_is_filled_again(monkeypatch):
+    """Rows of 4 and of 30 steps, four at a time: the short ones do not wait for the long one."""
+    model = scaled_model(TransEncoder, CONFIG)
+    requests = [SampleRequest([5, n], 2 + (30 if n == 3 else 4), n) for n in range(3, 31)]
+    how = Sampling("greedy", steps_per_token=1.0)
+    expected = {number: alone(model, request, how) for number, request in enumerate(requests)}
+    passes = counted(model, monkeypatch)
+    assert dict(sample_many(model, requests, how, STOP, 4 * 32)) == expected
+    # Three slots write the 27 short ones, nine times four steps, while the fourth writes the long one.
+    assert len(passes) <= 37 < 30 + 6 * 4
+
+
 def counted(model, monkeypatch, most_rows: int | None = None) -> list[tuple[int, int]]:
     """A list that grows by (rows, columns) of each forward pass; the device has room for so many rows."""
     passes: list[tuple[int, int]] = []

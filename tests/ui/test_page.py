@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import http.client
 import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +29,8 @@ from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.sample import sample_states
 from lit_gpt.sampling.settings import ALGORITHMS, Sampling
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.ui.page import find_checkpoints
+from lit_gpt.ui import page_server
+from lit_gpt.ui.page import PageModels, find_checkpoints
 from scripts import web
 from tests.support.small_models import export_arm_and_mdm
 from tests.support.training_runs import restore_interrupts
@@ -243,6 +246,48 @@ def test_other_sites_cannot_ask(server, models):
     assert answer.status == 422 and "application/json" in json.loads(answer.read())["error"]
     assert server.ask("/api/generate", "[", None).status == 422
     assert server.ask("/web.py").status == 404
+
+
+def free_address(host: str) -> socket.socket:
+    try:
+        return page_server.listen(host, 0)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("host", "named", "status"),
+    [
+        ("127.0.0.1", "127.0.0.1:8000", 200),
+        ("127.0.0.1", "elsewhere.example", 400),
+        ("::1", "[::1]:8000", 200),
+        ("::1", "localhost:8000", 200),
+        ("::1", "elsewhere.example", 400),
+        ("0:0:0:0:0:0:0:1", "[::1]:8000", 200),
+        ("0:0:0:0:0:0:0:1", "elsewhere.example", 400),
+        ("localhost", "elsewhere.example", 400),
+        ("::", "elsewhere.example", 200),
+        ("0.0.0.0", "elsewhere.example", 200),
+    ],
+)
+def test_a_page_for_this_machine_answers_to_its_own_names(host, named, status):
+    """Whatever the family of its address: another site could have its own name point here."""
+    with free_address(host) as listening:
+        app = page_server.make_app(page_server.PageServer(PageModels({}, None, "cpu")), listening, host)
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "GET", "path": "/api/options", "query_string": b"",
+        "headers": [(b"host", named.encode())],
+    }  # fmt: skip
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == status
 
 
 def test_one_at_a_time_and_leaving_stops(server, models):
