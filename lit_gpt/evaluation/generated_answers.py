@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +21,10 @@ from lit_gpt.checkpoints.export import SUFFIX
 from lit_gpt.checkpoints.loaded import LoadedModel, load_model
 from lit_gpt.cli import warn
 from lit_gpt.devices import join_processes
+from lit_gpt.evaluation.progress import WorkBar, end_dry_run, tell_work
 from lit_gpt.evaluation.result_file import EXISTING, ResultFile
 from lit_gpt.evaluation.settings import AnswerFlags
+from lit_gpt.evaluation.work import Work, sampling_work, total_work
 from lit_gpt.files import open_regular, parse_json
 from lit_gpt.sampling.settings import Sampling, changed_settings, sampling_values, setting_kind
 from lit_gpt.tokenizer import SPECIAL_TOKENS, valid_text
@@ -80,8 +81,15 @@ def generate_answers(flags: AnswerFlags, task: AnswerTask) -> list[JsonQuestion]
         **changed_settings(flags, ("steps", "seed", "algorithm")),
         **scales,
     }
+
+    def work(question: JsonQuestion) -> Work:
+        prompt = len(model.prompt_ids(task.prompt(question)))
+        rounds = total_work([sampling_work(model, prompt, flags.length, one) for one in samplings])
+        return replace(rounds, requests=1)
+
     path = Path(flags.output or task.output)
-    file = AnswerFile(path, settings, task.key, flags.existing, flags.batch_size, task.verdict)
+    asking = Asking(model, work, flags.dry_run)
+    file = AnswerFile(path, settings, task.key, flags.existing, flags.batch_size, task.verdict, asking=asking)
     answers = file.collect(task.questions, lambda batch: task.answer(model, samplings, flags.length, batch))
     if answers:
         print(f"answers: {path}")
@@ -191,6 +199,17 @@ def warn_of_flags(model: LoadedModel, flags: AnswerFlags, prompts: Sequence[str]
 
 
 @dataclass(frozen=True)
+class Asking:
+    """Who is asked, and what it costs."""
+
+    model: LoadedModel
+    work: Callable[[JsonQuestion], Work]
+    """The cost of an answer to a question."""
+    dry_run: bool = False
+    """Only tell what it costs."""
+
+
+@dataclass(frozen=True)
 class AnswerFile:
     """Where the answers go, and how."""
 
@@ -208,6 +227,8 @@ class AnswerFile:
     """Fields that every answer has besides."""
     sort_at_end: bool = False
     """Whether the finished file is put into the order of its keys."""
+    asking: Asking | None = None
+    """None tells no cost and shows no progress."""
 
     def collect(
         self, questions: Sequence[JsonQuestion], answer: Callable[[list[JsonQuestion]], list[JsonQuestion]]
@@ -219,19 +240,26 @@ class AnswerFile:
             answer: a batch of questions (perhaps none) to their answers.
 
         Returns:
-            The answers to all questions, in their order; nothing on other processes than the first.
+            The answers to all questions, in their order; nothing on other processes than the first, and in a dry run.
 
         Raises:
             ValueError, SaveError: as `ResultFile`; on every process.
         """
         rank, processes = join_processes()
+        dry_run = self.asking is not None and self.asking.dry_run
         asked = {self._key(question): question for question in questions}
         with contextlib.ExitStack() as stack:
             file: ResultFile | None = None
             outcome: list[Any] = [[], None]
             if rank == 0:
                 try:
-                    opened = ResultFile(self.path, self.settings, lambda one: self._key_of(one, asked), self.existing)
+                    opened = ResultFile(
+                        self.path,
+                        self.settings,
+                        lambda one: self._key_of(one, asked),
+                        self.existing,
+                        writes=not dry_run,
+                    )
                     file = stack.enter_context(opened)
                     outcome[0] = [n for n, question in enumerate(questions) if self._key(question) not in file]
                 except (ValueError, OSError) as error:
@@ -241,36 +269,46 @@ class AnswerFile:
             todo, failure = outcome
             if failure is not None:
                 raise failure
+            works = {self._key(questions[n]): self.asking.work(questions[n]) for n in todo} if self.asking else {}
+            if self.asking is not None:
+                tell_work("answers", total_work(list(works.values())), len(questions) - len(todo), everywhere=True)
+            if dry_run:
+                end_dry_run()
+                return []
             at_once = self.batch_size * processes
             batches = ([questions[n] for n in todo[at : at + at_once]] for at in range(0, len(todo), at_once))
             answers = (_everyones(answer(batch[rank::processes]), processes) for batch in batches)
             if file is not None:
-                return self._keep(file, questions, answers)
+                return self._keep(file, questions, answers, works)
             for _ in answers:
                 pass
             return []
 
     def _keep(
-        self, file: ResultFile, questions: Sequence[JsonQuestion], answers: Iterator[list[JsonQuestion]]
+        self,
+        file: ResultFile,
+        questions: Sequence[JsonQuestion],
+        answers: Iterator[list[JsonQuestion]],
+        works: Mapping[tuple[Any, ...], Work],
     ) -> list[JsonQuestion]:
         """Put answers on the disk as they come, with progress; returns those to all questions."""
-        from tqdm import tqdm
-
         place = {self._key(question): number for number, question in enumerate(questions)}
         found = {place[self._key(one)]: one for one in file.results if self._key(one) in place}
         judged = "correct" in self.verdict
         if found and judged:
             print(f"{len(found)} of {len(questions)} questions were answered already: {self.path}", flush=True)
-        # Where the bar is no terminal's, a line of it every half minute will do.
-        pause_s = 0.1 if sys.stderr.isatty() else 30
-        with tqdm(total=len(questions), initial=len(found), desc="questions", mininterval=pause_s) as bar:
+        with contextlib.ExitStack() as stack:
+            bar = None
+            if self.asking is not None:
+                total = total_work(list(works.values()))
+                bar = stack.enter_context(WorkBar(self.asking.model.model, total, "answers"))
             for batch in answers:
                 for one in sorted(batch, key=lambda one: place[self._key(one)]):
                     file.add(one)
                     found[place[self._key(one)]] = one
-                if judged:
-                    bar.set_postfix_str(f"accuracy {accuracy(list(found.values())):.1%}", refresh=False)
-                bar.update(len(batch))
+                if bar is not None:
+                    done = total_work([works[self._key(one)] for one in batch])
+                    bar.finish(done, f"accuracy {accuracy(list(found.values())):.1%}" if judged else "")
         if self.sort_at_end:
             file.sort(self._key)
         return [found[number] for number in range(len(questions))]

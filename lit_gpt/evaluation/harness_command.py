@@ -87,6 +87,7 @@ def read_command(argv: Sequence[str]) -> HarnessCommand:
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for names in (*_OURS, ("--device",), ("--batch_size", "-b"), ("--model", "-M")):
         flags.add_argument(*names)
+    flags.add_argument("--dry_run", action="store_true")
     try:
         typed, rest = flags.parse_known_args([word for word in argv if word != "run"])
     except argparse.ArgumentError as error:

@@ -7,7 +7,9 @@ computed behind that.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -194,10 +196,10 @@ def _number(settings: dict[str, Any], name: str, default: float) -> float:
     value = settings.get(name)
     if value is None:
         return default
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"generation_kwargs: {name} is {value!r}: expected a number") from None
+    with contextlib.suppress(TypeError, ValueError):
+        if math.isfinite(number := float(value)):
+            return number
+    raise ValueError(f"generation_kwargs: {name} is {value!r}: expected a number")
 
 
 def _warn_of_lengths(requests: Sequence[GenerationRequest], max_length: int) -> None:

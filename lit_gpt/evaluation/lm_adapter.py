@@ -24,9 +24,11 @@ from lit_gpt.evaluation import versions
 from lit_gpt.evaluation.chat_template import find_chat_template, render_chat
 from lit_gpt.evaluation.harness_generation import GenerationRequest, TextWriter
 from lit_gpt.evaluation.multiple_choice import QuestionScorer, find_questions
+from lit_gpt.evaluation.progress import results_with_bar, tell_work
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key
 from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.evaluation.standard_errors import StandardErrors
+from lit_gpt.evaluation.work import Work, greedy_check_passes, likelihood_work, sampling_work, total_work
 from lit_gpt.likelihood.decision import DECISION_VERSION, check_decision
 from lit_gpt.likelihood.estimators import make_estimator
 from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings, NotFiniteError
@@ -51,6 +53,7 @@ class Adapter:
         cache_folder: where results are kept; None keeps none.
         found_folder: another folder whose results are found, too.
         command: as typed, for the results file.
+        dry_run: only tell what the requests cost; the results are none.
     """
 
     def __init__(
@@ -60,8 +63,10 @@ class Adapter:
         cache_folder: Path | None,
         command: Sequence[str],
         found_folder: Path | None = None,
+        dry_run: bool = False,
     ) -> None:
         self.kind, self.arguments, self.command = kind, arguments, list(command)
+        self.dry_run, self.told = dry_run, False
         self._rank, self._world_size = join_processes()
         self.loaded = load_model(
             arguments.ckpt_path,
@@ -85,7 +90,7 @@ class Adapter:
         if arguments.decide:
             check_decision(self.likelihood_settings, arguments.decide)
         self._writer = TextWriter(self.loaded, arguments, self.max_length, self._batch_tokens())
-        self._cache = EvalCache(cache_folder, self._identity(), self._rank, found_folder)
+        self._cache = EvalCache(cache_folder, self._identity(), self._rank, found_folder, writes=not dry_run)
         self._questions: QuestionScorer | None = None
         if arguments.decide:
             settings, tokens = self.likelihood_settings, self._batch_tokens()
@@ -172,8 +177,14 @@ class Adapter:
             keys.append(request_key("text", *request.identity()))
             if self._cache.get(keys[-1], _is_text) is None:
                 todo[keys[-1]] = request
-        texts = self._progress(self._writer.texts(todo), len(todo), "generating", disable_tqdm)
-        fresh = dict(self._cache.keep(texts, str, 1))
+        works = {
+            key: sampling_work(self.loaded, len(one.prompt), one.length, one.sampling) for key, one in todo.items()
+        }
+        self._tell("generating", works, len(set(keys)) - len(todo))
+        if self.dry_run:
+            return [""] * len(requests)
+        texts = self._cache.keep(self._writer.texts(todo), str, 1)
+        fresh = self._with_bar(texts, works, "generating", disable_tqdm)
         return [fresh[key] if key in fresh else self._cache.get(key) for key in keys]
 
     def get_model_info(self) -> dict[str, Any]:
@@ -270,13 +281,19 @@ class Adapter:
         if self._cache.path and len(todo) < len(asked_for) and not self._rank:
             there = len(asked_for) - len(todo)
             print(f"{there} of {len(asked_for)} results were there already: {self._cache.path}", flush=True)
+        settings = self.likelihood_settings
+        works = {key: likelihood_work(self.loaded, one, settings) for key, one in todo.items()}
+        checks = sum(map(greedy_check_passes, todo.values())) if settings.greedy and self.kind == "mdm" else 0
+        self._tell("likelihoods", works, len(asked_for) - len(todo), checks)
+        if self.dry_run:
+            return [Likelihood(0.0, 0.0, False)] * len(requests)
         names = list(todo)
         with self.loaded.autocast():
-            estimates = self.loaded.likelihoods(list(todo.values()), self.likelihood_settings, self._batch_tokens())
+            estimates = self.loaded.likelihoods(list(todo.values()), settings, self._batch_tokens())
             results = ((names[number], result) for number, result in estimates)
             kept = self._cache.keep(results, dataclasses.astuple, _RESULTS_AT_ONCE)
             with _requests_named(requests, asked):
-                found.update(self._progress(kept, len(names), "likelihoods", disable_tqdm))
+                found.update(self._with_bar(kept, works, "likelihoods", disable_tqdm))
         self._errors.update({key: found[key].standard_error for key in keys})
         return [found[key] for key in keys]
 
@@ -286,15 +303,20 @@ class Adapter:
         """As `_likelihoods`, but answers of a question get no more passes than its decision needs."""
         assert self._questions
         questions = find_questions(requests, asked)
-        with _requests_named(requests, asked):
-            results = self._questions.results(
-                questions, lambda work, total: self._progress(work, total, "questions", disable_tqdm)
-            )
-        by_number: dict[int, Likelihood] = {}
-        for question, result in zip(questions, results, strict=True):
-            for place, (likelihood, equal) in enumerate(zip(result.likelihoods, question.numbers, strict=True)):
-                by_number |= dict.fromkeys(equal, likelihood)
-                self._errors.update({f"{question.key()}-{place}": likelihood.standard_error})
+        todo = self._questions.unanswered(questions)
+        works = {key: self._questions.work(question) for key, question in todo.items()}
+        answers = sum(len(one.question.answers) for one in questions)
+        self._tell("likelihoods", works, answers - total_work(list(works.values())).requests)
+        by_number = {n: Likelihood(0.0, 0.0, False) for one in questions for equal in one.numbers for n in equal}
+        if not self.dry_run:
+            with _requests_named(requests, asked):
+                results = self._questions.results(
+                    questions, lambda fresh: self._with_bar(fresh, works, "questions", disable_tqdm)
+                )
+            for question, result in zip(questions, results, strict=True):
+                for place, (likelihood, equal) in enumerate(zip(result.likelihoods, question.numbers, strict=True)):
+                    by_number |= dict.fromkeys(equal, likelihood)
+                    self._errors.update({f"{question.key()}-{place}": likelihood.standard_error})
         others = [number for number in range(len(requests)) if number not in by_number]
         found = self._likelihoods([requests[n] for n in others], [asked[n] for n in others], disable_tqdm)
         by_number |= dict(zip(others, found, strict=True))
@@ -331,10 +353,16 @@ class Adapter:
             return self.loaded.batch_tokens
         return int(size) * self.max_length
 
-    def _progress(self, work: Iterable[Any], total: int, what: str, disable: bool) -> Iterable[Any]:
-        from tqdm import tqdm
+    def _tell(self, what: str, works: dict[str, Work], found: int, greedy_checks: int = 0) -> None:
+        """Say what is about to be computed."""
+        self.told = True
+        note = f", and at most {greedy_checks:,} passes of the greedy check" if greedy_checks else ""
+        tell_work(what, total_work(list(works.values())), found, note)
 
-        return tqdm(work, total=total, desc=what, disable=disable or self._rank > 0 or not total)
+    def _with_bar(
+        self, results: Iterable[tuple[str, Any]], works: dict[str, Work], what: str, disable: bool
+    ) -> dict[str, Any]:
+        return results_with_bar(self.loaded.model, results, works, what, not disable and not self._rank)
 
 
 @contextlib.contextmanager

@@ -19,10 +19,15 @@ from typing import Any
 from lit_gpt.evaluation.generated_answers import checkpoint_name
 from lit_gpt.evaluation.harness_command import read_command
 from lit_gpt.evaluation.lm_adapter import Adapter
+from lit_gpt.evaluation.progress import end_dry_run
 from lit_gpt.evaluation.result_cache import results_folder
 from lit_gpt.evaluation.settings import read_model_args, usage
 from lit_gpt.files import SaveError, make_folder
 
+_MORE_FLAGS = """
+--use_cache FOLDER|off: where finished results are kept (never served to other settings)
+--dry_run: only tell what it would cost: requests, passes, tokens and FLOPs
+"""
 HARNESS_MODEL_KINDS = {"ar": "arm", "mdlm": "mdm"}
 
 
@@ -36,8 +41,14 @@ class HarnessRun:
     """Another folder whose results are found, too."""
     command: list[str]
     """As typed, for the results file."""
+    dry_run: bool = False
+    """Only tell what the requests cost."""
     built: list[Adapter] = field(default_factory=list)
     """The models, as the harness builds them."""
+
+
+class DryRunEnd(Exception):
+    """All requests of a dry run have been told."""
 
 
 @functools.cache
@@ -53,8 +64,16 @@ def registered_models() -> list[Any]:
             def __init__(self, /, **values: Any) -> None:
                 LM.__init__(self)
                 arguments = read_model_args(kind, values)
-                Adapter.__init__(self, kind, arguments, self.run.cache_folder, self.run.command, self.run.found_folder)
-                self.run.built.append(self)
+                run = self.run
+                Adapter.__init__(self, kind, arguments, run.cache_folder, run.command, run.found_folder, run.dry_run)
+                run.built.append(self)
+
+            @property
+            def rank(self) -> int:
+                # The harness asks once more when all requests are answered, before it looks at the results.
+                if self.dry_run and self.told:
+                    raise DryRunEnd
+                return self._rank
 
             @classmethod
             def create_from_arg_obj(
@@ -87,7 +106,7 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
     """
     command = read_command(argv)
     if {"-h", "--help"} & set(command.rest):
-        print(usage() + "\n--use_cache FOLDER|off: where finished results are kept (never served to other settings)\n")
+        print(usage() + _MORE_FLAGS)
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
@@ -96,18 +115,22 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
         ) from None
     output_path = command.output_path
     results_before = _result_files(output_path)
-    if output_path is not None:
+    if output_path is not None and not command.typed.dry_run:
         # Before the work: the harness itself only warns when it cannot write, and ends with code 0.
         make_folder(_output_folder(output_path))
     beside_output = None if output_path is None else _output_folder(output_path) / "cache"
     # Beside the output a result is easy to keep with it; what was computed before there was an output counts, too.
     found_folder = None if command.use_cache else results_folder(None)
-    run = HarnessRun(results_folder(command.use_cache, beside_output), found_folder, [sys.argv[0], *argv])
+    folder = results_folder(command.use_cache, beside_output)
+    run = HarnessRun(folder, found_folder, [sys.argv[0], *argv], command.typed.dry_run)
     for model_class in registered_models():
         model_class.run = run
     with command.words(model) as words, _one_line_errors(), _folders_named_by_checkpoint():
         sys.argv = ["lm_eval", "run", *words]
-        cli_evaluate()
+        try:
+            cli_evaluate()
+        except DryRunEnd:
+            return end_dry_run()
     for adapter in run.built:
         adapter.close()
     if output_path is not None and os.environ.get("RANK", "0") == "0":

@@ -9,12 +9,13 @@ with answers behind an empty context beside the real one (acc_mutual_info), have
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key
+from lit_gpt.evaluation.work import Work, likelihood_work, total_work
 from lit_gpt.likelihood.decision import Question, QuestionResult, question_likelihoods
 from lit_gpt.likelihood.loglikelihood import Likelihood, LikelihoodRequest, LikelihoodSettings
 from lit_gpt.likelihood.scoring import ScoringModel
@@ -86,14 +87,25 @@ class QuestionScorer:
     spent: dict[str, tuple[bool, int, int, int]] = field(default_factory=dict)
     """By question: whether it was decided, its answers, their passes, and those that the whole budget would have been."""
 
+    def unanswered(self, questions: Sequence[HarnessQuestion]) -> dict[str, Question]:
+        """The questions whose results are not on the disk, by key."""
+        by_key = {one.key(): one.question for one in questions}
+        return {key: question for key, question in by_key.items() if _stored(self.cache.get(key), question) is None}
+
+    def work(self, question: Question) -> Work:
+        """What a question costs with the whole budget."""
+        return total_work([likelihood_work(self.loaded, one, self.settings) for one in question.answers])
+
     def results(
-        self, questions: Sequence[HarnessQuestion], progress: Callable[[Iterable[Any], int], Iterable[Any]]
+        self,
+        questions: Sequence[HarnessQuestion],
+        progress: Callable[[Iterable[tuple[str, QuestionResult]]], Mapping[str, QuestionResult]],
     ) -> list[QuestionResult]:
         """The results of some questions, from the disk where they are there.
 
         Args:
             questions: of the harness.
-            progress: shows how far some work of a known length is.
+            progress: takes results by key as they come, shows how far the work is, and returns all of them.
         """
         by_key = {one.key(): one.question for one in questions}
         known = {key: _stored(self.cache.get(key), question) for key, question in by_key.items()}
@@ -101,7 +113,7 @@ class QuestionScorer:
         todo = {key: question for key, question in by_key.items() if key not in found}
         with self.loaded.autocast():
             fresh = self.cache.keep(self._answer(todo), dataclasses.asdict, _QUESTIONS_AT_ONCE)
-            found.update(progress(fresh, len(todo)))
+            found.update(progress(fresh))
         for key, question in by_key.items():
             whole = sum(self.settings.estimator.passes(len(one.target)) for one in question.answers)
             result = found[key]

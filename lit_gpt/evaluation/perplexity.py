@@ -21,8 +21,10 @@ from lit_gpt.data.packed_dataset import open_validation, recorded_tokenizer
 from lit_gpt.data.pickled_tokens import read_token_list
 from lit_gpt.devices import join_processes
 from lit_gpt.diffusion import EPS
+from lit_gpt.evaluation.progress import WorkBar, end_dry_run, tell_work
 from lit_gpt.evaluation.result_cache import EvalCache, is_estimate, request_key, results_folder
 from lit_gpt.evaluation.settings import PerplexityFlags
+from lit_gpt.evaluation.work import Work, likelihood_work, total_work
 from lit_gpt.likelihood.estimators import ESTIMATORS, make_estimator
 from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, LikelihoodSettings, NotFiniteError
 
@@ -46,18 +48,26 @@ def evaluate_perplexity(flags: PerplexityFlags) -> None:
     count, row_of = open_rows(Path(flags.data_dir), flags.fineweb, length, config.vocab_size)
     _check_tokenizer(Path(flags.data_dir) / flags.fineweb, model.trained_with)
     own = range(rank, min(count, flags.rows or count), processes)
-    cache = EvalCache(results_folder(flags.cache), _settings(flags, model, length), rank)
+    cache = EvalCache(results_folder(flags.cache), _settings(flags, model, length), rank, writes=not flags.dry_run)
+
+    def request_of(number: int) -> LikelihoodRequest:
+        return _row_request(model.kind, row_of(number), number)
+
+    # Without any results there is none to look for, which reads all rows.
+    known = sum(cache.get(_row_key(request_of(n)), is_estimate) is not None for n in own) if len(cache) else 0
+    row_work = likelihood_work(model, request_of(own[0]), _likelihood_settings(flags)) if own else Work()
+    total = total_work([row_work] * (len(own) - known))
+    tell_work("rows", total, known)
+    if flags.dry_run:
+        return end_dry_run()
     sums = torch.zeros(3, dtype=torch.float64)
-    known = 0
-    with model.autocast(), _progress(len(own), rank) as bar:
+    with model.autocast(), WorkBar(model.model, total, "rows", not rank) as bar:
         for start in range(0, len(own), _ROWS_AT_ONCE):
-            requests = [_row_request(model.kind, row_of(n), n) for n in own[start : start + _ROWS_AT_ONCE]]
-            keys = [request_key("row", request.stream, request.prefix, request.target) for request in requests]
+            requests = [request_of(n) for n in own[start : start + _ROWS_AT_ONCE]]
+            keys = [_row_key(request) for request in requests]
             cached = [cache.get(key, is_estimate) for key in keys]
             todo = [number for number, value in enumerate(cached) if value is None]
             found = [value for value in cached if value is not None]
-            known += len(found)
-            bar.update(len(found))
             results = model.likelihoods(
                 [requests[number] for number in todo], _likelihood_settings(flags), flags.batch_size * length
             )
@@ -65,7 +75,7 @@ def evaluate_perplexity(flags: PerplexityFlags) -> None:
             try:
                 for _, value in cache.keep(values, list, 1):
                     found.append(value)
-                    bar.update()
+                    bar.finish(row_work)
             except NotFiniteError as error:
                 number = own[start + requests.index(error.request)]
                 raise NotFiniteError(error.request, f"row {number} of {flags.fineweb}") from None
@@ -145,6 +155,11 @@ def _check_tokenizer(packed: Path, trained_with: str | None) -> None:
         )
 
 
+def _row_key(request: LikelihoodRequest) -> str:
+    """The key of a row's result."""
+    return request_key("row", request.stream, request.prefix, request.target)
+
+
 def _row_request(kind: str, row: np.ndarray, number: int) -> LikelihoodRequest:
     """An ARM needs a first token to start from; an MDM scores all. Each row has random numbers of its own."""
     ids = tuple(row.tolist())
@@ -172,13 +187,6 @@ def _settings(flags: PerplexityFlags, model: LoadedModel, length: int) -> dict[s
     if flags.type == "mdm":
         settings |= {"estimator": flags.estimator, "samples": flags.mc_samples, "seed": flags.seed}
     return settings
-
-
-def _progress(total: int, rank: int) -> Any:
-    """A bar with the time left."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="rows", disable=rank > 0)
 
 
 def _report(flags: PerplexityFlags, sums: list[float], scored: int) -> None:

@@ -44,16 +44,22 @@ class EvalCache:
 
     Args:
         folder: where the files lie; made if it is missing. None keeps nothing.
-        elsewhere: another folder whose results are found, too.
         settings: everything that changes a result, as JSON values.
         rank: this process's number.
+        elsewhere: another folder whose results are found, too.
+        writes: False only looks up what is there.
 
     Raises:
         SaveError: the folder cannot be written.
     """
 
     def __init__(
-        self, folder: Path | None, settings: dict[str, Any], rank: int = 0, elsewhere: Path | None = None
+        self,
+        folder: Path | None,
+        settings: dict[str, Any],
+        rank: int = 0,
+        elsewhere: Path | None = None,
+        writes: bool = True,
     ) -> None:
         self.path: Path | None = None
         self._file: TextIO | None = None
@@ -63,16 +69,22 @@ class EvalCache:
         self._maker_written = False
         if folder is None:
             return
-        make_folder(folder)
+        if writes:
+            make_folder(folder)
         header = json.dumps(settings, sort_keys=True)
         name = hashlib.sha256(header.encode()).hexdigest()[:16]
         self.path = folder / f"{name}.{rank}.jsonl"
         for place in filter(None, dict.fromkeys((elsewhere, folder))):
             for path in sorted(place.glob(f"{name}.*.jsonl")):
                 self._read(path)
+        if not writes:
+            return
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the evaluation runs)
         # A torn last line must not swallow the next one.
         self._file.write(f"\n{header}\n" if self._file.tell() else f"{header}\n")
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def get(self, key: str, is_valid: Callable[[Any], bool] = lambda value: True) -> Any:
         """What was stored under a key; None if nothing was, or nothing that can be a result."""

@@ -7,6 +7,7 @@ half-written is dropped and computed again; a lock keeps a second writer out.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -16,7 +17,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from lit_gpt.files import cannot_write, lock_file, make_folder, parse_json, read_json_object, write_file, write_json
+from lit_gpt.files import (
+    cannot_write,
+    lock_file,
+    make_folder,
+    open_regular,
+    parse_json,
+    read_json_object,
+    write_file,
+    write_json,
+)
 
 EXISTING = ("continue", "refuse", "overwrite")
 """What to do with a file that is there already: the values of the scripts' `--existing`; None if it was not given."""
@@ -35,6 +45,7 @@ class ResultFile:
         key: what a result is of, such as its question's number.
         existing: None keeps the results that are there, if they were made with these settings; `continue` also those of
             which nothing says how they were made; `refuse` and `overwrite` say it themselves.
+        writes: False only looks up what is there.
 
     Raises:
         ValueError: the file was made with other settings (the differences are named), a line is no JSON object or has
@@ -49,25 +60,29 @@ class ResultFile:
         settings: dict[str, Any],
         key: Callable[[dict[str, Any]], Hashable],
         existing: str | None = None,
+        writes: bool = True,
     ) -> None:
         if existing not in (None, *EXISTING):
             raise ValueError(f"--existing {existing}: choose from {', '.join(EXISTING)}")
         self.path, self._key = path, key
         self._settings_path = path.with_suffix(".settings.json")
         self._results: dict[Hashable, dict[str, Any]] = {}
-        self._writing = threading.Lock()
-        make_folder(path.parent)
+        self._writing, self._writes = threading.Lock(), writes
+        if writes:
+            make_folder(path.parent)
         # As JSON gives them back: a tuple is a list there.
         settings = json.loads(json.dumps(settings))
         try:
-            self._file: IO[bytes] = path.open("a+b")
+            self._file: IO[bytes] = path.open("a+b") if writes else _readable(path)
         except OSError as error:
             raise cannot_write(path, error) from error
         try:
-            lock_file(path, self._file.fileno())
-            if path.stat().st_size:
+            if writes:
+                lock_file(path, self._file.fileno())
+            if path.exists() and path.stat().st_size:
                 self._take_over(settings, existing)
-            write_json(self._settings_path, settings)
+            if writes:
+                write_json(self._settings_path, settings)
         except BaseException:
             self._file.close()
             raise
@@ -123,7 +138,8 @@ class ResultFile:
         if existing == "refuse":
             raise ValueError(f"{self.path} exists: give another file, or --existing continue or overwrite")
         if existing == "overwrite":
-            self._file.truncate(0)
+            if self._writes:
+                self._file.truncate(0)
             return
         if self._settings_path.exists():
             self._check_settings(read_json_object(self._settings_path), settings)
@@ -154,7 +170,8 @@ class ResultFile:
         whole = 0
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
-                self._file.truncate(whole)
+                if self._writes:
+                    self._file.truncate(whole)
                 return
             whole += len(line)
             if not line.strip():
@@ -167,6 +184,11 @@ class ResultFile:
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 reason = str(error) if isinstance(error, ValueError) else repr(error)
                 raise ValueError(f"{self.path}:{number} is no result ({reason}): mend or remove that line") from error
+
+
+def _readable(path: Path) -> IO[bytes]:
+    """A file for reading, an empty one if there is none."""
+    return open_regular(path) if path.exists() else io.BytesIO()
 
 
 def _shown(value: Any) -> str:

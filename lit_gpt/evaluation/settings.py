@@ -95,6 +95,8 @@ class AnswerFlags:
     """Questions that are answered at once; changes speed and memory, never an answer."""
     limit: int | None = None
     """Only the first so many questions of a file."""
+    dry_run: bool = False
+    """Only tell what it would cost: requests, passes, tokens and FLOPs."""
     tokenizer: str | None = None
     """A folder or a name on the hub; by default the checkpoint's own."""
     special_tokens: str = "ids"
@@ -137,6 +139,8 @@ class PerplexityFlags:
     """float32 or bfloat16; auto is float32 on CPUs, bfloat16 on GPUs that have it."""
     cache: str | None = None
     """Folder of finished rows (~/.cache/smdm/evaluation), or off."""
+    dry_run: bool = False
+    """Only tell what it would cost: requests, passes, tokens and FLOPs."""
 
 
 @dataclass
@@ -180,6 +184,8 @@ class MtBenchAnswerFlags:
     existing: str | None = None
     """What to do with an answer file that is there: continue it, refuse, or overwrite; by default one made with the same
     settings is continued."""
+    dry_run: bool = False
+    """Only tell what it would cost: requests, passes, tokens and FLOPs."""
     num_gpus_per_model: int = 1
     """Has no effect: a model is on one device."""
     num_gpus_total: int = 1

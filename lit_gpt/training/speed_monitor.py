@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from lit_gpt.config import Config
+from lit_gpt.model.flops import forward_flops
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.model.visibility import Visibility
 
@@ -20,10 +21,7 @@ Step = TypeVar("Step")
 
 
 def training_flops(config: Config, terms: LossTerms, visibility: Visibility, scored: int) -> float:
-    """FLOPs of training on a batch: 6 per weight and token that uses it, 12 C per layer and pair of tokens in attention.
-
-    Without recomputation, as Chowdhery et al. 2022 (arXiv 2204.02311, appendix B) count; but only pairs that are visible
-    and rows of the head that are scored.
+    """FLOPs of training on a batch: three times those of the forward pass; what is computed again is not counted.
 
     Args:
         config: the model.
@@ -32,9 +30,7 @@ def training_flops(config: Config, terms: LossTerms, visibility: Visibility, sco
         scored: positions on which the head runs.
     """
     rows, length = terms.input_ids.shape
-    head = config.padded_vocab_size * config.n_embd * scored
-    attention = 12 * config.n_layer * config.n_embd * rows * visibility.pairs(length)
-    return 6.0 * (config.non_embedding_params * rows * length + head) + attention
+    return 3.0 * forward_flops(config, rows * length, rows * visibility.pairs(length), scored)
 
 
 class MicroBatchWork(NamedTuple):

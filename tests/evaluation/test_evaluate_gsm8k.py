@@ -132,17 +132,17 @@ ENDLESS += ["\\sqrt{1+\\sqrt{2+\\sqrt{3+\\sqrt{5}}}}", "\\frac" * 5000, "1,000" 
 @pytest.mark.parametrize("given", ENDLESS, ids=lambda text: text[:12])
 def test_no_answer_takes_long(given):
     same_answer("1/2", "0.5")  # loads the library
-    start = time.monotonic()
+    start = time.process_time()  # of this process: a busy machine changes nothing
     assert not same_answer(given, "7") and not is_small_arithmetic(normalised(given))
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 5
 
 
 def test_what_is_worked_out_takes_no_time_either():
     texts = ["-" * 60, "99^99*" + "9" * 54, "((9^{-99}))/7/\\frac{1}{99}", "1/3+" * 14 + "1", "\\frac" * 12]
-    start = time.monotonic()
+    start = time.process_time()
     for text in texts:
         assert is_small_arithmetic(text) and not same_answer(text, "7")
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 5
 
 
 ENDLESS_TEXTS = [
@@ -158,7 +158,7 @@ ENDLESS_TEXTS = [
 
 @pytest.mark.parametrize("given", [*ENDLESS, *ENDLESS_TEXTS], ids=lambda text: text[:12])
 def test_no_text_takes_long_to_normalise(given):
-    start = time.process_time()  # of this process: a busy machine changes nothing
+    start = time.process_time()
     assert published_form(given) != "7" and not GRADERS["published"](given, "7") and not GRADERS["default"](given, "7")
     assert time.process_time() - start < 5
 

@@ -78,6 +78,7 @@ def test_a_prompt_is_kept_where_too_much_is_asked(models, kind, capsys):
     [
         ({"max_gen_toks": 0}, "max_gen_toks is 0: at least 1 new token"),
         ({"max_tokens": "many"}, "max_tokens is 'many': expected a number"),
+        ({"max_gen_toks": float("inf")}, "max_gen_toks is inf: expected a number"),
         ({"temperature": [1]}, r"temperature is \[1\]: expected a number"),
         ({"top_p": 2}, "top_p is 2.0: it must be a number from 0 to 1"),
         ({"until": ["a", 7]}, "until holds 7: expected texts"),

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -107,11 +106,9 @@ def test_it_ends_with_what_to_type_next(finished: tuple[Path, str]) -> None:
 def test_a_second_run_has_nothing_to_do(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     before = (folder / "quickstart" / "losses.png").stat().st_mtime_ns
-    started = time.monotonic()
     process = quickstart(folder)
     assert process.returncode == 0 and process.stdout.count("done before") == 6
     assert "step 6" not in process.stdout and (folder / "quickstart" / "losses.png").stat().st_mtime_ns == before
-    assert time.monotonic() - started < 30  # seconds, on a machine with nothing else to do
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from lit_gpt.checkpoints.loaded import LoadedModel, load_model
 from lit_gpt.cli import Interrupted, warn
 from lit_gpt.data.sft_formats import CHAT_TEMPLATE
 from lit_gpt.devices import join_processes
-from lit_gpt.evaluation.generated_answers import AnswerFile, JsonQuestion
+from lit_gpt.evaluation.generated_answers import AnswerFile, Asking, JsonQuestion
 from lit_gpt.evaluation.mt_bench.benchmark_files import (
     BenchmarkFiles,
     MtBenchQuestion,
@@ -29,6 +29,7 @@ from lit_gpt.evaluation.mt_bench.benchmark_files import (
 )
 from lit_gpt.evaluation.result_file import EXISTING
 from lit_gpt.evaluation.settings import BEHIND_END, MtBenchAnswerFlags
+from lit_gpt.evaluation.work import Work, sampling_work, total_work
 from lit_gpt.processes import launched_world
 from lit_gpt.sampling.settings import Sampling, changed_settings, setting_kind
 from lit_gpt.tokenizer import SPECIAL_TOKENS
@@ -41,7 +42,7 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
     """Answer the questions that have no answer yet, and sort the file.
 
     Returns:
-        The answer file and the seconds it took; None on other processes than the first.
+        The answer file and the seconds it took; None on other processes than the first, and in a dry run.
 
     Raises:
         FileNotFoundError, ValueError: anything a user can get wrong, with the remedy.
@@ -58,8 +59,15 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
     model = _open_model(flags)
     length = _context_length(model, flags.max_new_token, questions, rank)
     started = time.perf_counter()
+
+    def work(question: JsonQuestion) -> Work:
+        one = sampling_work(model, len(_prompt_ids(model, question["question"])), length, sampling)
+        return replace(total_work([one] * flags.num_choices), requests=1)
+
+    asking = Asking(model, work, flags.dry_run)
+    settings = _settings(flags, model, length)
     file = AnswerFile(
-        path, _settings(flags, model, length), ("question_id",), flags.existing, flags.batch_size, (), sort_at_end=True
+        path, settings, ("question_id",), flags.existing, flags.batch_size, (), sort_at_end=True, asking=asking
     )
 
     def answer(batch: list[JsonQuestion]) -> list[JsonQuestion]:
@@ -75,7 +83,7 @@ def write_answers(flags: MtBenchAnswerFlags) -> tuple[Path, float] | None:
     except KeyboardInterrupt:
         line = f"interrupted: {_count(path, questions)} of {len(questions)} answers are in {path}; "
         raise Interrupted(line + "the same command goes on", signal.SIGINT) from None
-    return None if rank else (path, time.perf_counter() - started)
+    return None if rank or flags.dry_run else (path, time.perf_counter() - started)
 
 
 def check_answer_flags(flags: MtBenchAnswerFlags) -> None:

