@@ -7,7 +7,7 @@ that `--help` is quick.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lit_gpt.sampling.settings import Sampling, sampling_flag, sampling_flags, sampling_values
@@ -194,6 +194,32 @@ class MtBenchAnswerFlags:
     """Has no effect: a model is on one device, as a whole."""
     revision: str | None = None
     """Has no effect: the checkpoint is a file."""
+
+
+@dataclass
+class ReproduceFlags:
+    """Flags of scripts/reproduce.py."""
+
+    checkpoint: list[str] = field(default_factory=list)
+    """Checkpoints to test in place of the released ones; where a claim is about both kinds, one of each (scaling: several)."""
+    models: str = "models"
+    """Folder of released checkpoints; what is not there is fetched from the hub (nieshen/SMDM)."""
+    data: str | None = None
+    """fineweb, scaling: the folder of packed text that is read; by default data/fineweb and its two crawls."""
+    reverse_data: str | None = None
+    """reverse: the folder of the questions, where it is another one than evaluate_reverse.py's."""
+    tasks: list[str] = field(default_factory=list)
+    """zero_shot: only these of the published tasks; MINE=PUBLISHED runs a task of yours with a published one's settings."""
+    limit: int | None = None
+    """Only so many questions of a task, or rows of a text."""
+    processes: int = 1
+    """Processes of this machine, such as one for each GPU."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N."""
+    out: str = "out/reproduce"
+    """Folder of the JSON, the Markdown row, and all results."""
+    dry_run: bool = False
+    """Only tell what it would cost: requests, passes, tokens and FLOPs."""
 
 
 _MDM_ONLY = {"nll_type", "mc_num", "budget", "decide", "cfg", "greedy", "padding", "mask_id", "alg"}
