@@ -73,6 +73,10 @@ class HarnessCommand:
             yield words
 
 
+SPELL_IT_OUT = "spell it out, as a word of its own, so that it names our cache of results"
+"""What must be done with `--use_cache`."""
+
+
 def read_command(argv: Sequence[str]) -> HarnessCommand:
     """Read a command line.
 
@@ -92,6 +96,9 @@ def read_command(argv: Sequence[str]) -> HarnessCommand:
         typed, rest = flags.parse_known_args([word for word in argv if word != "run"])
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
+    if any(word.startswith("--u") and "--use_cache".startswith(word.split("=")[0]) for word in rest):
+        # Before the harness makes a cache of that name.
+        raise ValueError(f"--use_cache: {SPELL_IT_OUT}")
     return HarnessCommand(typed, rest, {} if typed.config is None else _read_yaml(typed.config))
 
 

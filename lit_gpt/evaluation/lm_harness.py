@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.evaluation.generated_answers import checkpoint_name
-from lit_gpt.evaluation.harness_command import read_command
+from lit_gpt.evaluation.harness_command import SPELL_IT_OUT, read_command
 from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.progress import end_dry_run
 from lit_gpt.evaluation.result_cache import results_folder
@@ -85,9 +85,7 @@ def registered_models() -> list[Any]:
 
             def set_cache_hook(self, cache_hook: Any) -> None:
                 """The harness would put its own cache around the model, which unpickles."""
-                raise ValueError(
-                    "--use_cache: spell it out, as a word of its own, so that it names our cache of results"
-                )
+                raise ValueError(f"--use_cache: {SPELL_IT_OUT}")
 
         return Registered
 

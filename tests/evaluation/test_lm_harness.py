@@ -355,6 +355,7 @@ def test_mistakes_are_one_line(models, name, capsys, monkeypatch):
     assert end.value.code == 2
     last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(last) == 1
+    assert not Path("nowhere").exists(), "a refused command made something"
     assert re.search(message, last[0]), last
 
 
