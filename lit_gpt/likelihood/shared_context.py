@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_gpt.devices import is_out_of_memory
 from lit_gpt.likelihood.scoring import TokenScores, token_scores
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.logits import logits_in_chunks
@@ -76,7 +77,9 @@ def score_answers(
         part = questions[start : start + count]
         try:
             found = _read(network, part)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             found = None
         if found is None and count > 1:
             max_tokens = sum(question.tokens() for question in part) // 2
@@ -91,7 +94,9 @@ def _one_by_one(network: Transformer, question: SharedContext) -> list[TokenScor
     """The scores of a question whose answers do not fit into memory together."""
     try:
         return [_read(network, [SharedContext(question.context, (answer,))])[0][0] for answer in question.answers]
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         longest = len(question.context) + max(map(len, question.answers)) - 1
         device = network.lm_head.weight.device
         raise ValueError(f"a row of {longest} tokens does not fit into the memory of {device}") from None

@@ -33,6 +33,7 @@ from lit_gpt.model.logits import LogitsBatch, LogitsFn, model_logits
 from lit_gpt.randomness import uniform
 from tests.golden.weights import golden_cases, golden_model, golden_tokens
 from tests.support.gpus import DEVICES
+from tests.support.out_of_memory import OUT_OF_MEMORY
 from tests.support.small_models import scaled_model
 
 GOLDEN = golden_cases()
@@ -345,14 +346,15 @@ def test_equal_rows_are_read_once():
     assert results[3].nll == results[4].nll
 
 
-def test_a_batch_that_does_not_fit_is_halved():
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_batch_that_does_not_fit_is_halved(error: RuntimeError):
     sizes = []
 
     def small_memory(limit: int) -> LogitsFn:
         def logits(batch):
             sizes.append(len(batch.input_ids))
             if len(batch.input_ids) > limit:
-                raise torch.OutOfMemoryError
+                raise error
             yield from table_logits()(batch)
 
         return logits
@@ -363,6 +365,9 @@ def test_a_batch_that_does_not_fit_is_halved():
     assert max(sizes) == 31 and sizes.count(3) > 3
     with pytest.raises(ValueError, match="a row of 5 tokens does not fit into the memory of cpu"):
         list(mdm_likelihoods(ScoringModel(small_memory(0), 3, 3, 4096), [request], settings))
+    error = RuntimeError("another error")
+    with pytest.raises(RuntimeError, match="another error"):
+        list(mdm_likelihoods(ScoringModel(small_memory(4), 3, 3, 4096), [request], settings))
 
 
 def spoilt_logits(value: float, rows: int, kind: str) -> LogitsFn:

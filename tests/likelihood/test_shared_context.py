@@ -14,6 +14,7 @@ from lit_gpt.likelihood.scoring import ScoringModel
 from lit_gpt.likelihood.shared_context import SharedContext, answers_of_a_batch, score_answers
 from lit_gpt.model.causal import GPT
 from tests.support.gpus import DEVICES
+from tests.support.out_of_memory import OUT_OF_MEMORY
 from tests.support.small_models import scaled_model
 
 TINY = Config("tiny", 3, 4, 32, 64, 2, block_size=64, vocab_size=50)
@@ -99,7 +100,8 @@ def test_answers_stay_together_however_many_rounds_there_are():
     assert sum(read) == 12 * (30 + 2 * 19) < whole_rows + 12 * 18
 
 
-def test_what_does_not_fit_is_read_in_parts():
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_what_does_not_fit_is_read_in_parts(error: RuntimeError):
     model = scaled_model(GPT, TINY, 5)
     questions = [SharedContext((1, 2, number), ((4, 5, 6), (7, 8), (9,))) for number in range(5)]
     expected = list(score_answers(model, questions, 10**6))
@@ -107,7 +109,7 @@ def test_what_does_not_fit_is_read_in_parts():
 
     def small_memory(input_ids, *args, **kwargs):
         if input_ids.numel() > most[0]:
-            raise torch.OutOfMemoryError
+            raise error
         return inner(input_ids, *args, **kwargs)
 
     model.hidden_states = small_memory
@@ -120,6 +122,9 @@ def test_what_does_not_fit_is_read_in_parts():
                 assert a.best_ids.equal(b.best_ids)
     most[0] = 2
     with pytest.raises(ValueError, match="a row of 5 tokens does not fit into the memory of cpu"):
+        list(score_answers(model, questions, 10**6))
+    error = RuntimeError("another error")
+    with pytest.raises(RuntimeError, match="another error"):
         list(score_answers(model, questions, 10**6))
 
 
