@@ -1,9 +1,9 @@
 """Many prompts through one model: a finished row's place is taken by the next prompt.
 
 Decisions: nothing is computed behind where a text is decided; a row's tokens depend on its own number and prompt alone
-(`sample`), so that no batch changes them, nor one that is computed again in halves after memory ran out; what a text is,
-and where it ends, the caller knows. Where keys and values of whole batches are kept (an MDM's block caches), or an ARM's
-are not, a batch ends before the next one begins.
+(`sample`), so that no batch changes them, nor one that is computed again in halves after memory ran out; a batch holds no
+rows below half of its longest one's length; what a text is, and where it ends, the caller knows. Where keys and values of
+whole batches are kept (an MDM's block caches), or an ARM's are not, a batch ends before the next one begins.
 """
 
 from __future__ import annotations
@@ -46,15 +46,16 @@ def sample_many(
     waiting = dict.fromkeys(order)
     while waiting:
         length = requests[next(iter(waiting))].length
-        rows = min(len(waiting), max(1, batch_tokens // length))
-        todo = [(number, requests[number]) for number in waiting]
-        if isinstance(model, GPT) and sampling.use_cache and not sampling.cfg_scale:
-            found = SlotSampler(model, sampling, stop_id, rows, length).write(todo)
-        elif model.kind == "mdm" and sampling.cache == "none":
-            found = _refilled(model, todo, sampling, stop_id, rows)
-        else:
-            found = _batch(model, todo[:rows], sampling, stop_id)
+        # A much shorter row would be read in columns of the longest: it waits for a batch of more rows.
+        todo = [(number, requests[number]) for number in waiting if 2 * requests[number].length >= length]
+        rows = min(len(todo), max(1, batch_tokens // length))
         try:
+            if isinstance(model, GPT) and sampling.use_cache and not sampling.cfg_scale:
+                found = SlotSampler(model, sampling, stop_id, rows, length).write(todo)
+            elif model.kind == "mdm" and sampling.cache == "none":
+                found = _refilled(model, todo, sampling, stop_id, rows)
+            else:
+                found = _batch(model, todo[:rows], sampling, stop_id)
             for number, new in found:
                 del waiting[number]
                 yield number, new
