@@ -192,7 +192,13 @@ def compute_gap(arm: Sequence[tuple[float, float]], mdm: Sequence[tuple[float, f
 
     Returns:
         None where a kind has fewer than two budgets, or its loss does not fall.
+
+    Raises:
+        ValueError: a loss is 0 or below, or no number; it has no power law.
     """
+    for _, loss in (*arm, *mdm):
+        if not 0 < loss < math.inf:
+            raise ValueError(f"scaling: a loss of {loss:g} nats: expected a finite number above 0")
     fits = []
     for points in (arm, mdm):
         x, y = [math.log(compute) for compute, _ in points], [math.log(loss) for _, loss in points]
@@ -204,8 +210,8 @@ def compute_gap(arm: Sequence[tuple[float, float]], mdm: Sequence[tuple[float, f
             (a - middle_x) ** 2 for a in x
         )
         fits.append((slope, middle_x, middle_y))
-    (_, arm_x, arm_y), (slope, mdm_x, mdm_y) = fits
-    return math.exp(mdm_x + (arm_y - mdm_y) / slope - arm_x) if slope < 0 else None
+    (arm_slope, arm_x, arm_y), (slope, mdm_x, mdm_y) = fits
+    return math.exp(mdm_x + (arm_y - mdm_y) / slope - arm_x) if arm_slope < 0 and slope < 0 else None
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

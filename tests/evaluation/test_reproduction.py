@@ -122,6 +122,14 @@ def test_the_compute_gap_of_two_power_laws():
     assert compute_gap(arm[:1], mdm) is None and compute_gap(arm, [(c, math.log(c)) for c, _ in mdm]) is None
 
 
+def test_no_compute_gap_of_losses_that_rise_or_are_none():
+    falling, rising = [(1.0, 3.0), (2.0, 2.0)], [(1.0, 3.0), (2.0, 3.5)]
+    assert compute_gap(rising, falling) is None and compute_gap(falling, rising) is None
+    for wrong in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"^scaling: a loss of {wrong:g} nats: expected a finite number above 0"):
+            compute_gap([(1.0, wrong), (2.0, 1.0)], falling)
+
+
 def test_a_local_checkpoint_takes_precedence_and_a_missing_one_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "mdm-1028M-3300e18-rsl-gsm8k.safetensors").write_bytes(b"")
