@@ -398,6 +398,30 @@ def test_run_is_a_command_only_as_the_first_word():
             assert handed_on.count("run") == 2
 
 
+@pytest.mark.parametrize("name", ["batch_size", "device", "output_path"])
+def test_abbreviated_flags_count_as_for_the_harness(name: str):
+    """`--batch 4` was overruled by our default behind it."""
+    from lm_eval._cli.harness import HarnessCLI
+
+    typed = {"batch_size": "4", "device": "cpu", "output_path": "out"}
+    for length in range(1, len(name) + 1):
+        for words in ([f"--{name[:length]}", typed[name]], [f"--{name[:length]}={typed[name]}"]):
+            command = read_command(["--tasks", "x", *words])
+            assert getattr(command.typed, name) == typed[name]
+            with command.words("mdlm") as handed_on:
+                read = HarnessCLI()._parser.parse_args(["run", *handed_on])
+            assert (getattr(read, name), read.model) == (typed[name], "mdlm")
+
+
+def test_our_defaults_stand_before_what_is_handed_on():
+    """The harness takes the last, and it may know other spellings: `-sb 4` is `-s` and `-b 4`."""
+    from lm_eval._cli.harness import HarnessCLI
+
+    with read_command(["-sb", "4", "--tasks", "x"]).words("mdlm") as handed_on:
+        read = HarnessCLI()._parser.parse_args(["run", *handed_on])
+    assert (read.batch_size, read.device, read.log_samples) == ("4", "auto", True)
+
+
 def test_results_that_could_not_be_written_are_an_error(models, tmp_path, monkeypatch, capsys):
     """The harness itself only warns; here the disk is full when it writes."""
     from lm_eval.loggers import EvaluationTracker
