@@ -39,7 +39,9 @@ class HarnessCommand:
     @property
     def use_cache(self) -> str | None:
         """The folder of our own cache, or `off`."""
-        return self._text("use_cache")
+        # YAML reads the word off as False.
+        is_off = self.typed.use_cache is None and self.config.get("use_cache") is False
+        return "off" if is_off else self._text("use_cache")
 
     @property
     def output_path(self) -> str | None:

@@ -390,6 +390,18 @@ def test_a_config_file_counts_before_our_defaults_and_behind_what_is_typed(model
     assert sum(lines(tmp_path / "cache").values()) > 4
 
 
+def test_a_cache_is_off_in_yaml_too(tmp_path):
+    """YAML reads the word off as a truth value."""
+    path = tmp_path / "config.yaml"
+    for text, expected in (("off", "off"), ("'off'", "off"), ("false", "off"), ("folder", "folder"), ("null", None)):
+        path.write_text(f"use_cache: {text}\n")
+        assert read_command(["--config", str(path)]).use_cache == expected
+    for text in ("on", "5"):
+        path.write_text(f"use_cache: {text}\n")
+        with pytest.raises(ValueError, match="use_cache is .*, expected a text"):
+            _ = read_command(["--config", str(path)]).use_cache
+
+
 def test_run_is_a_command_only_as_the_first_word():
     for words in (["--output_path", "run", "--tasks", "run"], ["run", "--output_path", "run", "--tasks", "run"]):
         command = read_command(words)
