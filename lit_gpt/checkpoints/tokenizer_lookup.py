@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, read_record
@@ -65,14 +66,16 @@ def _given_tokenizer(given: str, path: Path | str, record: WeightsRecord | None)
     folder = Path(given)
     # A folder may have the model in both forms, and the recorded one may be the second.
     forms = [folder / name for name in ("tokenizer.model", "tokenizer.json")]
-    found = [open_tokenizer(place) for place in (given, *(str(file) for file in forms if file.is_file()))]
-    for tokenizer in found:
+    first = open_tokenizer(given)
+    # Opened only when it is its turn: a damaged second form does not matter where the first is the recorded one.
+    others = (open_tokenizer(str(file)) for file in forms if file.is_file())
+    for tokenizer in itertools.chain([first], others):
         if fingerprint in (None, tokenizer.fingerprint):
             return tokenizer
     held = record.held_tokenizer(path) if record else None
-    if held is None or not _same_tokens(held, found[0]):
+    if held is None or not _same_tokens(held, first):
         raise _another(given, path)
-    return found[0]
+    return first
 
 
 def _same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
@@ -106,13 +109,18 @@ def _named_tokenizer(path: Path, record: WeightsRecord | None) -> Tokenizer:
         places.insert(0, named)
     elif named == DEFAULT_SOURCE or recorded.get("hub") is True:
         places.append(named)
+    wrong = []
     for place in places:
         try:
             tokenizer = open_tokenizer(place)
         except FileNotFoundError as error:
+            if place != places[-1]:
+                # A recorded folder that was emptied: the tokenizer may be beside the checkpoint.
+                continue
             raise FileNotFoundError(f"{error} ({whose}; {_REMEDY} names another)") from error
         if fingerprint in (None, tokenizer.fingerprint):
             return tokenizer
-    if places:
-        raise _another(named if Path(named).exists() else places[-1], path)
+        wrong.append(place)
+    if wrong:
+        raise _another(wrong[0] if Path(named).exists() else wrong[-1], path)
     raise FileNotFoundError(f"{named}: no such tokenizer here ({whose}; {_REMEDY} names another)")

@@ -6,11 +6,16 @@ the transformers library, so that those of other programs work; it is run in a s
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.data.sft_formats import CHAT_TEMPLATES
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import SandboxedEnvironment
 
 RECORD_KEY = "chat_template"
 """Where a run's record says it."""
@@ -40,7 +45,8 @@ def find_chat_template(loaded: LoadedModel, name: str | None = None) -> str:
         held = None
     if isinstance(held, list):
         # Several, each with a name.
-        held = next((one.get("template") for one in held if one.get("name") == "default"), None)
+        named = [one for one in held if isinstance(one, dict)]
+        held = next((one.get("template") for one in named if one.get("name") == "default"), None)
     if not isinstance(held, str):
         raise ValueError(
             "--apply_chat_template: this checkpoint has no chat template; if it was fine-tuned with one, name that: "
@@ -63,20 +69,46 @@ def render_chat(
     Raises:
         ValueError: the template refuses the messages, or is none.
     """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(reason: str) -> str:
-        raise TemplateError(reason)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
     values = {"add_generation_prompt": add_generation_prompt, "bos_token": "", "eos_token": eos_text}
+    # A downloaded template is a program: what it raises can be anything.
     try:
-        text = environment.from_string(template).render(messages=messages, **values)
-    except (TemplateError, TypeError, LookupError) as error:
-        raise ValueError(f"the checkpoint's chat template cannot take these messages: {error}") from error
+        text = _environment().from_string(template).render(messages=messages, **values)
+        text.encode()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the checkpoint's chat template cannot take these messages: {reason}") from error
     last = messages[-1]["content"].strip() if messages else ""
     if not add_generation_prompt and last in text:
         text = text[: text.rindex(last) + len(last)]
     return text
+
+
+def _environment() -> SandboxedEnvironment:
+    """What the transformers library gives templates: its functions, `break`, `continue` and `generation`."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`, around the text that a model is trained on: that text, with a scope of its own."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def refuse(reason: str) -> str:
+        raise TemplateError(reason)
+
+    def as_json(value: Any, indent: int | None = None) -> str:
+        # Jinja's own is for HTML: it writes < as an escape.
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    extensions = ["jinja2.ext.loopcontrols", Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.filters["tojson"] = as_json
+    return environment

@@ -26,6 +26,8 @@ _REVERSE = "mdm-1028M-1600e18-reverse"
 _ZERO_SHOT = "mdm-1028M-3300e18-rsl-0.01-bs-1024"
 _DIALOGUE = {"arm": "ar-1028M-100e18-sharegpt", "mdm": "mdm-1028M-1600e18-sharegpt"}
 _FINEWEB = {"arm": "ar-170M-6e18", "mdm": "mdm-170M-100e18"}
+# From so many rows up their mean is taken as normally distributed, the usual rule.
+_FEWEST_ROWS = 30
 _PRETRAINED = re.compile(r"(ar|mdm)-(\d+)M-([\d.]+)e18")
 
 
@@ -192,7 +194,13 @@ def compute_gap(arm: Sequence[tuple[float, float]], mdm: Sequence[tuple[float, f
 
     Returns:
         None where a kind has fewer than two budgets, or its loss does not fall.
+
+    Raises:
+        ValueError: a loss is 0 or below, or no number; it has no power law.
     """
+    for _, loss in (*arm, *mdm):
+        if not 0 < loss < math.inf:
+            raise ValueError(f"scaling: a loss of {loss:g} nats: expected a finite number above 0")
     fits = []
     for points in (arm, mdm):
         x, y = [math.log(compute) for compute, _ in points], [math.log(loss) for _, loss in points]
@@ -204,8 +212,8 @@ def compute_gap(arm: Sequence[tuple[float, float]], mdm: Sequence[tuple[float, f
             (a - middle_x) ** 2 for a in x
         )
         fits.append((slope, middle_x, middle_y))
-    (_, arm_x, arm_y), (slope, mdm_x, mdm_y) = fits
-    return math.exp(mdm_x + (arm_y - mdm_y) / slope - arm_x) if slope < 0 else None
+    (arm_slope, arm_x, arm_y), (slope, mdm_x, mdm_y) = fits
+    return math.exp(mdm_x + (arm_y - mdm_y) / slope - arm_x) if arm_slope < 0 and slope < 0 else None
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -284,9 +292,15 @@ def _perplexity(flags: ReproduceFlags, kind: str, path: str, folder: Path, crawl
 
     def read(lines: list[str], elapsed_s: float) -> list[Measured]:
         value = float(next(line for line in reversed(lines) if ", ppl=" in line).rpartition("=")[2])
-        found = re.search(r"standard error ([\d.e-]+)", "\n".join(lines))
-        # d exp(loss) = ppl d loss
-        return [Measured(name, value, standard_error=value * float(found[1]) if found else None)]
+        text = "\n".join(lines)
+        spread, rows = (
+            re.search(r"the rows' standard deviation ([\d.e-]+)", text),
+            re.search(r", (\d+) rows$", text, re.M),
+        )
+        if not spread or not rows or int(rows[1]) < _FEWEST_ROWS:
+            return [Measured(name, value)]
+        # The rows as a sample of the text: it holds the estimator's error, too. d exp(loss) = ppl d loss
+        return [Measured(name, value, standard_error=value * float(spread[1]) / math.sqrt(int(rows[1])))]
 
     return Evaluation([*words, *_limit("rows", flags)], read)
 

@@ -362,7 +362,7 @@ def accuracy_line(answers: Sequence[JsonQuestion]) -> str:
     )
 
 
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
+def wilson_interval(right: float, count: int) -> tuple[float, float]:
     """The 95 % confidence interval of a share: (p + z²/2n ± z sqrt(p (1 - p)/n + z²/4n²)) / (1 + z²/n).
 
     Unlike p ± z sqrt(p (1 - p)/n), it stays within [0, 1] and has a width at 0 and 1.

@@ -92,8 +92,10 @@ def read_command(argv: Sequence[str]) -> HarnessCommand:
     for names in (*_OURS, ("--device",), ("--batch_size", "-b"), ("--model", "-M")):
         flags.add_argument(*names)
     flags.add_argument("--dry_run", action="store_true")
+    # `run` is the harness's command, which ours are always.
+    words = list(argv[1:] if argv and argv[0] == "run" else argv)
     try:
-        typed, rest = flags.parse_known_args([word for word in argv if word != "run"])
+        typed, rest = flags.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     if any(word.startswith("--u") and "--use_cache".startswith(word.split("=")[0]) for word in rest):

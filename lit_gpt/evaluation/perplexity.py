@@ -60,7 +60,7 @@ def evaluate_perplexity(flags: PerplexityFlags) -> None:
     tell_work("rows", total, known)
     if flags.dry_run:
         return end_dry_run()
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     with model.autocast(), WorkBar(model.model, total, "rows", not rank) as bar:
         for start in range(0, len(own), _ROWS_AT_ONCE):
             requests = [request_of(n) for n in own[start : start + _ROWS_AT_ONCE]]
@@ -79,7 +79,7 @@ def evaluate_perplexity(flags: PerplexityFlags) -> None:
             except NotFiniteError as error:
                 number = own[start + requests.index(error.request)]
                 raise NotFiniteError(error.request, f"row {number} of {flags.fineweb}") from None
-            sums += torch.tensor([[nll, error**2, 1.0] for nll, error in found], dtype=torch.float64).sum(0)
+            sums += torch.tensor([[nll, error**2, nll**2, 1.0] for nll, error in found], dtype=torch.float64).sum(0)
     if known and not rank:
         print(f"{known} of {len(own)} rows were there already: {cache.path}", flush=True)
     cache.close()
@@ -190,13 +190,22 @@ def _settings(flags: PerplexityFlags, model: LoadedModel, length: int) -> dict[s
 
 
 def _report(flags: PerplexityFlags, sums: list[float], scored: int) -> None:
-    """The estimator, then the last line; `sums` are nats, their variance and rows, `scored` the tokens of a row."""
-    nll, variance, count = sums
+    """The estimator, the rows' spread, then the last line.
+
+    Args:
+        flags: of the evaluation.
+        sums: over all rows, of nats, their variance, their squares and 1.
+        scored: tokens of a row.
+    """
+    nll, variance, squares, count = sums
     loss, error = nll / (count * scored), math.sqrt(variance) / (count * scored)
     how = {"arm": "exact", "mdm": f"bound, {flags.estimator} with {flags.mc_samples} samples, seed {flags.seed}"}
     print(
         f"{how[flags.type]}: loss {loss:.5f} nats per token, the estimator's standard error {error:.5f}, {count:.0f} rows"
     )
+    if count > 1:
+        spread = math.sqrt(max(0.0, squares - nll**2 / count) / (count - 1)) / scored
+        print(f"the rows' standard deviation {spread:.5f} nats per token")
     if count < _PUBLISHED_ROWS:
         warn(f"{count:.0f} rows were read; the published evaluation has {_PUBLISHED_ROWS}")
     print(f"{flags.ckpt_path}, {flags.fineweb}, ppl={math.exp(loss)}")

@@ -3,7 +3,8 @@
 Decisions: what runs are the published scripts with their published settings, as processes of their own, so that a claim is
 tested by what users type; the published numbers are data (`data/published_results.json`), and what is not known there is
 said to be so. A share's tolerance is the 95 % interval of that share on as many questions as were asked here: it counts
-the questions as a sample, so that two runs on the same questions should differ less.
+the questions as a sample, so that two runs on the same questions should differ less. A perplexity's is that of its rows
+as a sample; to either comes half a unit of the published last digit.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from lit_gpt.evaluation.claims import CLAIMS, Evaluation, Measured
+from lit_gpt.evaluation.generated_answers import wilson_interval
 from lit_gpt.evaluation.progress import read_told
 from lit_gpt.evaluation.settings import ReproduceFlags
 from lit_gpt.evaluation.versions import commit, versions
@@ -28,6 +31,10 @@ from lit_gpt.pipeline import ROOT, run_script
 
 PUBLISHED = ROOT / "data" / "published_results.json"
 _NORMAL_QUANTILE = 1.959963984540054
+# From so many up the widest 95 % interval, of a share of a half, is within 10 points: 1.96^2 / (4 * 0.1^2) = 96.04.
+_FEWEST_QUESTIONS = 97
+# Below so many right or wrong answers the normal interval is too narrow (at 0 and 1 it has no width), the usual rule.
+_FEWEST_EXPECTED = 5
 _REPORTED_VERSIONS = ("smdm", "torch", "lm_eval", "numpy", "sentencepiece", "tokenizers")
 
 
@@ -96,14 +103,29 @@ def compare(measured: Measured, published: dict[str, Any]) -> Comparison:
         return replace(made, verdict="not measured here")
     if value is None:
         return replace(made, verdict="the published number is not known here")
+    # Half a unit of the last digit that is published.
+    rounding = 10.0 ** int(Decimal(str(value)).as_tuple().exponent) / 2
     if measured.questions:
-        tolerance = _NORMAL_QUANTILE * math.sqrt(value * (1 - value) / measured.questions)
+        # Shares are published in percent; a 1.0 in the file does not say to how many digits.
+        tolerance = math.hypot(_share_tolerance(value, measured.questions), min(rounding, 0.005))
     elif measured.standard_error is not None:
-        tolerance = _NORMAL_QUANTILE * measured.standard_error
+        tolerance = math.hypot(_NORMAL_QUANTILE * measured.standard_error, rounding)
     else:
         return replace(made, verdict="no sampling error is known")
-    verdict = "agrees within" if abs(ours - value) <= tolerance else "differs by more than"
-    return replace(made, tolerance=tolerance, verdict=f"{verdict} sampling error")
+    agrees = abs(ours - value) <= tolerance
+    verdict = f"{'agrees within' if agrees else 'differs by more than'} sampling error"
+    if agrees and measured.questions and measured.questions < _FEWEST_QUESTIONS:
+        verdict += "; too few questions to tell"
+    return replace(made, tolerance=tolerance, verdict=verdict)
+
+
+def _share_tolerance(share: float, questions: int) -> float:
+    """How far another share of so many questions may be off, with a chance of 95 %."""
+    normal = _NORMAL_QUANTILE * math.sqrt(share * (1 - share) / questions)
+    if questions * min(share, 1 - share) >= _FEWEST_EXPECTED:
+        return normal
+    low, high = wilson_interval(share * questions, questions)
+    return max(normal, share - low, high - share)
 
 
 def table(compared: Sequence[Comparison]) -> list[str]:

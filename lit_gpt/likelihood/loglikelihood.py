@@ -33,6 +33,8 @@ SCORING_VERSION = 1
 # Batches of a round: enough that equal rows meet and lengths can be sorted, few enough that results come in after seconds
 # (a choice, not a measurement).
 _BATCHES_PER_ROUND = 32
+# A question's answers may make an ARM's round longer, up to this: a bound on memory (a choice, not a measurement).
+_MOST_BATCHES_PER_ROUND = 64
 # The answers of a question come one after the other, and have the same plan where their lengths are the same.
 _KEPT_PLANS = 8
 
@@ -119,7 +121,7 @@ def mdm_likelihoods(
         NotFiniteError: it says for which request.
     """
     model = dataclasses.replace(model, logits_fn=guided(model.logits_fn, settings.cfg_scale, model.mask_id))
-    for numbers in _rounds(model, requests, lambda request: settings.estimator.passes(len(request.target))):
+    for numbers in _rounds(model, requests, lambda request: settings.estimator.passes(len(request.target)), False):
         part = [requests[number] for number in numbers]
         plans = [masking_plan(settings, request) for request in part]
         inputs = [
@@ -152,7 +154,7 @@ def arm_likelihoods(model: ScoringModel, requests: Sequence[LikelihoodRequest]) 
     Raises:
         NotFiniteError: as `mdm_likelihoods`.
     """
-    for numbers in _rounds(model, requests, lambda request: 1):
+    for numbers in _rounds(model, requests, lambda request: 1, True):
         part = [requests[number] for number in numbers]
         found: dict[int, TokenScores] = {}
         # A context with several answers is read once; everything else is whole rows.
@@ -240,9 +242,20 @@ def _plan(estimator: Estimator, length: int, *keys: int) -> MaskingPlan:
 
 
 def _rounds(
-    model: ScoringModel, requests: Sequence[LikelihoodRequest], passes: Callable[[LikelihoodRequest], int]
+    model: ScoringModel,
+    requests: Sequence[LikelihoodRequest],
+    passes: Callable[[LikelihoodRequest], int],
+    whole_questions: bool,
 ) -> Iterator[list[int]]:
-    """Numbers of requests in rounds of work; longest first, like prefixes together."""
+    """Numbers of requests in rounds of work; longest first, like prefixes together.
+
+    Args:
+        model: decides how much a round is.
+        requests: in any order.
+        passes: over a request's tokens.
+        whole_questions: do not end a round between answers to one question. An ARM reads their context once; an MDM saves
+            nothing, and its results should come soon.
+    """
     longest: dict[tuple[int, ...], int] = {}
     for request in requests:
         longest[request.prefix] = max(len(request.target), longest.get(request.prefix, 0))
@@ -252,15 +265,20 @@ def _rounds(
         prefix, target = requests[number].prefix, requests[number].target
         return -len(prefix) - longest[prefix], prefix, -len(target), number
 
+    def is_answer_too(number: int) -> bool:
+        # Texts that share one token, or none, save nothing by being read together.
+        prefix = requests[number].prefix
+        return whole_questions and len(prefix) > 1 and prefix == requests[current[-1]].prefix
+
     current: list[int] = []
-    tokens, most = 0, round_tokens(model)
+    tokens, enough, most = 0, round_tokens(model), _MOST_BATCHES_PER_ROUND * model.max_tokens
     for number in sorted(range(len(requests)), key=order):
+        if tokens >= most or (tokens >= enough and not is_answer_too(number)):
+            yield current
+            current, tokens = [], 0
         request = requests[number]
         current.append(number)
         tokens += (len(request.prefix) + len(request.target)) * passes(request)
-        if tokens >= most:
-            yield current
-            current, tokens = [], 0
     if current:
         yield current
 

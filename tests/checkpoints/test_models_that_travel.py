@@ -154,6 +154,28 @@ def test_a_given_tokenizer_is_compared_by_its_fingerprint(tmp_path):
     assert find(names, str(folder)).fingerprint == own.fingerprint
 
 
+def test_an_emptied_folder_does_not_hide_the_tokenizer_beside_the_file(tmp_path):
+    recorded = train_small_tokenizer(tmp_path / "tokenizer")
+    path = export(tmp_path / "model", GPT, None, source=str(recorded), fingerprint=Tokenizer(recorded).fingerprint)
+    (tmp_path / "model" / "tokenizer.model").write_bytes((recorded / "tokenizer.model").read_bytes())
+    (recorded / "tokenizer.model").unlink()
+    assert find(path).source == str(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match=f"^{recorded}: this folder has no .*which the checkpoint was trained"):
+        find(path)
+    # Where the one beside it is another, that is what is wrong.
+    beside = train_small_tokenizer(tmp_path / "model", 400)
+    with pytest.raises(ValueError, match=f"^{beside} is another tokenizer than"):
+        find(path)
+
+
+def test_a_damaged_second_form_does_not_matter_where_the_first_is_right(tmp_path):
+    folder = train_small_tokenizer(tmp_path / "tokenizer")
+    path = export(tmp_path, GPT, None, fingerprint=Tokenizer(folder).fingerprint)
+    (folder / "tokenizer.json").write_text("{}")
+    assert find(path, str(folder)).source == str(folder)
+
+
 def test_a_folder_that_is_gone_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
     """`data/tokenizer` could be somebody's there; a name on the hub is recorded as one."""
     asked = []

@@ -124,9 +124,31 @@ def test_templates_are_hostile(folder):
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{% for %}", "cannot take these messages"),
         ("{{ messages[7]['role'] }}", "cannot take these messages"),
+        ("{{ 1 / 0 }}", "cannot take these messages: division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot take these messages: maximum recursion depth"),
+        ("{{ range(10**9) | list }}", "cannot take these messages: Range too big"),
+        ("{{ '\ud800' }}", "cannot take these messages: "),
+        ("{% include 'a' %}", "cannot take these messages: "),
+        ("{% unheard_of %}", "cannot take these messages: Encountered unknown tag 'unheard_of'"),
     ):
         with pytest.raises(ValueError, match=words):
             render_chat(template, messages, "</s>")
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}", "a<b"),
+        ("{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content }}{% endfor %}", "<b"),
+        ("{% generation %}{{ messages[0].content }}{% set x = 1 %}{% endgeneration %}{{ x }}", "a"),
+        ("{{ strftime_now('%Y')[:2] }}", "20"),
+        ("{{ messages[1] | tojson }}", '{"role": "assistant", "content": "<b"}'),
+    ],
+)
+def test_what_templates_of_other_programs_use(template, text):
+    turns = [("user", "a"), ("assistant", "<b"), ("user", "c")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert render_chat(template, messages, "</s>") == text
 
 
 def test_fine_tuning_on_dialogues_records_the_template():
@@ -146,3 +168,7 @@ def test_a_tokenizers_own_template_is_found(folder):
         assert render_chat(find_chat_template(loaded), [{"role": "user", "content": "Hm"}], "") == "Hm!"
     with pytest.raises(ValueError, match="--apply_chat_template chatml: choose from vicuna"):
         find_chat_template(loaded, "chatml")
+    for held in (["x"], [1], [{"name": "tool_use", "template": "x"}], {"default": "x"}, 5):
+        loaded.tokenizer.contents["tokenizer_config.json"] = json.dumps({"chat_template": held}).encode()
+        with pytest.raises(ValueError, match="this checkpoint has no chat template"):
+            find_chat_template(loaded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,7 @@ def test_an_mdm_by_both_estimators_processes_and_resuming(folder):
     cache = ("--cache", str(folder / "cache"))
     first = evaluate(folder, *words, *cache, "--rows", "3")
     whole = evaluate(folder, *words, *cache)
+    assert re.search(r", 6 rows$\nthe rows' standard deviation 0\.\d{5} nats per token$", whole, re.MULTILINE)
     assert "3 of 6 rows were there already" in whole and "bound, mc with 512 samples, seed 1234" in whole
     assert perplexity(first) != perplexity(whole)
     two = evaluate(folder, *words, "--cache", "off", "--batch-size", "3", processes=2)

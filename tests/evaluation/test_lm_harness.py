@@ -390,6 +390,14 @@ def test_a_config_file_counts_before_our_defaults_and_behind_what_is_typed(model
     assert sum(lines(tmp_path / "cache").values()) > 4
 
 
+def test_run_is_a_command_only_as_the_first_word():
+    for words in (["--output_path", "run", "--tasks", "run"], ["run", "--output_path", "run", "--tasks", "run"]):
+        command = read_command(words)
+        with command.words("mdlm") as handed_on:
+            assert (command.output_path, command.rest) == ("run", ["--tasks", "run"])
+            assert handed_on.count("run") == 2
+
+
 def test_results_that_could_not_be_written_are_an_error(models, tmp_path, monkeypatch, capsys):
     """The harness itself only warns; here the disk is full when it writes."""
     from lm_eval.loggers import EvaluationTracker

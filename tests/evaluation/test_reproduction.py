@@ -93,6 +93,47 @@ def test_a_tolerance_is_the_interval_of_a_share():
     assert found.tolerance == pytest.approx(0.02659, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("published", "measured", "tolerance", "agrees"),
+    [
+        # A loss that is exact: half a unit of the published last digit is left.
+        (18.3, Measured("x", 18.3004, standard_error=0.0), 0.05, True),
+        (18.3, Measured("x", 18.36, standard_error=0.0), 0.05, False),
+        (16, Measured("x", 16.4, standard_error=0.0), 0.5, True),
+        # Wilson's interval of all right, of 200: from 200 / (200 + 1.96^2); a share is known to half a percent at least.
+        (1.0, Measured("x", 0.99, 200), math.hypot(3.8415 / 203.8415, 0.005), True),
+        (0.0, Measured("x", 0.01, 200), math.hypot(3.8415 / 203.8415, 0.005), True),
+        (1.0, Measured("x", 0.9, 200), math.hypot(3.8415 / 203.8415, 0.005), False),
+    ],
+)
+def test_a_tolerance_is_never_nothing(published, measured, tolerance, agrees):
+    found = compare(measured, {"x": {"value": published, "source": None}})
+    assert found.tolerance == pytest.approx(tolerance, rel=1e-4)
+    assert found.verdict == ("agrees within sampling error" if agrees else "differs by more than sampling error")
+
+
+def test_few_questions_tell_little():
+    published = {"x": {"value": 0.5, "source": None}}
+    assert compare(Measured("x", 0.0, 2), published).verdict.endswith("; too few questions to tell")
+    assert compare(Measured("x", 0.45, 97), published).verdict == "agrees within sampling error"
+    assert compare(Measured("x", 0.0, 96), published).verdict == "differs by more than sampling error"
+
+
+def test_a_perplexitys_error_is_that_of_its_rows():
+    """Not the estimator's, which an ARM has not; of less than 30 rows none is known."""
+    (evaluation, *_) = CLAIMS["fineweb"](ReproduceFlags(checkpoint=["ar-1.safetensors"], data="x")).evaluations
+
+    def error(rows: int) -> float | None:
+        lines = [
+            f"exact: loss 2.90690 nats per token, the estimator's standard error 0.00000, {rows} rows",
+            "the rows' standard deviation 0.50000 nats per token",
+            "x, y, ppl=18.3",
+        ]
+        return evaluation.read(lines, 0.0)[0].standard_error
+
+    assert error(100) == pytest.approx(18.3 * 0.05) and error(29) is None
+
+
 def test_every_published_number_has_a_source_and_every_claim_its_numbers():
     claims = json.loads(PUBLISHED.read_text())["claims"]
     assert set(claims) == set(CLAIMS)
@@ -120,6 +161,14 @@ def test_the_compute_gap_of_two_power_laws():
     mdm = [(compute, 6 * (compute / 16) ** -0.05) for compute in (60.0, 300.0, 1600.0)]
     assert compute_gap(arm, mdm) == pytest.approx(16)
     assert compute_gap(arm[:1], mdm) is None and compute_gap(arm, [(c, math.log(c)) for c, _ in mdm]) is None
+
+
+def test_no_compute_gap_of_losses_that_rise_or_are_none():
+    falling, rising = [(1.0, 3.0), (2.0, 2.0)], [(1.0, 3.0), (2.0, 3.5)]
+    assert compute_gap(rising, falling) is None and compute_gap(falling, rising) is None
+    for wrong in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"^scaling: a loss of {wrong:g} nats: expected a finite number above 0"):
+            compute_gap([(1.0, wrong), (2.0, 1.0)], falling)
 
 
 def test_a_local_checkpoint_takes_precedence_and_a_missing_one_is_one_clear_line(tmp_path, monkeypatch):

@@ -89,15 +89,38 @@ def test_a_context_is_read_once():
     assert read == [30]
 
 
-def test_answers_stay_together_however_many_rounds_there_are():
+@pytest.mark.parametrize("tokens", [300, 280, 250, 100])
+def test_answers_stay_together_however_many_rounds_there_are(tokens: int):
     """Contexts of one length, answers of two: sorted by length alone, the answers of a question would part."""
     model, read = watched(scaled_model(GPT, TINY, 5))
     contexts = [(number, *range(1, 30)) for number in range(1, 13)]
     requests = [LikelihoodRequest(context, (5,) * length) for length in (20, 2) for context in contexts]
-    found = arm_likelihoods(dataclasses.replace(ScoringModel.of(model, 120), tokens_per_result=300), requests)
+    found = arm_likelihoods(dataclasses.replace(ScoringModel.of(model, 120), tokens_per_result=tokens), requests)
     assert sorted(number for number, _ in found) == list(range(24))
     whole_rows = sum(30 + len(request.target) - 1 for request in requests)
     assert sum(read) == 12 * (30 + 2 * 19) < whole_rows + 12 * 18
+
+
+@pytest.mark.parametrize(
+    ("prefix", "lengths", "max_tokens", "most"),
+    [
+        pytest.param((1,), [10] * 40, 1000, 60, id="texts that share one token are no answers"),
+        pytest.param((1, 2, 3), [2, 3] * 100, 2, 250, id="more answers than 64 batches hold"),
+    ],
+)
+def test_rounds_are_bounded_where_all_requests_share_a_prefix(
+    prefix: tuple[int, ...], lengths: list[int], max_tokens: int, most: int
+):
+    model, read = watched(scaled_model(GPT, TINY, 5))
+    between = []
+    scoring_model = dataclasses.replace(ScoringModel.of(model, max_tokens), tokens_per_result=50)
+    for _ in arm_likelihoods(
+        scoring_model,
+        [LikelihoodRequest(prefix, (number % 50,) * length) for number, length in enumerate(lengths)],
+    ):
+        between.append(sum(read))
+        read.clear()
+    assert len(between) == len(lengths) and sum(between) > 3 * most > 3 * max(between)
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)

@@ -94,9 +94,9 @@ def write_judgments(flags: MtBenchJudgmentFlags) -> None:
 def _checked(flags: MtBenchJudgmentFlags) -> MtBenchJudgmentFlags:
     """The flags, with the tokens that they come to. Refuses what is wrong with them alone, all of it at once."""
     problems = []
-    for name, known in (("mode", MODES), ("turns", TURNS), ("existing", EXISTING)):
+    for name, known in (("mode", MODES), ("turns", TURNS), ("existing", (None, *EXISTING))):
         if getattr(flags, name) not in known:
-            problems.append(f"--{name} {getattr(flags, name)}: choose from {', '.join(known)}")
+            problems.append(f"--{name} {getattr(flags, name)}: choose from {', '.join(filter(None, known))}")
     for name in ("parallel", "first_n", "max_tokens"):
         value = getattr(flags, name)
         if value is not None and value < 1:

@@ -36,8 +36,9 @@ class MtBenchJudgmentFlags:
     """Tokens of a judgment; a judge that thinks before it writes needs more."""
     published_claude: bool = False
     """Ask a claude-... judge as published: at most 1024 tokens, and a pair's instruction within the user's message."""
-    existing: str = "continue"
-    """What to do with a judgment file that is there: continue it, refuse, or overwrite it (all models in it)."""
+    existing: str | None = None
+    """What to do with a judgment file that is there: continue it, refuse, or overwrite it (all models in it); by default
+    one made with the same settings is continued."""
     dry_run: bool = False
     """Say what would be sent, and stop."""
     yes: bool = False

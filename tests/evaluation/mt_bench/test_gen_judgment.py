@@ -365,7 +365,9 @@ def test_a_file_of_fastchat_is_continued(judging, judge):
     assert judging()[0] == 0
     SINGLE.with_suffix(".settings.json").unlink()
     SINGLE.write_text("".join(line + "\n" for line in SINGLE.read_text().splitlines()[:4]))
-    code, out, err = judging()
+    code, _, err = judging()
+    assert code == 2 and "has no judge-1_single.settings.json beside it" in err and len(lines_of(SINGLE)) == 4
+    code, out, err = judging("--existing", "continue")
     assert code == 0 and "2 of 6 matches" in out and "they are kept" in err
     assert len(lines_of(SINGLE)) == 6 and set(judge.answered.values()) == {1, 2}
 
