@@ -20,6 +20,8 @@ from lit_gpt.files import open_regular
 # The harness reads values as Python's literals, whose parser gives up at a depth of some hundreds without a ValueError.
 _MOST_BRACKETS = 100
 _OURS = (("--use_cache", "-c"), ("--output_path", "-o"), ("--config", "-C"))
+# Every beginning of these means them to the harness, which has no other flags that begin so.
+_ABBREVIATED = ("--output_path", "--device", "--batch_size")
 _DEFAULTS = {"--device": "auto", "--batch_size": str(ModelArgs.batch_size)}
 
 
@@ -37,7 +39,9 @@ class HarnessCommand:
     @property
     def use_cache(self) -> str | None:
         """The folder of our own cache, or `off`."""
-        return self._text("use_cache")
+        # YAML reads the word off as False.
+        is_off = self.typed.use_cache is None and self.config.get("use_cache") is False
+        return "off" if is_off else self._text("use_cache")
 
     @property
     def output_path(self) -> str | None:
@@ -58,11 +62,13 @@ class HarnessCommand:
         Args:
             model: the `--model` that is meant where nothing says one.
         """
-        words = list(self.rest)
+        words = []
         for flag, default in {"--model": model, **_DEFAULTS, "--output_path": None}.items():
             name = flag.removeprefix("--")
             value = getattr(self.typed, name) or (default if self.config.get(name) is None else None)
             words += [flag, value] if value else []
+        # The last counts: behind our defaults stands what we did not recognise, as -sb 4, which is -s -b 4.
+        words += self.rest
         with tempfile.TemporaryDirectory() as folder:
             if "use_cache" in self.config:
                 copy = Path(folder) / Path(self.typed.config).name
@@ -93,7 +99,7 @@ def read_command(argv: Sequence[str]) -> HarnessCommand:
         flags.add_argument(*names)
     flags.add_argument("--dry_run", action="store_true")
     # `run` is the harness's command, which ours are always.
-    words = list(argv[1:] if argv and argv[0] == "run" else argv)
+    words = [_spelt_out(word) for word in (argv[1:] if argv and argv[0] == "run" else argv)]
     try:
         typed, rest = flags.parse_known_args(words)
     except argparse.ArgumentError as error:
@@ -102,6 +108,13 @@ def read_command(argv: Sequence[str]) -> HarnessCommand:
         # Before the harness makes a cache of that name.
         raise ValueError(f"--use_cache: {SPELL_IT_OUT}")
     return HarnessCommand(typed, rest, {} if typed.config is None else _read_yaml(typed.config))
+
+
+def _spelt_out(word: str) -> str:
+    """A word with the name of its flag in full."""
+    name, equals, value = word.partition("=")
+    full = [flag for flag in _ABBREVIATED if flag.startswith(name) and len(name) > len("--")]
+    return full[0] + equals + value if full else word
 
 
 def _read_yaml(path: str) -> Mapping[str, Any]:

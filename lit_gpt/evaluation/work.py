@@ -2,7 +2,8 @@
 
 A pass is one reading of one row, whatever its batch. Decisions: masks that a plan repeats count once, as they are computed
 once; rows that different requests share, and what ends early, are not foreseen, so that the numbers are upper bounds but
-for the spread of the random masks.
+for the spread of the random masks, and for rows that are read along with others of their batch: a sampler with more steps
+than a row has masks, and rows that are done before the others.
 """
 
 from __future__ import annotations
@@ -122,8 +123,9 @@ def _denoising_readings(prompt: int, length: int, sampling: Sampling) -> _Readin
     found = [0, 0, 0, 0]
     for start in range(0, free, block_length):
         block = min(block_length, free - start)
-        # Positions that are masked again need steps of their own.
-        passes = steps if sampling.remask else min(steps, block)
+        # Positions that are masked again need steps of their own; `origin`'s rows of a batch reveal something in different
+        # steps, and each is read in all of these.
+        passes = steps if sampling.remask or sampling.algorithm == "origin" else min(steps, block)
         whole = passes
         if sampling.cache != "none":
             whole = -(-passes // sampling.refresh) if sampling.refresh else 1

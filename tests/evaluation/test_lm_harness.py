@@ -404,12 +404,48 @@ def test_a_config_file_counts_before_our_defaults_and_behind_what_is_typed(model
     assert sum(lines(tmp_path / "cache").values()) > 4
 
 
+def test_a_cache_is_off_in_yaml_too(tmp_path):
+    """YAML reads the word off as a truth value."""
+    path = tmp_path / "config.yaml"
+    for text, expected in (("off", "off"), ("'off'", "off"), ("false", "off"), ("folder", "folder"), ("null", None)):
+        path.write_text(f"use_cache: {text}\n")
+        assert read_command(["--config", str(path)]).use_cache == expected
+    for text in ("on", "5"):
+        path.write_text(f"use_cache: {text}\n")
+        with pytest.raises(ValueError, match="use_cache is .*, expected a text"):
+            _ = read_command(["--config", str(path)]).use_cache
+
+
 def test_run_is_a_command_only_as_the_first_word():
     for words in (["--output_path", "run", "--tasks", "run"], ["run", "--output_path", "run", "--tasks", "run"]):
         command = read_command(words)
         with command.words("mdlm") as handed_on:
             assert (command.output_path, command.rest) == ("run", ["--tasks", "run"])
             assert handed_on.count("run") == 2
+
+
+@pytest.mark.parametrize("name", ["batch_size", "device", "output_path"])
+def test_abbreviated_flags_count_as_for_the_harness(name: str):
+    """`--batch 4` was overruled by our default behind it."""
+    from lm_eval._cli.harness import HarnessCLI
+
+    typed = {"batch_size": "4", "device": "cpu", "output_path": "out"}
+    for length in range(1, len(name) + 1):
+        for words in ([f"--{name[:length]}", typed[name]], [f"--{name[:length]}={typed[name]}"]):
+            command = read_command(["--tasks", "x", *words])
+            assert getattr(command.typed, name) == typed[name]
+            with command.words("mdlm") as handed_on:
+                read = HarnessCLI()._parser.parse_args(["run", *handed_on])
+            assert (getattr(read, name), read.model) == (typed[name], "mdlm")
+
+
+def test_our_defaults_stand_before_what_is_handed_on():
+    """The harness takes the last, and it may know other spellings: `-sb 4` is `-s` and `-b 4`."""
+    from lm_eval._cli.harness import HarnessCLI
+
+    with read_command(["-sb", "4", "--tasks", "x"]).words("mdlm") as handed_on:
+        read = HarnessCLI()._parser.parse_args(["run", *handed_on])
+    assert (read.batch_size, read.device, read.log_samples) == ("4", "auto", True)
 
 
 def test_results_that_could_not_be_written_are_an_error(models, tmp_path, monkeypatch, capsys):

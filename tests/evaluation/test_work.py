@@ -121,6 +121,19 @@ def test_an_mdms_text_costs_what_was_told(models, sampling):
     assert counted.passes >= least * told.passes and counted.tokens >= least * told.tokens
 
 
+@pytest.mark.parametrize("cache", [{}, {"block_length": 8, "cache": "prefix", "refresh": 2}], ids=["none", "prefix"])
+@pytest.mark.parametrize("steps", [24, 256])
+def test_a_batch_of_origin_costs_what_was_told(models, steps, cache):
+    """Its rows reveal something in different steps, and all of them are read in each of those."""
+    loaded, sampling = models["mdm"], Sampling("origin", steps=steps, **cache)
+    told = total_work([sampling_work(loaded, 3, 19, sampling)] * 8)
+    with Counted(loaded) as counted:
+        sample(loaded.model, [[5, 6, n] for n in range(3, 11)], sampling, 19)
+    assert counted.passes <= told.passes
+    # A cache is made anew for all rows where one of them needs it: how many tokens that reads is not foreseen.
+    assert counted.tokens <= told.tokens or cache
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_an_arms_text_costs_what_was_told(models, use_cache):
     loaded, sampling = models["arm"], Sampling(use_cache=use_cache)
