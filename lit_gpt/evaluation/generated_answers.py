@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,7 +152,8 @@ def check_flags(flags: AnswerFlags) -> None:
 
 def checkpoint_name(ckpt_path: str) -> str:
     """A checkpoint's name without its suffix, for the file of its answers; a run's has the run's name before it."""
-    path = Path(ckpt_path)
+    # Absolute, so that `.` and a file in the current folder have names, too.
+    path = Path(os.path.abspath(ckpt_path))
     name = path.name.removesuffix(SUFFIX).removesuffix(".pth")
     return f"{path.parent.name}-{name}" if name.startswith("iter-") else name
 

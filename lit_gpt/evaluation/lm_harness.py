@@ -22,7 +22,7 @@ from lit_gpt.evaluation.lm_adapter import Adapter
 from lit_gpt.evaluation.progress import end_dry_run
 from lit_gpt.evaluation.result_cache import results_folder
 from lit_gpt.evaluation.settings import read_model_args, usage
-from lit_gpt.files import SaveError, make_folder
+from lit_gpt.files import SaveError, make_folder, read_json_object
 
 _MORE_FLAGS = """
 --use_cache FOLDER|off: where finished results are kept (never served to other settings)
@@ -123,7 +123,7 @@ def evaluate(model: str, argv: Sequence[str]) -> None:
     run = HarnessRun(folder, found_folder, [sys.argv[0], *argv], command.typed.dry_run)
     for model_class in registered_models():
         model_class.run = run
-    with command.words(model) as words, _one_line_errors(), _folders_named_by_checkpoint():
+    with command.words(model) as words, _one_line_errors(), _folders_named_by_checkpoint(run, output_path):
         sys.argv = ["lm_eval", "run", *words]
         try:
             cli_evaluate()
@@ -152,21 +152,42 @@ def _result_files(output_path: str | None) -> set[Path]:
 
 
 @contextlib.contextmanager
-def _folders_named_by_checkpoint() -> Iterator[None]:
-    """Results lie in a folder named as the checkpoint is; the harness has one name for all models that it does not know."""
+def _folders_named_by_checkpoint(run: HarnessRun, output_path: str | None) -> Iterator[None]:
+    """Results lie in a folder named as the checkpoint is; the harness has one name for all models that it does not know.
+
+    Where that folder has results of another checkpoint of that name, 8 digits of the weights' hash come behind the name.
+    """
     from lm_eval.loggers.evaluation_tracker import GeneralConfigTracker
+    from lm_eval.utils import sanitize_model_name
 
     harness_name = GeneralConfigTracker._get_model_name
 
     def name(model_args: Any) -> str | None:
         path = model_args.get("ckpt_path") if isinstance(model_args, dict) else None
-        return checkpoint_name(str(path)) if path else harness_name(model_args)
+        if not path:
+            return harness_name(model_args)
+        own = checkpoint_name(str(path))
+        if output_path is None or not run.built:
+            return own
+        weights_hash = run.built[-1].loaded.weights_hash
+        others = _checkpoints_of(_output_folder(output_path) / sanitize_model_name(own)) - {weights_hash}
+        return f"{own}-{weights_hash[:8]}" if others else own
 
     GeneralConfigTracker._get_model_name = staticmethod(name)
     try:
         yield
     finally:
         GeneralConfigTracker._get_model_name = staticmethod(harness_name)
+
+
+def _checkpoints_of(folder: Path) -> set[str]:
+    """The hashes of the checkpoints whose results files of the harness are in a folder."""
+    found = set()
+    for path in folder.glob("results_*.json"):
+        with contextlib.suppress(ValueError, OSError):
+            config = read_json_object(path).get("config")
+            found.add(str(config.get("checkpoint")) if isinstance(config, dict) else "")
+    return found
 
 
 @contextlib.contextmanager

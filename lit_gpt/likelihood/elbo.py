@@ -66,24 +66,33 @@ def elbo(
         seed: of the random masks; the same seed gives the same masks for all targets behind a prefix.
 
     Raises:
-        ValueError: an empty target, one with [MASK] in it or with a token that the model excludes, a budget below 2,
-            logits of another shape, NaN or infinite.
+        ValueError: an empty target, one with [MASK] in it, with a token that the model excludes or that has no column in
+            the logits, an id below 0, a budget below 2, logits of another shape, NaN or infinite.
     """
     device = target.device if isinstance(target, Tensor) else "cpu"
     before, scored = (tuple(torch.as_tensor(ids, dtype=torch.int64).flatten().tolist()) for ids in (prefix, target))
     if not scored or mask_id in scored:
         raise ValueError(f"elbo: the target {'holds the mask' if scored else 'is empty'}: it must be tokens of a text")
+    for name, ids in (("prefix", before), ("target", scored)):
+        if ids and min(ids) < 0:
+            raise ValueError(f"elbo: the {name} holds the id {min(ids)}: ids count from 0")
     settings, request = LikelihoodSettings(ExactBound(budget), seed=seed), LikelihoodRequest(before, scored)
     # All columns of the logits are tokens, however many there are.
-    scoring_model = ScoringModel(_at_indices(logits_fn), mask_id, sys.maxsize, _TOKENS_AT_ONCE, device)
+    scoring_model = ScoringModel(
+        _at_indices(logits_fn, max(scored)), mask_id, sys.maxsize, _TOKENS_AT_ONCE, device, may_be_uniform=True
+    )
     ((_, result),) = mdm_likelihoods(scoring_model, [request], settings)
     if result.nll > math.sqrt(-_IMPOSSIBLE):
         raise ValueError("elbo: the model excludes a token of the target: its logit is -inf")
     return BoundEstimate(result.nll, result.standard_error, len(masking_plan(settings, request).masks))
 
 
-def _at_indices(logits_fn: TokensToLogits) -> LogitsFn:
-    """The same model as likelihoods use one: logits at the wanted positions, some rows at a time."""
+def _at_indices(logits_fn: TokensToLogits, largest_target: int) -> LogitsFn:
+    """The same model as likelihoods use one: logits at the wanted positions, some rows at a time.
+
+    Raises:
+        ValueError: logits of another shape, or without a column for the target's largest id.
+    """
 
     def logits(batch: LogitsBatch) -> Iterator[Tensor]:
         rows, length = batch.input_ids.shape
@@ -94,6 +103,10 @@ def _at_indices(logits_fn: TokensToLogits) -> LogitsFn:
             if found.shape[:2] != part.shape or found.dim() != 3:
                 raise ValueError(
                     f"elbo: logits_fn returned {tuple(found.shape)} for tokens {tuple(part.shape)}: expected (R, T, V)"
+                )
+            if largest_target >= found.size(2):
+                raise ValueError(
+                    f"elbo: the target holds the id {largest_target}: the logits are of {found.size(2)} tokens"
                 )
             here = (batch.indices >= start * length) & (batch.indices < (start + len(part)) * length)
             wanted = found.flatten(0, 1)[batch.indices[here] - start * length].float()

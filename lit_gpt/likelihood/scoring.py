@@ -43,6 +43,8 @@ class ScoringModel:
     """Tokens that are read before the first results must come; None: only the number of batches counts."""
     network: Transformer | None = None
     """What `logits_fn` runs; with an ARM's, a context that several targets share is read once."""
+    may_be_uniform: bool = False
+    """Logits that are all equal are meant; a network has them where its states overflow."""
 
     @classmethod
     def of(cls, model: Transformer, max_tokens: int) -> ScoringModel:
@@ -72,7 +74,7 @@ class TokenScores:
     """The results of one request's rows, all (R, T) and 0 where nothing is scored."""
 
     nll: Tensor
-    """float32: -log p(target), nats; NaN or infinite where a logit of the position is, or where all of them are equal."""
+    """float32: -log p(target), nats; NaN or infinite where a logit of the position is; NaN where all are wrongly equal."""
     best_ids: Tensor
     """int64: the likeliest token; 0 where nobody asked."""
     best_probability: Tensor
@@ -105,7 +107,7 @@ def score_tokens(model: ScoringModel, inputs: Sequence[ScoringInput], best: bool
         batch_rows = rows[start : start + max(1, max_tokens // length)]
         try:
             batch, targets, places = _padded_batch(inputs, batch_rows, store, model.device)
-            found = token_scores(model.logits_fn(batch), targets, model.vocab_size, best)
+            found = token_scores(model.logits_fn(batch), targets, model.vocab_size, best, model.may_be_uniform)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -210,7 +212,9 @@ def _padded_batch(
 _EQUAL_LOGITS = 1e-5
 
 
-def token_scores(logits: Iterator[Tensor], targets: Tensor, vocab_size: int, best: bool) -> tuple[Tensor, ...]:
+def token_scores(
+    logits: Iterator[Tensor], targets: Tensor, vocab_size: int, best: bool, may_be_uniform: bool = False
+) -> tuple[Tensor, ...]:
     """Cross-entropy, and where wanted the likeliest token and its probability, at every scored position, (N,) each."""
     parts: list[tuple[Tensor, ...]] = []
     start = 0
@@ -219,7 +223,8 @@ def token_scores(logits: Iterator[Tensor], targets: Tensor, vocab_size: int, bes
         log_p = chunk.log_softmax(1)
         lowest = log_p.amin(1)
         # A logit of -inf vanishes in the sum, and states that overflow vanish in the last norm: their logits are all equal.
-        sound = lowest.isfinite() & (lowest < -math.log(chunk.size(1)) - _EQUAL_LOGITS)
+        is_uniform = lowest >= -math.log(chunk.size(1)) - _EQUAL_LOGITS
+        sound = lowest.isfinite() & (~is_uniform | may_be_uniform)
         nll = torch.where(sound, -log_p.gather(1, own[:, None]).squeeze(1), torch.nan)
         if best:
             highest, ids = log_p[:, :vocab_size].max(1)

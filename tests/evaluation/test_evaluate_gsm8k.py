@@ -228,6 +228,9 @@ def test_names_of_checkpoints():
     assert checkpoint_name("models/mdm-1028M-3300e18-rsl-0.01.safetensors") == "mdm-1028M-3300e18-rsl-0.01"
     assert checkpoint_name("workdir/finetune/mdm-sharegpt-6M-cfg=0.0/") == "mdm-sharegpt-6M-cfg=0.0"
     assert checkpoint_name("workdir/run-1.0/iter-000100-ckpt.pth") == "run-1.0-iter-000100-ckpt"
+    # From within the run's folder, too.
+    assert checkpoint_name(".") == Path.cwd().name
+    assert checkpoint_name("iter-000100-ckpt.pth") == f"{Path.cwd().name}-iter-000100-ckpt"
 
 
 # --- the rounds -------------------------------------------------------------------------------------------------------

@@ -268,6 +268,20 @@ def test_the_arm_command_and_its_record(models, tmp_path):
     assert list((tmp_path / "out" / "cache").glob("*.jsonl"))
 
 
+def test_two_checkpoints_of_one_name_have_two_folders(models, tmp_path):
+    """The harness's results of an ARM and of an MDM, both tiny.safetensors."""
+    for script, kind in (("evaluate_ar.py", "arm"), ("evaluate_diff.py", "mdm")):
+        words = ["--model_args", f"ckpt_path='{models[kind]}'", "--limit", "1", "--output_path", str(tmp_path / "out")]
+        run_script(tmp_path, script, *words)
+    held = {
+        path.parent.name: {json.loads(one.read_text())["config"]["checkpoint"] for one in path.parent.iterdir()}
+        for path in (tmp_path / "out").rglob("results_*.json")
+    }
+    other = held.pop("tiny")
+    ((name, hashes),) = held.items()
+    assert len(other) == 1 and hashes != other and {name} == {f"tiny-{one[:8]}" for one in hashes}
+
+
 def test_a_killed_evaluation_goes_on_and_processes_share_it(models, tmp_path):
     """kill -9 in the middle, then the same command by one process; unbroken by two processes: the same values."""
     arguments = f"model_name=None,ckpt_path={models['mdm']},nll_type=mc,mc_num=256,greddy=True,batch_size=8"

@@ -142,6 +142,21 @@ def test_mistakes_are_named(message):
         elbo(**values)
 
 
+def test_a_uniform_models_bound_is_that_of_its_vocabulary():
+    result = elbo(lambda tokens: torch.zeros(*tokens.shape, VOCABULARY), PREFIX, TARGET, mask_id=MASK)
+    assert result.nll == pytest.approx(len(TARGET) * np.log(VOCABULARY), rel=1e-6)
+    assert result.standard_error == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "token"), [("target", VOCABULARY), ("target", VOCABULARY + 10), ("target", -3), ("prefix", -1)]
+)
+def test_ids_that_the_vocabulary_does_not_have_are_named(name: str, token: int):
+    texts = {"prefix": PREFIX, "target": TARGET[:3], name: [2, token]}
+    with pytest.raises(ValueError, match=f"elbo: the {name} holds the id {token}: "):
+        elbo(lambda tokens: torch.ones(*tokens.shape, VOCABULARY).cumsum(2), **texts, mask_id=MASK)
+
+
 def test_the_lines_of_the_document_run(capsys):
     text = (Path(__file__).resolve().parents[2] / "docs" / "likelihood.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
