@@ -169,16 +169,19 @@ class Adapter:
         asked: Counter[str] = Counter()
         keys: list[str] = []
         todo: dict[str, GenerationRequest] = {}
-        for context, settings in (request.args for request in requests):
-            name = request_key("generate", context, settings)
-            # Repeated requests want other samples: each has a number of its own.
+        for one in requests:
+            context, settings = one.args
+            # A document's repeated requests want other samples: each has a number of its own. Other documents do not
+            # count, which another process may have.
+            document = (getattr(one, "task_name", None), getattr(one, "doc_id", None))
+            name = request_key("generate", *document, context, settings)
             request = self._writer.request(context, settings, asked[name])
             asked[name] += 1
             keys.append(request_key("text", *request.identity()))
             if self._cache.get(keys[-1], _is_text) is None:
                 todo[keys[-1]] = request
         works = {
-            key: sampling_work(self.loaded, len(one.prompt), one.length, one.sampling) for key, one in todo.items()
+            key: sampling_work(self.loaded, len(new.prompt), new.length, new.sampling) for key, new in todo.items()
         }
         self._tell("generating", works, len(set(keys)) - len(todo))
         if self.dry_run:

@@ -178,8 +178,11 @@ class SlotSampler:
         logits = self._model.lm_head(hidden)
         vocabulary = self._model.config.vocab_size
         found = sample_tokens(iter([logits]), uniforms, sampling, vocabulary, (early, self._stop_id))
-        check_finite_logits(found.finite)
-        return found.token_ids.tolist()  # type: ignore[no-any-return]
+        # Together, so that a pass waits for the device once.
+        *tokens, finite = torch.cat((found.token_ids, found.finite[None].long())).tolist()
+        if not finite:
+            check_finite_logits(found.finite)
+        return tokens
 
     def _shrink(self) -> None:
         """Give up the empty slots, now that no prompt waits."""

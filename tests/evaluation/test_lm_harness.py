@@ -152,8 +152,17 @@ def test_generation_stops_where_it_is_told(models, kind):
     (cut,) = model.generate_until(asked(("ROMEO:", {**how, "until": [stop]})))
     assert cut == whole.split(stop)[0]
     repeated = {**how, "do_sample": True, "temperature": 1.0}
-    first, second = model.generate_until(asked(("ROMEO:", repeated), ("ROMEO:", repeated)))
+    first, second = model.generate_until(asked(("ROMEO:", repeated)) * 2)
     assert first != second
+
+
+def test_a_text_does_not_depend_on_which_other_documents_its_process_has(models):
+    """Two documents with one prompt: of two processes, each has one of them."""
+    how = {"max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
+    first, second, again = (SimpleNamespace(args=("ROMEO:", how), task_name="t", doc_id=number) for number in (0, 1, 1))
+    alone = [adapter("arm", models["arm"]).generate_until(share) for share in ([first], [second, again])]
+    assert adapter("arm", models["arm"]).generate_until([first, second, again]) == alone[0] + alone[1]
+    assert alone[1][0] != alone[1][1]
 
 
 @pytest.mark.parametrize("kind", ["arm", "mdm"])

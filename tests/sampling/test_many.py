@@ -115,6 +115,18 @@ def test_a_finished_rows_place_is_taken_by_the_next(monkeypatch):
     assert steps[-1] == 1
 
 
+def test_a_pass_of_an_arms_slots_waits_for_the_device_once(monkeypatch):
+    model, waits = scaled_model(GPT, CONFIG), []
+    # `int()` is asked of numbers that were made on the host.
+    for name in ("tolist", "item", "cpu", "__bool__"):
+        whole = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *rest, whole=whole: waits.append(1) or whole(self, *rest))
+    passes = counted(model, monkeypatch)
+    requests = [SampleRequest([5, 6], 34, row) for row in range(4)]
+    list(sample_many(model, requests, Sampling(min_new_tokens=100), STOP, 4 * 34))
+    assert len(passes) == 32 and len(waits) <= len(passes)
+
+
 @pytest.mark.parametrize("kind", [GPT, TransEncoder])
 def test_short_rows_do_not_take_the_places_of_a_long_one(kind, monkeypatch):
     """One row of 60 tokens and 24 of 6, in batches of 120: no short row is read in columns of the long one."""
