@@ -18,7 +18,7 @@ from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.cli import warn
 from lit_gpt.evaluation.settings import ModelArgs
 from lit_gpt.randomness import hash_int
-from lit_gpt.sampling.many import sample_many
+from lit_gpt.sampling.many import SAMPLING_VERSION, sample_many
 from lit_gpt.sampling.sequence import SampleRequest
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.tokenizer import Tokenizer
@@ -53,7 +53,14 @@ class GenerationRequest:
 
     def identity(self) -> list[Any]:
         """Everything that decides the text besides the model, as JSON values."""
-        return [self.prompt, self.length, dataclasses.asdict(self.sampling), self.row, self.stop_strings]
+        return [
+            SAMPLING_VERSION,
+            self.prompt,
+            self.length,
+            dataclasses.asdict(self.sampling),
+            self.row,
+            self.stop_strings,
+        ]
 
 
 class TextWriter:

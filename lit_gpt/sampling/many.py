@@ -19,6 +19,9 @@ from lit_gpt.sampling.sequence import SampleRequest, State, context_lengths, mas
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.sampling.slots import SlotSampler
 
+SAMPLING_VERSION = 1
+"""Raised whenever the same settings write other tokens: kept texts of another version are not served."""
+
 
 def sample_many(
     model: Transformer, requests: Sequence[SampleRequest], sampling: Sampling, stop_id: int, batch_tokens: int
