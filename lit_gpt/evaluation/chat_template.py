@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.data.sft_formats import CHAT_TEMPLATES
+from lit_gpt.files import parse_json
 
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
@@ -39,7 +40,7 @@ def find_chat_template(loaded: LoadedModel, name: str | None = None) -> str:
             )
         return CHAT_TEMPLATES[name]
     try:
-        settings = json.loads(loaded.tokenizer.contents.get("tokenizer_config.json", b"{}"))
+        settings = parse_json(loaded.tokenizer.contents.get("tokenizer_config.json", b"{}"))
         held = loaded.run_record.get(RECORD_KEY) or settings.get(RECORD_KEY)
     except (ValueError, AttributeError):
         held = None

@@ -6,7 +6,6 @@ of models, and that before the hub.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from lit_gpt.checkpoints.export import SUFFIX, read_record
 from lit_gpt.cli import warn
 from lit_gpt.evaluation.settings import ReproduceFlags
+from lit_gpt.files import parse_json
 from lit_gpt.pipeline import ROOT
 
 HUB_REPOSITORY = "nieshen/SMDM"
@@ -312,7 +312,7 @@ def _limit(flag: str, flags: ReproduceFlags) -> list[str]:
 def _harness_results(output: Path, task: str) -> list[Measured]:
     """Accuracies of the harness's newest results file."""
     newest = max(output.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
-    record = json.loads(newest.read_text(encoding="utf-8"))
+    record = parse_json(newest.read_bytes(), finite=False)  # the harness writes NaN where it has no number
     count = record["n-samples"][task]["effective"]
     return [
         Measured(f"{task} {metric}", value, count)
