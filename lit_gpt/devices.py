@@ -191,3 +191,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def check_halvable(error: RuntimeError, rows: int, length: int, device: torch.device | str) -> None:
+    """Let a batch that failed be computed in halves, if memory was the reason and there is more than one row.
+
+    Args:
+        error: how it failed.
+        rows: of the batch.
+        length: tokens of its longest row.
+        device: where it was computed.
+
+    Raises:
+        RuntimeError: the error itself, where memory was not the reason.
+        ValueError: a single row does not fit into memory.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if rows == 1:
+        raise ValueError(f"a row of {length} tokens does not fit into the memory of {device}") from None

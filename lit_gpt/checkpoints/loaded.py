@@ -25,7 +25,7 @@ import torch
 
 from lit_gpt.checkpoints.tokenizer_lookup import find_tokenizer
 from lit_gpt.checkpoints.weights import read_model, state_hash
-from lit_gpt.devices import choose_device, has_native_bf16, is_out_of_memory
+from lit_gpt.devices import check_halvable, choose_device, has_native_bf16
 from lit_gpt.likelihood.estimators import make_estimator
 from lit_gpt.likelihood.loglikelihood import (
     SCORING_VERSION,
@@ -370,12 +370,7 @@ class LoadedModel:
                 with self.autocast():
                     ids = sample(self.model, fitting, sampling, length, self.tokenizer.eos_id, numbers)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(batch) == 1:
-                    raise ValueError(
-                        f"a row of {length} tokens does not fit into the memory of {self.device}"
-                    ) from None
+                check_halvable(error, len(batch), length, self.device)
                 at_once = len(batch) // 2
                 continue
             start += len(batch)

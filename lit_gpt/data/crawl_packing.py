@@ -179,8 +179,7 @@ class _CrawlPacking:
 
     def _finish(self) -> dict[str, Any]:
         """Write the last file and the manifest."""
-        if self._builder.pending.size:
-            self._builder.write_reminder()
+        self._builder.write_rest()
         names = [Path(name).name for name in self._builder.filenames]
         starts = range(0, self._tokens, self._chunk_size)
         tokenizer, given = self._tokenizer, Path(self._tokenizer.source)

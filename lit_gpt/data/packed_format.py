@@ -184,6 +184,11 @@ class PackedDatasetBuilder:
         """Write what is left, padded with the separator (the name is TinyLlama's); nothing left is a file of separators."""
         self._write_chunk()
 
+    def write_rest(self) -> None:
+        """`write_reminder`, if anything is left."""
+        if self._filled:
+            self._write_chunk()
+
     def _write_chunk(self) -> None:
         path = self._path(self._counter)
         self._outdir.mkdir(parents=True, exist_ok=True)

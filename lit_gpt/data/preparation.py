@@ -166,8 +166,7 @@ class _Series:
 
     def close(self) -> dict[str, Any]:
         """Write the last file; returns the manifest."""
-        if self._builder.pending.size:
-            self._builder.write_reminder()
+        self._builder.write_rest()
         names = [Path(name).name for name in self._builder.filenames]
         last = self.tokens - (len(names) - 1) * self._plan.chunk_size
         counts = [self._plan.chunk_size] * (len(names) - 1) + [last]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_gpt.devices import is_out_of_memory
+from lit_gpt.devices import check_halvable
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.logits import LogitsBatch, LogitsFn, model_logits
 
@@ -109,10 +109,7 @@ def score_tokens(model: ScoringModel, inputs: Sequence[ScoringInput], best: bool
             batch, targets, places = _padded_batch(inputs, batch_rows, store, model.device)
             found = token_scores(model.logits_fn(batch), targets, model.vocab_size, best, model.may_be_uniform)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(batch_rows) == 1:
-                raise ValueError(f"a row of {length} tokens does not fit into the memory of {model.device}") from None
+            check_halvable(error, len(batch_rows), length, model.device)
             max_tokens = len(batch_rows) * length // 2
             continue
         start += len(batch_rows)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_gpt.devices import is_out_of_memory
+from lit_gpt.devices import check_halvable
 from lit_gpt.likelihood.scoring import TokenScores, token_scores
 from lit_gpt.model.layers import Transformer
 from lit_gpt.model.logits import logits_in_chunks
@@ -78,28 +78,17 @@ def score_answers(
         try:
             found = _read(network, part)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+            rows, longest = sum(len(question.answers) for question in part), max(map(len, part[0].answers))
+            check_halvable(error, rows, len(part[0].context) + longest - 1, network.lm_head.weight.device)
             found = None
         if found is None and count > 1:
             max_tokens = sum(question.tokens() for question in part) // 2
             continue
         if found is None:
-            found = [_one_by_one(network, part[0])]
+            alone = [SharedContext(part[0].context, (answer,)) for answer in part[0].answers]
+            found = [[scores for _, (scores,) in score_answers(network, alone, 1)]]
         yield from enumerate(found, start)
         start += count
-
-
-def _one_by_one(network: Transformer, question: SharedContext) -> list[TokenScores]:
-    """The scores of a question whose answers do not fit into memory together."""
-    try:
-        return [_read(network, [SharedContext(question.context, (answer,))])[0][0] for answer in question.answers]
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        longest = len(question.context) + max(map(len, question.answers)) - 1
-        device = network.lm_head.weight.device
-        raise ValueError(f"a row of {longest} tokens does not fit into the memory of {device}") from None
 
 
 @torch.no_grad()

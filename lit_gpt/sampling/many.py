@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lit_gpt.devices import is_out_of_memory
+from lit_gpt.devices import check_halvable
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
 from lit_gpt.sampling.denoising import Denoising
@@ -63,11 +63,7 @@ def sample_many(
                 del waiting[number]
                 yield number, new
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if rows == 1:
-                device = next(model.parameters()).device
-                raise ValueError(f"a row of {length} tokens does not fit into the memory of {device}") from None
+            check_halvable(error, rows, length, next(model.parameters()).device)
             batch_tokens = rows // 2 * length
 
 
