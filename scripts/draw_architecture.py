@@ -24,12 +24,18 @@ from lit_gpt.cli import parse, run
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up: a department imports its own modules, the ground, and departments of rows below its own.
 # `checkpoints` is above `likelihood` and `sampling` because the model that `load_model` opens offers both.
-ROWS = (("model", "data"), ("likelihood", "sampling"), ("checkpoints",), ("training", "evaluation", "ui"))
+ROWS = (("model", "data"), ("likelihood", "sampling"), ("checkpoints",), ("training", "evaluation", "ui"), ("studies",))
 # Import paths that users' scripts contain, beside the modules that they lead to.
 PUBLISHED_PATHS = {"diffmodel": "model.bidirectional", "packed_dataset": "data.packed_format"}
 GROUND = "ground"
 _COLORS = {GROUND: "#e8e4dc", "model": "#cfe2f3", "data": "#d9ead3", "likelihood": "#fff2cc", "sampling": "#fce5cd"}
-_COLORS |= {"checkpoints": "#ead1dc", "training": "#d0e0e3", "evaluation": "#d9d2e9", "ui": "#f4cccc"}
+_COLORS |= {
+    "checkpoints": "#ead1dc",
+    "training": "#d0e0e3",
+    "evaluation": "#d9d2e9",
+    "ui": "#f4cccc",
+    "studies": "#e6e0c8",
+}
 _LINE_HEIGHT = 0.2  # of a module's name in a box, in the picture's units
 _WIDTH = 12.0
 
