@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from lit_gpt.tokenizer import SPECIAL_TOKENS
 from lit_gpt.training import skipped_steps
-from lit_gpt.training.schedule import MOST_STEPS
+from lit_gpt.training.schedule import MOST_STEPS, parse_row_lengths
 
 STRATEGIES = ("auto", "ddp", "fsdp", "hybrid")
 SHAPE_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
@@ -186,6 +186,47 @@ class PretrainConfig(TrainConfig):
     """MLP width, for a shape of your own."""
     n_query_groups: int | None = None
     """Key/value heads, for a shape of your own."""
+
+
+@dataclass
+class MaskedPretrainConfig(PretrainConfig):
+    """What `train_mdm.py` can be told besides; the defaults are the published recipe."""
+
+    LOSS_WEIGHTS: ClassVar[tuple[str, ...]] = ("elbo", "cross_entropy")
+
+    loss_weight: str = "elbo"
+    """elbo (CE / p over masked tokens: the bound, published) or cross_entropy (the mean CE of masked tokens: not a bound, and
+    less noisy). Validation is the bound in both cases."""
+    row_lengths: list[str] = field(default_factory=list)
+    """Short rows first: LENGTH:STEP, several as 16:300,32:600 (up to step 300 every row is read as rows of 16 tokens, then of
+    32 up to step 600, then whole). Each length divides --block_size; tokens and FLOPs of a step stay."""
+
+    def settings(self) -> dict[str, Any]:
+        """As for any run; the published values are left out, as runs from before these flags have none."""
+        settings = super().settings()
+        if self.loss_weight == "elbo":
+            del settings["loss_weight"]
+        settings["row_lengths"] = [list(pair) for pair in parse_row_lengths(self.row_lengths)]
+        if not self.row_lengths:
+            del settings["row_lengths"]
+        return settings
+
+    def problems(self) -> list[str]:
+        """What is impossible about these values, one line each."""
+        found = super().problems()
+        if self.loss_weight not in self.LOSS_WEIGHTS:
+            found.append(f"--loss_weight {self.loss_weight}: expected {', '.join(self.LOSS_WEIGHTS)}")
+        try:
+            pairs = parse_row_lengths(self.row_lengths)
+        except ValueError as error:
+            return [*found, str(error)]
+        block_size = self.block_size or 2048
+        found += [
+            f"--row_lengths {length}:{step}: does not divide rows of {block_size} tokens (--block_size)"
+            for length, step in pairs
+            if block_size % length
+        ]
+        return found
 
 
 @dataclass

@@ -38,3 +38,14 @@ def test_budget_too_small_says_the_price_of_a_step():
 
 def test_rate_stays_at_the_floor_beyond_the_end():
     assert schedule.learning_rate(2000, 1000, 10, 1.0, 0.1) == 0.1
+
+
+def test_rows_grow_at_their_steps():
+    pairs = schedule.parse_row_lengths(["16:300", "32:600"])
+    assert [schedule.row_length(step, pairs, 128) for step in (0, 299, 300, 599, 600)] == [16, 16, 32, 32, 128]
+
+
+@pytest.mark.parametrize("words", [["16"], ["16:x"], ["0:5"], ["16:300", "16:600"], ["32:600", "64:600"]])
+def test_row_lengths_that_mean_nothing_are_refused(words):
+    with pytest.raises(ValueError, match="--row_lengths"):
+        schedule.parse_row_lengths(words)
