@@ -10,7 +10,6 @@ samples.txt, summary.json, and the models. What is finished is not done again; a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import sys
@@ -82,66 +81,16 @@ def main() -> None:
     from rich.console import Console
 
     from lit_gpt.pipeline import Pipeline
+    from lit_gpt.studies.text_corpus import packed_text
 
     started = time.monotonic()
     console = Console(highlight=False)
     pipeline = Pipeline(Path(flags.out), console, lambda line: not line.startswith(("error: ", "train with: ")))
-    text = split_text(flags, pipeline)
-    tokenizer = train_tokenizer(flags, pipeline, text)
-    packed = pack(flags, pipeline, text, tokenizer)
+    packed = packed_text(pipeline, Path(flags.text), flags.vocab_size, flags.block_size, 6)
     results = {kind: train(kind, flags, pipeline, packed) for kind in SCRIPTS}
     plot_curves(results, pipeline.out)
     samples = sample(flags, pipeline, packed, results)
     summarise(flags, pipeline, results, samples, time.monotonic() - started)
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-def split_text(flags: Flags, pipeline: Pipeline) -> Stage:
-    """Cut the corpus by position: the last tenth, from the start of a paragraph, is for validation."""
-    path = Path(flags.text)
-    if not path.is_file():
-        raise FileNotFoundError(f"--text {path}: no such file; give a text file")
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    settings = {"text": hashlib.sha256(text.encode()).hexdigest()}
-    stage = pipeline.begin("text", "1/6 split the text", settings)
-    if stage.result is not None:
-        return stage
-    tenth = len(text) * 9 // 10
-    paragraph = text.find("\n\n", tenth)
-    cut = paragraph + 2 if paragraph >= 0 else tenth
-    if not text[:cut].strip() or not text[cut:].strip():
-        raise ValueError(f"--text {path}: too short to split into training and validation text")
-    for name, part in (("train.txt", text[:cut]), ("validation.txt", text[cut:])):
-        (stage.folder / name).write_bytes(part.encode())
-    pipeline.console.print(f"  {cut:,} characters to train on, {len(text) - cut:,} to validate on")
-    stage.finish({})
-    return stage
-
-
-def train_tokenizer(flags: Flags, pipeline: Pipeline, text: Stage) -> Stage:
-    """Learn pieces from the training text only."""
-    settings = {**text.settings, "vocab_size": flags.vocab_size}
-    stage = pipeline.begin("tokenizer", "2/6 train a tokenizer", settings)
-    if stage.result is None:
-        command = ["scripts/train_tokenizer.py", "--source_path", text.folder / "train.txt"]
-        pipeline.run([*command, "--destination_path", stage.folder, "--vocab_size", flags.vocab_size])
-        stage.finish({})
-    return stage
-
-
-def pack(flags: Flags, pipeline: Pipeline, text: Stage, tokenizer: Stage) -> Stage:
-    """Write both texts as token files."""
-    stage = pipeline.begin("packed", "3/6 pack the tokens", {**tokenizer.settings, "block_size": flags.block_size})
-    if stage.result is not None:
-        return stage
-    for name, prefix in (("train", "train_slim"), ("validation", "validation")):
-        command = ["scripts/prepare_text.py", "--source_path", text.folder / f"{name}.txt", "--prefix", prefix]
-        command += ["--destination_path", stage.folder, "--tokenizer_path", tokenizer.folder]
-        pipeline.run([*command, "--chunk_size", 1024 * (flags.block_size + 1)])
-    stage.finish({})
-    return stage
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 METRICS = (
     *("step", "metric/train_loss", "metric/train_ppl", "metric/val_loss", "metric/val_ppl", "metric/val_bpb"),
+    *("metric/val_loss_se", "metric/val_loss_draws_se"),
     *("metric/grad_norm", "learning_rate", "samples", "total_tokens", "skipped_steps"),
     *("time/left", "memory/peak_gb", *speed_monitor.RATE_COLUMNS),
 )

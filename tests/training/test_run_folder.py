@@ -283,6 +283,7 @@ def test_a_row_says_what_an_operator_asks(folder, processes):
     assert [row["step"] for row in rows] == ["1", "5", "10", "12"]
     for row in rows:
         validation = {"metric/val_loss", "metric/val_ppl", "metric/val_bpb"}
+        validation |= {"metric/val_loss_se", "metric/val_loss_draws_se"}
         assert {name for name, value in row.items() if not value} == validation | {"throughput/device/mfu"}
         left = (12 - int(row["step"])) * 8 / float(row["throughput/samples_per_sec"])
         assert float(row["time/left"]) == pytest.approx(left)
