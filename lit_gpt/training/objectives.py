@@ -144,23 +144,23 @@ class MaskedDiffusion:
         pieces = self.block_size // schedule.row_length(batch.step, self.row_lengths, self.block_size)
         batch = _cut_rows(batch, pieces) if pieces > 1 else batch
         t, uniforms = _training_noise(batch, self.seed, self.global_batch_size * pieces)
-        return self._masked(batch, t, uniforms, self.loss_weight)
+        terms = self._masked(batch, t, uniforms)
+        if self.loss_weight == "cross_entropy":
+            terms = terms._replace(weights=diffusion.cross_entropy_weights(terms.weights > 0, batch.row_weights))
+        return terms
 
     def validation(self, batch: MicroBatch, draw: int, draws: int) -> LossTerms:
         """Mask with noise that is the same for every run: a function of the sequence's number and the draw."""
         t = diffusion.low_discrepancy_times(batch.rows, draw, draws)
         uniforms = uniform_grid(0, Stream.VALIDATION, draw, batch.rows, batch.tokens.size(1) - 1)
-        return self._masked(batch, t, uniforms, "elbo")
+        return self._masked(batch, t, uniforms)
 
-    def _masked(self, batch: MicroBatch, t: Tensor, uniforms: Tensor, loss_weight: str) -> LossTerms:
+    def _masked(self, batch: MicroBatch, t: Tensor, uniforms: Tensor) -> LossTerms:
         clean = batch.tokens[:, :-1]
         real = _before(batch.lengths, clean.size(1))
         p_mask = diffusion.masking_probability(t)
         noisy_input, mask = diffusion.forward_process(clean, p_mask, uniforms, self.mask_id, real)
-        if loss_weight == "elbo":
-            weights = diffusion.loss_weights(mask, p_mask, batch.row_weights)
-        else:
-            weights = diffusion.cross_entropy_weights(mask, batch.row_weights)
+        weights = diffusion.loss_weights(mask, p_mask, batch.row_weights)
         return LossTerms(noisy_input, clean, weights, real, visibility=_without_padding(real))
 
 
