@@ -36,7 +36,9 @@ class Flags:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Of weights, data order and noise; each gives one run of every recipe and size."""
     recipes: list[str] = field(default_factory=list)
-    """Which recipes; all by default."""
+    """Which recipes, such as best,published; all by default."""
+    shapes: list[str] = field(default_factory=list)
+    """Which sizes, layers x width: 4x128, 2x64; both by default."""
 
 
 def main() -> None:
@@ -45,11 +47,14 @@ def main() -> None:
     if flags.steps < 1 or not flags.seeds:
         raise ValueError(f"--steps {flags.steps}, --seeds {flags.seeds}: expected at least 1 step and one seed")
 
-    from lit_gpt.studies.mdm_recipe_study import run_study
+    from lit_gpt.studies.mdm_recipe_study import SHAPES, run_study
     from lit_gpt.studies.mdm_recipes import RECIPES
 
-    if unknown := [name for name in flags.recipes if name not in RECIPES]:
-        raise ValueError(f"--recipes {', '.join(unknown)}: expected some of {', '.join(RECIPES)}")
+    for name, known in (("recipes", RECIPES), ("shapes", SHAPES)):
+        given = [word for value in getattr(flags, name) for word in value.split(",")]
+        if unknown := [word for word in given if word not in known]:
+            raise ValueError(f"--{name} {', '.join(unknown)}: expected some of {', '.join(known)}")
+        setattr(flags, name, given)
     run_study(flags)
 
 

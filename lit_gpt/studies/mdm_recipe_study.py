@@ -27,7 +27,7 @@ SCRIPT = "scripts/study_mdm_recipes.py"
 PAGE = "mdm_recipes.md"
 # The quickstart's setting, and a shape with an eighth of its parameters, at the same learning rate.
 _VOCAB_SIZE, _BATCH_SIZE, _BLOCK_SIZE, _RATE, _DRAWS = 2048, 16, 128, 2e-3, 4
-SHAPES = {"4 x 128": ModelShape(_BLOCK_SIZE, 4, 128), "2 x 64": ModelShape(_BLOCK_SIZE, 2, 64)}
+SHAPES = {"4x128": ModelShape(_BLOCK_SIZE, 4, 128), "2x64": ModelShape(_BLOCK_SIZE, 2, 64)}
 """By layers x width."""
 _PAIRS = (("cross_entropy", "published"), ("short_cross_entropy", "short_rows"))
 """Mean cross-entropy and bound as training loss, all else equal."""
@@ -62,10 +62,10 @@ def run_study(flags: Any) -> None:
     pipeline = Pipeline(Path(flags.out), Console(highlight=False), lambda line: not line.startswith("train with: "))
     packed = packed_text(pipeline, Path(flags.text), _VOCAB_SIZE, _BLOCK_SIZE, 3)
     budget = StepBudget(flags.steps, _BATCH_SIZE, _BLOCK_SIZE, _RATE)
-    planned = list(itertools.product(flags.seeds, SHAPES, flags.recipes or RECIPES))
+    planned = list(itertools.product(flags.seeds, flags.shapes or SHAPES, flags.recipes or RECIPES))
     runs: list[RecipeRun] = []
     for number, (seed, shape, recipe) in enumerate(planned, 1):
-        name = f"{recipe}-{shape.replace(' ', '')}-{seed}"
+        name = f"{recipe}-{shape}-{seed}"
         values = {**SHAPES[shape].flags(), "seed": seed, "val_draws": _DRAWS, **RECIPES[recipe].flags(budget)}
         title = f"run {number} of {len(planned)}: {recipe}, {shape}, seed {seed}"
         trained = train_model(pipeline, name, title, packed, ("pretrain/train_mdm.py", values))
