@@ -48,8 +48,13 @@ def default_warmup(max_steps: int) -> int:
     return max(100, max_steps // 100)
 
 
-def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float, floor: float) -> float:
+def learning_rate(
+    step: int, max_steps: int, warmup_steps: int, peak: float, floor: float, extended_from: int | None = None
+) -> float:
     """Linear from 0 to `peak`, then a cosine down to `floor` at `max_steps`.
+
+    A run that was extended follows the cosine of all its steps; from `floor`, where it had ended, the rate rises to
+    that cosine as slowly as in the first warmup, since a jump unsettles what the end of a cosine has settled.
 
     Args:
         step: optimizer step, counted from 1.
@@ -57,7 +62,11 @@ def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float, flo
         warmup_steps: the step at which `peak` is reached.
         peak: highest learning rate.
         floor: last learning rate, also beyond max_steps.
+        extended_from: the step at which the run had been finished before it was extended; None: it was not.
     """
+    if extended_from is not None and extended_from < step < extended_from + warmup_steps:
+        rising = floor + (peak - floor) * (step - extended_from) / warmup_steps
+        return min(rising, learning_rate(step, max_steps, warmup_steps, peak, floor))
     if step < warmup_steps:
         return peak * step / warmup_steps
     if step > max_steps:
