@@ -24,7 +24,7 @@ from lit_gpt.studies.text_corpus import packed_text
 from lit_gpt.studies.trained_models import ModelShape, train_model
 
 SCRIPT = "scripts/study_mdm_recipes.py"
-PAGE = "mdm_recipes.md"
+RECIPE_PAGE = "mdm_recipes.md"
 # The quickstart's setting, and a shape with an eighth of its parameters, at the same learning rate.
 _VOCAB_SIZE, _BATCH_SIZE, _BLOCK_SIZE, _RATE, _DRAWS = 2048, 16, 128, 2e-3, 4
 SHAPES = {"4x128": ModelShape(_BLOCK_SIZE, 4, 128), "2x64": ModelShape(_BLOCK_SIZE, 2, 64)}
@@ -58,7 +58,7 @@ def run_study(flags: Any) -> None:
     """
     from rich.console import Console
 
-    folder = report_folder(flags, PAGE)
+    folder = report_folder(flags, RECIPE_PAGE)
     pipeline = Pipeline(Path(flags.out), Console(highlight=False), lambda line: not line.startswith("train with: "))
     packed = packed_text(pipeline, Path(flags.text), _VOCAB_SIZE, _BLOCK_SIZE, 3)
     budget = StepBudget(flags.steps, _BATCH_SIZE, _BLOCK_SIZE, _RATE)
@@ -72,8 +72,8 @@ def run_study(flags: Any) -> None:
         runs.append(RecipeRun(shape, recipe, seed, trained.result, trained.command))
         write_csv(folder / "mdm_recipes.csv", [_csv_row(run) for run in runs])
         text = _page(flags, runs, len(planned))
-        write_file(folder / PAGE, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
-    pipeline.console.print(f"{folder / PAGE}")
+        write_file(folder / RECIPE_PAGE, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+    pipeline.console.print(f"{folder / RECIPE_PAGE}")
 
 
 def _csv_row(run: RecipeRun) -> dict[str, Any]:
