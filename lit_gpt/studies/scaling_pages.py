@@ -18,6 +18,9 @@ from lit_gpt.ui.scaling_figures import IsoflopKind, draw_isoflops, draw_scaling
 PAGE_NAME = "scaling_laws.md"
 _JSON_NAME = "scaling_laws.json"
 _FIGURES = ("scaling_laws_loss.png", "scaling_laws_size.png", "scaling_laws_isoflops.png")
+_ROUNDING = 1e-9
+# Factors of compute outside of this range say that curves do not meet.
+_FACTORS = (1e-3, 1e6)
 _PAGE = """# Scaling laws in miniature
 
 Written by {written}. Training took {minutes:.0f} minutes{machine}.
@@ -170,7 +173,10 @@ def training_tokens(flags: ScalingFlags) -> float:
 
 
 def _interval(numbers: Sequence[float], digits: int = 3) -> str:
-    value, low, high = (f"{number:.{digits}g}" for number in numbers)
+    value, low, high = (f"{number if abs(number) > _ROUNDING else 0:.{digits}g}" for number in numbers)
+    if max(numbers) - min(numbers) <= _ROUNDING * abs(numbers[0]):
+        # Three sizes leave no residuals; or all simulated sweeps end at the same edge.
+        return f"{value} (no interval)"
     return f"{value} ({low} to {high})"
 
 
@@ -202,10 +208,15 @@ def exponents_table(summary: dict[str, Any]) -> str:
 
 def gap_lines(summary: dict[str, Any]) -> list[str]:
     """A sentence for each kind."""
+
+    def factor(numbers: Sequence[float]) -> str:
+        low, high = _FACTORS
+        return _interval(numbers) if low < min(numbers) and max(numbers) < high else "an undetermined number of"
+
     return [
-        f"{kind.upper()} needs {_interval(gap['factor'])} times the compute of {summary['compute_gap_to'].upper()} for the "
+        f"{kind.upper()} needs {factor(gap['factor'])} times the compute of {summary['compute_gap_to'].upper()} for the "
         f"same loss, if both curves have one exponent ({_interval(gap['shared_loss_exponent'])}); with an exponent each, "
-        f"{_interval(gap['factor_at_largest_budget'])} times for the loss of the largest budget."
+        f"{factor(gap['factor_at_largest_budget'])} times for the loss of the largest budget."
         for kind, gap in summary["compute_gaps"].items()
     ]
 
