@@ -17,6 +17,7 @@ LONGEST_README = 150
 # What commands write, or users bring.
 ELSEWHERE = (
     "quickstart/",
+    "build/",
     "models/",
     "workdir/",
     "out/",
