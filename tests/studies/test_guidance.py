@@ -79,7 +79,15 @@ def test_the_page_says_what_was_found(tmp_path):
         "- continuations, nats per token: worse at w = 1.",
         "- LAMBADA, nats per word: no effect that can be told from none.",
     ]
-    facts = {"written": "`command`", "tokens": 9, "val_loss": 3.0, "parameters": "1", "prefix": 8, "target": 4, "passages": 12}
+    facts = {
+        "written": "`command`",
+        "tokens": 9,
+        "val_loss": 3.0,
+        "parameters": "1",
+        "prefix": 8,
+        "target": 4,
+        "passages": 12,
+    }
     write_guidance_page(found, tmp_path / "guidance.md", facts, ["python pretrain/train_mdm.py"])
     page = (tmp_path / "guidance.md").read_text()
     assert "| 1 | +0.000 ± 0.000 | +0.500 ± 0.151 | +1.050 ± 0.015 | +0.000 ± 0.000 |" in page
@@ -94,8 +102,8 @@ def test_the_whole_study_small(tmp_path):
     command += ["--passages", "4", "--budget", "2", "--n_layer", "1", "--n_embd", "32", "--batch_size", "4"]
     for _ in range(2):
         done = subprocess.run(
-            [*command, "--scales", "[0,1]", "--out", "out"],
-            cwd=tmp_path,
+            [*command, "--scales", "[0,1]", "--out", str(tmp_path / "out")],
+            cwd=ROOT,
             env=one_thread_environment(),
             capture_output=True,
             text=True,
