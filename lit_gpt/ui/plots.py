@@ -151,6 +151,54 @@ def plot_accuracies(panels: Mapping[str, Mapping[str, Sequence[tuple[float, floa
     save_figure(figure, path)
 
 
+@dataclass(frozen=True)
+class SeriesPanel:
+    """One plot of several series with their standard errors."""
+
+    xlabel: str
+    ylabel: str
+    series: Mapping[str, Sequence[tuple[float, float, float]]]
+    """By label: (x, y, standard error of y); NaN draws no bar."""
+    log_base: int | None = None
+    """Of the x axis; None is linear."""
+
+
+def plot_series(panels: Sequence[SeriesPanel], title: str, path: Path) -> None:
+    """Draw measurements with error bars of one standard error, one panel beside the other, as PNG.
+
+    Args:
+        panels: a label has the same color in all.
+        title: above the picture.
+        path: of the PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8 * len(panels), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.series))
+    shown: dict[str, Any] = {}
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for label, points in panel.series.items():
+            number = labels.index(label)
+            x, y, errors = zip(*points, strict=True)
+            shown[label] = axes.errorbar(
+                x, y, [0.0 if math.isnan(error) else error for error in errors], label=label, capsize=3, marker="o",
+                markersize=4, color=COLORS[number % len(COLORS)],
+                linestyle=_LINE_STYLES[number // len(COLORS) % len(_LINE_STYLES)],
+            )  # fmt: skip
+        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        if panel.log_base:
+            ticks = sorted({point[0] for points in panel.series.values() for point in points})
+            axes.set_xscale("log", base=panel.log_base)
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, frameon=False)
+    save_figure(figure, path)
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a whole picture, or name the file that could not be written."""
     content = io.BytesIO()
