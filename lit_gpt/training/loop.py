@@ -262,6 +262,12 @@ class _Trainer:
             f"{layout.micro_batch_size}, groups of {layout.group_size}",
             f"checkpoints: {self.folder.path}; log: {self.folder.log_path}",
         ]
+        if (warmup := experiment.warmup_steps) >= steps:
+            highest = self.config.learning_rate * steps / warmup
+            lines.append(
+                f"the warmup of {warmup} steps is not over when the run ends: the learning rate gets no higher than "
+                f"{highest:.3g}; give --warmup_steps, such as {steps // 10}"
+            )
         if self.step:
             lines.append(f"resumed at step {self.step} of {steps}")
         lines += self.folder.extension_lines()

@@ -144,3 +144,11 @@ def test_a_longer_run_under_the_published_name_is_told_of_the_shorter(folder: Pa
     out, _ = run_pretraining("train_ar.py", folder, **flags, max_steps=12, resume=shorter.relative_to(folder))
     assert "resumed at step 4 of 12" in out and "extended: the run had ended at step 4" in out
     assert len(list(folder.glob("workdir/*/*"))) == 3 and json.loads((shorter / "run.json").read_text())["finished"]
+
+
+def test_a_warmup_that_is_longer_than_the_run_is_said(folder: Path):
+    flags = FLAGS | {"max_steps": 4, "learning_rate": 1e-3}
+    out, _ = run_pretraining("train_ar.py", folder, **flags | {"warmup_steps": 10})
+    assert "the warmup of 10 steps is not over when the run ends: the learning rate gets no higher than 0.0004; " in out
+    out, _ = run_pretraining("train_ar.py", folder, **flags | {"warmup_steps": 2, "name": "other"})
+    assert "is not over" not in out
