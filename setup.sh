@@ -2,12 +2,30 @@
 # Set up everything in a folder of its own (.venv), once; a later call finds it done and returns at once.
 #
 #   ./setup.sh                  what training, sampling and evaluation need
-#   ./setup.sh test [loggers ...] and these extras of pyproject.toml
+#   ./setup.sh test [loggers ...] and these extras of pyproject.toml: eval (lm-evaluation-harness), judge (MT-bench),
+#                               web (the page), loggers (TensorBoard, W&B), test (the tests; holds eval, judge and web),
+#                               docs (the site), fused (flash-attn and xformers, for CUDA)
 #
 # PYTHON=/path/to/python chooses the Python, SMDM_VENV=/folder another place (a conda environment will do: CONDA.md).
 # Options for pip, such as a package index of your own, go into pip's environment variables (PIP_INDEX_URL ...).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
+case " $* " in
+*" -h "* | *" --help "*)
+    # The comment above, without its signs.
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' setup.sh
+    exit
+    ;;
+esac
+for extra in "$@"; do
+    case $extra in
+    -*)
+        echo "error: $extra: no such option; ./setup.sh --help" >&2
+        exit 2
+        ;;
+    esac
+done
 
 venv=${SMDM_VENV:-$PWD/.venv}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac

@@ -186,6 +186,38 @@ class Config:
             full_name = f"{NAME_PREFIX}{custom.size_in_millions:.3g}M"
         return cls(**{"name": full_name, **shape, **rest})  # type: ignore[arg-type]
 
+    @classmethod
+    def from_shape(cls, **fields: Any) -> Config:
+        """Build a shape of one's own from layers and width; what is not given follows the family's rule.
+
+        The rule: heads of 64 up to a width of 1024 and of 128 above (of the size nearest to it that divides the width),
+        an MLP of four times the width, as many query groups as heads. All published sizes but 75M are so.
+
+        Args:
+            **fields: `n_layer` and `n_embd`, and any other field but the name, which the size decides.
+
+        Raises:
+            ValueError: layers or width are missing, a field is unknown or impossible.
+        """
+        missing = [name for name in ("n_layer", "n_embd") if name not in fields]
+        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        if missing or unknown:
+            words = [f"{'missing' if name in missing else 'unknown'} {name}" for name in (*missing, *unknown)]
+            raise ValueError(f"a model's shape: {', '.join(words)}")
+        width = fields["n_embd"]
+        heads = fields["n_head"] if "n_head" in fields else _family_heads(width)
+        derived = {"n_head": heads, "intermediate_size": _MLP_FACTOR * width, "n_query_groups": heads}
+        custom = cls(**{"name": "custom", **derived, **fields})
+        return dataclasses.replace(custom, name=f"{NAME_PREFIX}{custom.size_in_millions:.3g}M")
+
+    def describe(self) -> str:
+        """The shape in one line."""
+        grouped = "" if self.n_query_groups == self.n_head else f" in {self.n_query_groups} query groups"
+        return (
+            f"{self.n_layer} layers, width {self.n_embd}, {self.n_head} heads of {self.head_size}{grouped}, "
+            f"MLP {self.intermediate_size}, context {self.block_size}, vocabulary {self.vocab_size}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values; `Config.from_dict` reads them back."""
         return dataclasses.asdict(self)
@@ -206,6 +238,20 @@ class Config:
         if unknown or missing:
             raise ValueError(f"model config: unknown fields {_shown(unknown)}, missing fields {missing}")
         return cls(**values)
+
+
+# The published sizes' rule.
+_MLP_FACTOR = 4
+_HEAD_SIZE, _WIDE_HEAD_SIZE, _LARGEST_NARROW_WIDTH = 64, 128, 1024
+
+
+def _family_heads(width: Any) -> int:
+    """Heads of a width: those whose size is nearest to the family's; 1 where the width is impossible anyway."""
+    if type(width) is not int or not 0 < width <= _LARGEST["n_embd"]:
+        return 1
+    wanted = _HEAD_SIZE if width <= _LARGEST_NARROW_WIDTH else _WIDE_HEAD_SIZE
+    sizes = [size for size in range(2, width + 1, 2) if width % size == 0]
+    return width // min(sizes, key=lambda size: abs(size - wanted)) if sizes else 1
 
 
 _SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")

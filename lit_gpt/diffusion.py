@@ -64,6 +64,11 @@ def masking_probability(t: Tensor, eps: float = EPS) -> Tensor:
     return ((1 - eps) * t + eps).float()
 
 
+def mean_masking_probability(eps: float = EPS) -> float:
+    """E[p] = (1 + eps) / 2 for t ~ U(0, 1): the share of the tokens that is masked on average."""
+    return (1 + eps) / 2
+
+
 def forward_process(
     input_ids: Tensor, p_mask: Tensor, uniforms: Tensor, mask_id: int, maskable: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -99,3 +104,22 @@ def loss_weights(mask: Tensor, p_mask: Tensor, row_weights: Tensor) -> Tensor:
         (B, T) float32.
     """
     return mask * (row_weights / p_mask).float()[:, None]
+
+
+def cross_entropy_weights(mask: Tensor, row_weights: Tensor) -> Tensor:
+    """Weights of the mean cross-entropy of masked tokens: row_weight / E[p] at each, whatever its row's rate; 0 elsewhere.
+
+    The bound's weight 1 / p counts all rates alike; this one counts a rate by the tokens that it masks. It is no bound, and
+    its gradient varies less. E[p] instead of the number of tokens that happen to be masked keeps it blind to how a step is
+    cut up.
+
+    Args:
+        mask: (B, T) bool.
+        row_weights: (B,) float, one over the denominator.
+
+    Returns:
+        (B, T) float32.
+
+    Source: the simplified objective of "Scaling Beyond Masked Diffusion Language Models" (arXiv 2602.15014).
+    """
+    return mask * (row_weights / mean_masking_probability()).float()[:, None]

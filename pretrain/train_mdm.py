@@ -18,22 +18,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_gpt.cli import parse, run
-from lit_gpt.training.settings import PretrainConfig
+from lit_gpt.training.settings import MaskedPretrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, describe, fit."""
-    flags = parse(PretrainConfig, argv, __doc__)
+    flags = parse(MaskedPretrainConfig, argv, __doc__)
 
     from lit_gpt.model.bidirectional import TransEncoder
     from lit_gpt.training.objectives import MaskedDiffusion
     from lit_gpt.training.pretraining import PretrainingRecipe, pretrain
+    from lit_gpt.training.schedule import parse_row_lengths
 
     recipe = PretrainingRecipe(
         group_sizes="train_mdm",
         model_class=TransEncoder,
         objective=lambda config: MaskedDiffusion(
-            block_size=config.block_size, mask_id=config.mask_id, seed=flags.seed, global_batch_size=flags.batch_size
+            block_size=config.block_size,
+            mask_id=config.mask_id,
+            seed=flags.seed,
+            global_batch_size=flags.batch_size,
+            loss_weight=flags.loss_weight,
+            row_lengths=parse_row_lengths(flags.row_lengths),
         ),
     )
     pretrain(recipe, flags)

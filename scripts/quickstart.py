@@ -2,6 +2,7 @@
 
     python scripts/quickstart.py                          the whole job on two CPU cores
     python scripts/quickstart.py --steps 60 --out quick   a short look at everything
+    python scripts/quickstart.py --recipe best --out best the MDM by the best recipe that is known at this size
     python scripts/quickstart.py --text my.txt --out mine your own text (a few hundred kB or more)
 
 Trains through the scripts that a cluster user runs. Everything lands in --out: losses.png, denoising.png and .gif,
@@ -10,12 +11,11 @@ samples.txt, summary.json, and the models. What is finished is not done again; a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,8 @@ class Flags:
     """Width."""
     intermediate_size: int = 512
     """Width of the MLP."""
+    recipe: str = "published"
+    """How the MDM is trained, at the same FLOPs: published, best, or another of docs/results/mdm_recipes.md."""
     learning_rate: float = 2e-3
     """Peak; small models need more than the big ones' 2e-4 (3e-3 and 600 steps left the MDM at the unigram's loss)."""
     val_draws: int = 4
@@ -82,82 +84,35 @@ def main() -> None:
     from rich.console import Console
 
     from lit_gpt.pipeline import Pipeline
+    from lit_gpt.studies.mdm_recipes import RECIPES
+    from lit_gpt.studies.text_corpus import packed_text
 
+    if flags.recipe not in RECIPES:
+        raise ValueError(f"--recipe {flags.recipe}: expected {', '.join(RECIPES)}")
     started = time.monotonic()
     console = Console(highlight=False)
     pipeline = Pipeline(Path(flags.out), console, lambda line: not line.startswith(("error: ", "train with: ")))
-    text = split_text(flags, pipeline)
-    tokenizer = train_tokenizer(flags, pipeline, text)
-    packed = pack(flags, pipeline, text, tokenizer)
+    packed = packed_text(pipeline, Path(flags.text), flags.vocab_size, flags.block_size, 6)
     results = {kind: train(kind, flags, pipeline, packed) for kind in SCRIPTS}
-    plot_curves(results, pipeline.out)
+    plot_curves(results, pipeline.out, flags.recipe)
     samples = sample(flags, pipeline, packed, results)
     summarise(flags, pipeline, results, samples, time.monotonic() - started)
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-def split_text(flags: Flags, pipeline: Pipeline) -> Stage:
-    """Cut the corpus by position: the last tenth, from the start of a paragraph, is for validation."""
-    path = Path(flags.text)
-    if not path.is_file():
-        raise FileNotFoundError(f"--text {path}: no such file; give a text file")
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    settings = {"text": hashlib.sha256(text.encode()).hexdigest()}
-    stage = pipeline.begin("text", "1/6 split the text", settings)
-    if stage.result is not None:
-        return stage
-    tenth = len(text) * 9 // 10
-    paragraph = text.find("\n\n", tenth)
-    cut = paragraph + 2 if paragraph >= 0 else tenth
-    if not text[:cut].strip() or not text[cut:].strip():
-        raise ValueError(f"--text {path}: too short to split into training and validation text")
-    for name, part in (("train.txt", text[:cut]), ("validation.txt", text[cut:])):
-        (stage.folder / name).write_bytes(part.encode())
-    pipeline.console.print(f"  {cut:,} characters to train on, {len(text) - cut:,} to validate on")
-    stage.finish({})
-    return stage
-
-
-def train_tokenizer(flags: Flags, pipeline: Pipeline, text: Stage) -> Stage:
-    """Learn pieces from the training text only."""
-    settings = {**text.settings, "vocab_size": flags.vocab_size}
-    stage = pipeline.begin("tokenizer", "2/6 train a tokenizer", settings)
-    if stage.result is None:
-        command = ["scripts/train_tokenizer.py", "--source_path", text.folder / "train.txt"]
-        pipeline.run([*command, "--destination_path", stage.folder, "--vocab_size", flags.vocab_size])
-        stage.finish({})
-    return stage
-
-
-def pack(flags: Flags, pipeline: Pipeline, text: Stage, tokenizer: Stage) -> Stage:
-    """Write both texts as token files."""
-    stage = pipeline.begin("packed", "3/6 pack the tokens", {**tokenizer.settings, "block_size": flags.block_size})
-    if stage.result is not None:
-        return stage
-    for name, prefix in (("train", "train_slim"), ("validation", "validation")):
-        command = ["scripts/prepare_text.py", "--source_path", text.folder / f"{name}.txt", "--prefix", prefix]
-        command += ["--destination_path", stage.folder, "--tokenizer_path", tokenizer.folder]
-        pipeline.run([*command, "--chunk_size", 1024 * (flags.block_size + 1)])
-    stage.finish({})
-    return stage
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
 def train(kind: str, flags: Flags, pipeline: Pipeline, packed: Stage) -> dict[str, Any]:
-    """Train one model with the script of a cluster user; both get the same shape, data, steps and batch."""
+    """Train one model with the script of a cluster user; both get the same shape, data and FLOPs."""
+    from lit_gpt.studies.mdm_recipes import RECIPES, StepBudget
+
+    recipe = RECIPES[flags.recipe if kind == "mdm" else "published"]
+    budget = StepBudget(flags.steps, flags.batch_size, flags.block_size, flags.learning_rate)
     shape = {name: getattr(flags, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size")}
     settings = {
-        "batch_size": flags.batch_size,
-        "learning_rate": flags.learning_rate,
+        **recipe.flags(budget),
         "seed": flags.seed,
-        "max_steps": flags.steps,
         "val_draws": flags.val_draws,
-        "warmup_steps": max(1, min(100, flags.steps // 10)),
-        "min_lr": flags.learning_rate / 10,
         "n_query_groups": flags.n_head,
         **shape,
     }
@@ -176,10 +131,10 @@ def train(kind: str, flags: Flags, pipeline: Pipeline, packed: Stage) -> dict[st
         "models_dir": folder / "model",
         "save_interval": 100,
         "keep_checkpoints": 1,
-        "val_interval": max(1, -(-flags.steps // 5)),
+        "val_interval": max(1, -(-settings["max_steps"] // 5)),
     }
     started = time.monotonic()
-    with TrainingProgress(pipeline.console, flags.steps) as progress:
+    with TrainingProgress(pipeline.console, settings["max_steps"]) as progress:
         arguments = [f"--{name}={value}" for name, value in {**settings, **places}.items()]
         pipeline.run([SCRIPTS[kind], *arguments], progress)
     elapsed_s = time.monotonic() - started
@@ -199,7 +154,7 @@ def train(kind: str, flags: Flags, pipeline: Pipeline, packed: Stage) -> dict[st
     )
 
 
-def plot_curves(results: dict[str, dict[str, Any]], out: Path) -> None:
+def plot_curves(results: dict[str, dict[str, Any]], out: Path, recipe: str) -> None:
     """Both models' losses in one plot, if they are newer than it."""
     path = out / "losses.png"
     trained = max((out / kind / "stage.json").stat().st_mtime for kind in SCRIPTS)
@@ -207,12 +162,16 @@ def plot_curves(results: dict[str, dict[str, Any]], out: Path) -> None:
         return
 
     from lit_gpt.config import Config
+    from lit_gpt.studies.mdm_recipes import RECIPES
     from lit_gpt.ui.plots import LossCurve, format_count, plot_losses
 
     curves = []
     for kind, result in results.items():
         label = f"{kind.upper()} (upper bound)" if result.get("val_is_bound") else kind.upper()
-        curves.append(LossCurve.from_csv(label, result["metrics"], result["total_tokens"] / result["step"]))
+        curve = LossCurve.from_csv(label, result["metrics"], result["total_tokens"] / result["step"])
+        # Another training loss than the bound is no number to compare with the bound.
+        bound_is_trained = kind == "arm" or RECIPES[recipe].loss_weight == "elbo"
+        curves.append(curve if bound_is_trained else replace(curve, train=[]))
     tokens = format_count(results["arm"]["total_tokens"])
     size = Config.from_dict(results["arm"]["config"]).size_in_millions
     plot_losses(curves, f"An ARM and an MDM of {size:.3g}M parameters (embeddings apart), {tokens} tokens each", path)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from lit_gpt.pipeline import Pipeline, Stage
 
+PAGE = "reverse_curse.md"
 KINDS = ("arm", "mdm")
 # Where the answers to a question lie: of whom, and in which direction, as evaluate_reverse.py names them.
 QUESTIONS = {
@@ -44,7 +44,7 @@ _VOCABULARY = 1000
 """Pieces of the tokenizer: enough for whole words of what is invented."""
 _REPORT = """# The reversal curse, in a quarter of an hour
 
-Written by `{command}` on {date}, commit {commit}; training: {minutes}.
+Written by {written}; training: {minutes}.
 
 Of all {people} invented people it is read who they are, name first, in these phrasings: {forward}.
 Of {seen} of them it is also read the other way round: {backward}.
@@ -109,7 +109,9 @@ def main() -> None:
     ]
     if problems:
         raise ValueError("; ".join(problems))
-    docs = report_folder(flags)
+    from lit_gpt.studies.study_pages import report_folder
+
+    docs = report_folder(flags, PAGE)
 
     from rich.console import Console
 
@@ -122,20 +124,6 @@ def main() -> None:
     start = make_start(flags, pipeline, facts)
     results = {kind: train_and_ask(kind, flags, pipeline, facts, start) for kind in KINDS}
     write_report(flags, docs, results, console)
-
-
-def report_folder(flags: Flags) -> Path:
-    """Where the report is written.
-
-    Raises:
-        ValueError: it would replace the repository's, which is another study's.
-    """
-    from lit_gpt.evaluation.result_pages import changed_flags, check_page
-
-    whole = not changed_flags(flags, but=("out", "docs"))
-    folder = Path(flags.docs or ("docs/results" if whole else flags.out))
-    check_page("docs", folder / "reverse_curse.md", whole, "the study as it is, with no other flag,")
-    return folder
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -197,6 +185,8 @@ def train_and_ask(kind: str, flags: Flags, pipeline: Pipeline, facts: Stage, sta
         `curve`: per checkpoint `step` and `accuracy`, the shares of right answers in the order of QUESTIONS, and, at the
         last one, `minutes` of training; `commands`: the training and the last questions as a user types them.
     """
+    from lit_gpt.studies.study_pages import typed
+
     steps = flags.arm_steps if kind == "arm" else flags.mdm_steps
     names = ("batch_size", "learning_rate", "checkpoints", "sampling_steps")
     settings = {**start.settings, **{name: getattr(flags, name) for name in names}, "steps": steps}
@@ -240,11 +230,6 @@ def training_command(flags: Flags, steps: int, weights: Path, facts: Path, folde
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def typed(command: list[Any]) -> str:
-    """A command as a user types it."""
-    return shlex.join(["python", *map(str, command)])
-
-
 def read_accuracies(lines: list[str]) -> dict[str, float]:
     """The shares of right answers in the last line of evaluate_reverse.py, in the same direction and in reverse."""
     found = re.search(r"accs: ([\d.e-]+), accs_reverse: ([\d.e-]+)", lines[-1])
@@ -256,9 +241,8 @@ def write_report(flags: Flags, folder: Path, results: dict[str, dict[str, Any]],
     """A table, a picture and the commands, for people, in a folder."""
     from lit_gpt.evaluation.generated_answers import wilson_interval
     from lit_gpt.evaluation.invented_people import DESCRIPTION_FIRST, NAME_FIRST
-    from lit_gpt.evaluation.result_pages import command_line
-    from lit_gpt.evaluation.versions import commit
     from lit_gpt.files import make_folder
+    from lit_gpt.studies.study_pages import written_by
     from lit_gpt.ui.plots import plot_accuracies
 
     curves = {kind: result["curve"] for kind, result in results.items()}
@@ -284,20 +268,18 @@ def write_report(flags: Flags, folder: Path, results: dict[str, dict[str, Any]],
         rows.append(f"| {name}{people}{name} | {name}{direction}{name} | {' | '.join(cells)} |")
     minutes = ", ".join(f"{kind.upper()} {curves[kind][-1]['minutes']:.1f} minutes" for kind in KINDS)
     text = _REPORT.format(
-        date=time.strftime("%Y-%m-%d"),
-        commit=(commit() or "unknown")[:8],
+        written=written_by("scripts/study_reverse_curse.py", flags),
         people=flags.people,
         seen=asked[1],
         minutes=minutes,
         table="\n".join(rows),
-        command=command_line("scripts/study_reverse_curse.py", flags),
         commands="\n".join(command for kind in KINDS for command in results[kind]["commands"]),
         forward="; ".join(f'"{form} ..."' for form in NAME_FIRST).format(name="NAME"),
         backward="; ".join(f'"{form} ..."' for form in DESCRIPTION_FIRST).format(description="the DESCRIPTION"),
     )
-    (folder / "reverse_curse.md").write_text(text, encoding="utf-8")
+    (folder / PAGE).write_text(text, encoding="utf-8")
     console.print("\n" + "\n".join(rows), markup=False, soft_wrap=True)
-    console.print(f"\nreport: {folder / 'reverse_curse.md'}, picture: {picture}", soft_wrap=True)
+    console.print(f"\nreport: {folder / PAGE}, picture: {picture}", soft_wrap=True)
 
 
 if __name__ == "__main__":

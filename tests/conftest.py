@@ -86,6 +86,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def pytest_report_header() -> str:
+    """How many commands of the documents are run, and how many are only read."""
+    from tests.support.documented_commands import count_by_kind
+
+    return f"commands of the documents: {count_by_kind()}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with its reason, what needs a GPU where there is none."""
     if torch.cuda.is_available():

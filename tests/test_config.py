@@ -137,3 +137,42 @@ def test_what_is_no_object_is_no_config(values: object):
 def test_a_size_in_other_digits_is_unknown():
     with pytest.raises(ValueError, match="unknown model size"):
         Config.from_name("\u00b2")
+
+
+@pytest.mark.parametrize("row", FAMILY["sizes"], ids=lambda row: str(row["model"]))
+def test_layers_and_width_give_the_published_sizes(row: dict):
+    """The family's rule derives heads, MLP and query groups of 29 of 30 sizes; 75M alone has others."""
+    derived = Config.from_shape(n_layer=row["n_layer"], n_embd=row["n_embd"])
+    differs = {field for field in SHAPE if getattr(derived, field) != row[field]}
+    assert differs == ({"n_head", "intermediate_size", "n_query_groups"} if row["model"] == 75 else set())
+
+
+def test_a_shape_takes_what_is_given_and_derives_the_rest():
+    config = Config.from_shape(n_layer=2, n_embd=96, vocab_size=512, block_size=64)
+    assert (config.n_head, config.head_size, config.intermediate_size, config.n_query_groups) == (2, 48, 384, 2)
+    assert (config.name, config.vocab_size, config.block_size) == ("Diff_LLaMA_0.295M", 512, 64)
+    config = Config.from_shape(n_layer=2, n_embd=96, n_head=6, n_query_groups=3, intermediate_size=100)
+    assert (config.head_size, config.n_query_groups, config.intermediate_size) == (16, 3, 100)
+    assert config.describe() == (
+        "2 layers, width 96, 6 heads of 16 in 3 query groups, MLP 100, context 2048, vocabulary 32000"
+    )
+    assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"n_layer": 2}, "missing n_embd"),
+        ({"n_layer": 2, "n_embd": 64, "depth": 3}, "unknown depth"),
+        ({"n_layer": 2, "n_embd": 63}, "must be even for rotary"),
+        ({"n_layer": 2, "n_embd": 0}, "n_embd must be a whole number above 0"),
+        ({"n_layer": 2, "n_embd": 10**30}, "n_embd must be at most"),
+        ({"n_layer": 0, "n_embd": 64}, "n_layer must be a whole number above 0"),
+        ({"n_layer": 2, "n_embd": 64, "n_head": 5}, "n_embd 64 does not divide by n_head 5"),
+        ({"n_layer": 2, "n_embd": 64, "n_head": 0}, "n_head must be a whole number above 0"),
+    ],
+)
+def test_an_impossible_shape_is_refused(fields: dict, words: str):
+    with pytest.raises(ValueError, match=words) as raised:
+        Config.from_shape(**fields)
+    assert "\n" not in str(raised.value)

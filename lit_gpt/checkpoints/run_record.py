@@ -44,6 +44,30 @@ def write_run_record(run_dir: Path, record: dict[str, Any]) -> None:
     write_json(Path(run_dir) / RUN_RECORD_NAME, record)
 
 
+def find_shorter_run(folder: Path, settings: dict[str, Any], length: tuple[str, ...]) -> Path | None:
+    """The longest finished run in a folder that has these settings but fewer steps; None if there is none.
+
+    Args:
+        folder: holds run folders.
+        settings: of a run, with `max_steps`.
+        length: the names of those settings that its number of steps decides.
+    """
+    rest = {name: value for name, value in settings.items() if name not in length}
+    found: list[tuple[int, Path]] = []
+    for path in sorted(folder.glob(f"*/{RUN_RECORD_NAME}")):
+        try:
+            record = read_run_record(path.parent)
+        except (OSError, ValueError):
+            continue  # another run's trouble
+        own = record.get("settings", {})
+        steps = own.get("max_steps")
+        if record.get("finished") is not True or not isinstance(steps, int) or steps >= settings["max_steps"]:
+            continue
+        if not differences({name: value for name, value in own.items() if name not in length}, rest):
+            found.append((steps, path.parent))
+    return max(found)[1] if found else None
+
+
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Compare a checkpoint's settings with a run's, nested dicts by their dotted names.
 

@@ -86,7 +86,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
     tokenizer_record = tokenizer_name(tokenizer)
     if tokenizer.special_tokens != "text":  # what older records, without a word on it, mean
         settings["special_tokens"] = tokenizer_record["special_tokens"] = tokenizer.special_tokens
-    name, objective = recipe.run_name(model), recipe.objective(model)
+    name, objective = flags.name or recipe.run_name(model), recipe.objective(model)
     experiment = Experiment(
         name=name,
         model=model,
@@ -103,7 +103,7 @@ def finetune(recipe: FinetuningRecipe, flags: FinetuneConfig) -> dict[str, Any]:
             "pretrained": str(flags.pretrain_path),
             **_chat_template(recipe.data_format),
         },
-        export_name=f"{_stem(flags.pretrain_path)}-{recipe.suffix}",
+        export_name=flags.name or f"{_stem(flags.pretrain_path)}-{recipe.suffix}",
         tokenizer=tokenizer,
         varying_length=objective.lengths_vary,
     )

@@ -204,8 +204,9 @@ class _Trainer:
         self.guard.judge(step + 1, loss, norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(
-                step + 1, self.experiment.max_steps, self.experiment.warmup_steps, config.learning_rate, config.min_lr
-            )
+                step + 1, self.experiment.max_steps, self.experiment.warmup_steps,
+                config.learning_rate, config.min_lr, self.folder.extended_from,
+            )  # fmt: skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for batch in batches:
@@ -254,6 +255,7 @@ class _Trainer:
         lines = [
             f"run {experiment.name}: {experiment.model.config.size_in_millions:.4g}M non-embedding parameters, "
             f"{steps} steps of {layout.global_batch_size} x {self.prepared.block_size} tokens",
+            f"model: {experiment.model.config.describe()}",
             f"data: {experiment.train_data.describe()}; {epochs:.3g} epochs"
             + (" (the corpus is repeated)" if epochs > 1 else ""),
             f"device: {self.fabric.world_size} x {self.fabric.device.type}, {self.folder.precision}, micro batch "
@@ -262,6 +264,7 @@ class _Trainer:
         ]
         if self.step:
             lines.append(f"resumed at step {self.step} of {steps}")
+        lines += self.folder.extension_lines()
         for line in lines:
             devices.say(self.fabric, line)
 
@@ -295,11 +298,12 @@ class _Trainer:
         )
         hours = left_s / 3600
         micro_ms = 1000 / max(rates["throughput/device/batches_per_sec"], 1e-9)
+        iterations = "" if self._iter_num() == step else f"iter {self._iter_num()} "
         devices.say(
             self.fabric,
-            f"iter {self._iter_num()} step {step}: loss {loss:.4f}, iter time: {micro_ms:.2f}ms "
+            f"{iterations}step {step}: loss {loss:.4f}, iter time: {micro_ms:.2f}ms "
             f"remaining time: {hours:.2f} hours. or {hours / 24:.2f} days. "
-            f"{rates['throughput/tokens_per_sec']:.0f} tokens/s",
+            f"{rates['throughput/tokens_per_sec']:.0f} tokens/s, {speed_monitor.format_seconds(left_s)} left",
         )
 
     def _iter_num(self) -> int:
@@ -334,7 +338,7 @@ class _Trainer:
         state = {
             "model": self.prepared.model,
             "optimizer": self.prepared.optimizer,
-            "hparams": self.experiment.settings,
+            "hparams": self.folder.settings,
             "iter_num": self._iter_num(),
             "step_count": self.step,
             "total_tokens": self.tokens,

@@ -9,7 +9,7 @@ B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +21,7 @@ from lit_gpt.data.packed_dataset import Extent
 from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.model.visibility import Visibility
 from lit_gpt.randomness import Stream, hash_int, uniform, uniform_grid
+from lit_gpt.training import schedule
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -99,6 +100,7 @@ class MaskedDiffusion:
     """MDM pretraining: sum of CE / p over masked tokens, divided by the tokens of the group (SMDM, eq. 4).
 
     With `ssl_ratio` above 0 this is stochastic length training: that share of the groups is cut to a random length.
+    What else can be learnt from (`loss_weight`, `row_lengths`) changes training alone: validation is the bound at full length.
     """
 
     block_size: int
@@ -111,6 +113,10 @@ class MaskedDiffusion:
     """Rows of a step: the number of strata of t."""
     ssl_ratio: float = 0.0
     """Share of groups with a random length, uniform in [1, block_size]."""
+    loss_weight: str = "elbo"
+    """`elbo`: CE / p, the bound; `cross_entropy`: the mean CE of masked tokens (`diffusion.cross_entropy_weights`)."""
+    row_lengths: tuple[tuple[int, int], ...] = ()
+    """(length, step) pairs: before that step every row is read as rows of this length; whole rows behind the last pair."""
     is_bound = True
     fixed_draws = None
 
@@ -135,7 +141,13 @@ class MaskedDiffusion:
 
     def training(self, batch: MicroBatch) -> LossTerms:
         """Mask with times stratified over the step's rows."""
-        return self._masked(batch, *_training_noise(batch, self.seed, self.global_batch_size))
+        pieces = self.block_size // schedule.row_length(batch.step, self.row_lengths, self.block_size)
+        batch = _cut_rows(batch, pieces) if pieces > 1 else batch
+        t, uniforms = _training_noise(batch, self.seed, self.global_batch_size * pieces)
+        terms = self._masked(batch, t, uniforms)
+        if self.loss_weight == "cross_entropy":
+            terms = terms._replace(weights=diffusion.cross_entropy_weights(terms.weights > 0, batch.row_weights))
+        return terms
 
     def validation(self, batch: MicroBatch, draw: int, draws: int) -> LossTerms:
         """Mask with noise that is the same for every run: a function of the sequence's number and the draw."""
@@ -212,6 +224,24 @@ class MaskedResponse:
             noisy_input = noisy_input.masked_fill(dropped[:, None] & ~response, self.mask_id)
         weights = diffusion.loss_weights(mask, p_mask, batch.row_weights)
         return LossTerms(noisy_input, clean, weights, response)
+
+
+def _cut_rows(batch: MicroBatch, pieces: int) -> MicroBatch:
+    """Every row as so many rows of its own, numbered on; those without a real token are left out."""
+    length = (batch.tokens.size(1) - 1) // pieces
+    starts = torch.arange(pieces) * length
+    # (B, pieces, length + 1): the token behind a piece comes with it, as with a row.
+    tokens = batch.tokens[:, starts[:, None] + torch.arange(length + 1)]
+    lengths = (batch.lengths[:, None] - starts).flatten()
+    kept = lengths > 0
+    return replace(
+        batch,
+        tokens=tokens.flatten(0, 1)[kept],
+        lengths=lengths[kept],
+        prompt_lengths=batch.prompt_lengths.repeat_interleave(pieces)[kept],
+        rows=(batch.rows[:, None] * pieces + torch.arange(pieces)).flatten()[kept],
+        row_weights=batch.row_weights.repeat_interleave(pieces)[kept],
+    )
 
 
 def _training_noise(batch: MicroBatch, seed: int, global_batch_size: int) -> tuple[Tensor, Tensor]:

@@ -227,7 +227,8 @@ class PreparedModel:
             prompt_lengths=torch.zeros(rows, dtype=torch.int64),
             rows=torch.arange(rows),
             row_weights=torch.ones(rows, dtype=torch.float64),
-            step=0,
+            # An objective may begin with less; what is compiled and measured is what most of a run needs.
+            step=self.experiment.max_steps,
         )
         terms = self.experiment.objective.training(batch)
         return terms._replace(weights=terms.in_denominator.float()).prepared_for(self.fabric.device)

@@ -83,7 +83,7 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
     }
     settings |= {"max_steps": steps, "warmup_steps": warmup, "precision": devices.precision_name(fabric)}
     settings |= {"ssl_ratio": recipe.ssl_ratio, "group_size": rows}
-    name = names.run_name(kind, config, budget, recipe.ssl_ratio)
+    name = flags.name or names.run_name(kind, config, budget, recipe.ssl_ratio)
     experiment = Experiment(
         name=name,
         model=model,
@@ -96,7 +96,7 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
         warmup_steps=warmup,
         settings=settings,
         record=record,
-        export_name=names.export_name(kind, config, budget, recipe.ssl_ratio, flags.batch_size),
+        export_name=flags.name or names.export_name(kind, config, budget, recipe.ssl_ratio, flags.batch_size),
         tokenizer=tokenizer,
         token_bytes=None if tokenizer is None else tokenizer.token_bytes(),
     )
@@ -106,8 +106,10 @@ def pretrain(recipe: PretrainingRecipe, flags: PretrainConfig) -> dict[str, Any]
 def _check(flags: PretrainConfig) -> None:
     """Collect what is wrong with the flags before anything is opened."""
     problems = flags.problems()
-    if not flags.model:
-        problems.append("--model is missing: a size in millions, such as --model 170")
+    if not flags.model and None in (flags.n_layer, flags.n_embd):
+        problems.append(
+            "--model is missing: a size in millions, such as --model 170, or a shape of your own by --n_layer and --n_embd"
+        )
     if (flags.flops is None) == (flags.max_steps is None):
         problems.append("give either --flops (in 1e18) or --max_steps, not " + ("both" if flags.flops else "neither"))
     if problems:
@@ -138,4 +140,5 @@ def _shape(flags: PretrainConfig) -> tuple[Config, Tokenizer | None, dict[str, A
         overrides["vocab_size"] = vocab_size
     named = tokenizer_name(tokenizer) if tokenizer else {"source": source, "fingerprint": known.get("fingerprint")}
     record = {"tokenizer": named}
-    return Config.from_name(flags.model, **overrides), tokenizer, record
+    config = Config.from_name(flags.model, **overrides) if flags.model else Config.from_shape(**overrides)
+    return config, tokenizer, record

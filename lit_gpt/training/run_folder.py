@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 METRICS = (
     *("step", "metric/train_loss", "metric/train_ppl", "metric/val_loss", "metric/val_ppl", "metric/val_bpb"),
+    *("metric/val_loss_se", "metric/val_loss_draws_se"),
     *("metric/grad_norm", "learning_rate", "samples", "total_tokens", "skipped_steps"),
     *("time/left", "memory/peak_gb", *speed_monitor.RATE_COLUMNS),
 )
@@ -42,6 +43,26 @@ LAUNCH = "launch"
 SKIPPED = "skip_steps"
 
 
+# Among the settings of a run that was finished and then given more steps: where it had ended, for the schedule.
+EXTENDED_FROM = "extended_from"
+_EXTENDED_SETTINGS = ("max_steps", "warmup_steps", EXTENDED_FROM)
+
+
+def extension_start(start: run_files.CheckpointInfo | None, max_steps: int) -> int | None:
+    """The step at which a run was extended: a finished one is if it is to have more steps; None where none was.
+
+    Args:
+        start: the checkpoint from which the run goes on; its settings say whether it is a run's last one.
+        max_steps: the run's last step from now on.
+    """
+    planned = start.settings.get("max_steps") if start else None
+    if start is None or planned is None:
+        return None
+    if start.step == planned < max_steps:
+        return start.step
+    return start.settings.get(EXTENDED_FROM) if planned == max_steps else None
+
+
 class RunFolder:
     """An opened run; use `RunFolder.open` as a context manager."""
 
@@ -51,6 +72,10 @@ class RunFolder:
         self.start: run_files.CheckpointInfo | None = None
         self.total_tokens = 0
         self.finished: dict[str, Any] | None = None
+        # A finished run beside this one that would be this one with fewer steps.
+        self._shorter: Path | None = None
+        self.extended_from: int | None = None
+        """The step at which the run had been finished before it was extended, or None."""
         # Checkpoints of later micro steps than this one are not this run's any more; the first save deletes them.
         self._valid_until: int | None = None
         self._loggers: loggers.RunLoggers | None = None
@@ -70,12 +95,32 @@ class RunFolder:
         with contextlib.ExitStack() as stack:
             prepared = devices.on_rank_zero(fabric, lambda: folder._prepare(stack))
             folder.record, folder.start, folder.finished = prepared
+            folder.extended_from = extension_start(folder.start, experiment.max_steps)
             if folder.finished is not None:
                 line = "nothing to do; --resume never --overwrite true starts it anew"
                 devices.say(fabric, f"run {experiment.name} is finished ({path}): {line}")
             elif fabric.is_global_zero:
                 folder._open_logs()
+            if folder._shorter is not None:
+                line = f"--resume {folder._shorter} extends it, with this run's own folder and name"
+                devices.say(fabric, f"{folder._shorter} is a finished run of these settings with fewer steps: {line}")
             yield folder
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting that changes numbers, an extension's start among them."""
+        extended = {} if self.extended_from is None else {EXTENDED_FROM: self.extended_from}
+        return {**self.experiment.settings, **extended}
+
+    def extension_lines(self) -> list[str]:
+        """What an extension does to the schedule, in at most one line."""
+        start, config, experiment = self.extended_from, self.config, self.experiment
+        if start is None or self.start is None or self.start.step != start:
+            return []
+        return [
+            f"extended: the run had ended at step {start}; from {config.min_lr:g} the learning rate rises again within "
+            f"{experiment.warmup_steps} steps to the cosine of {experiment.max_steps} steps, so the loss may rise at first"
+        ]
 
     @property
     def log_path(self) -> Path:
@@ -101,6 +146,9 @@ class RunFolder:
         skipped = skipped_steps.union(
             record.get(SKIPPED, []), passed_over, skipped_steps.parse_ranges(config.skip_steps)
         )
+        self.extended_from = extension_start(start, experiment.max_steps)
+        if start is None and config.resume == "auto":
+            self._shorter = run_record.find_shorter_run(path.parent, experiment.settings, _EXTENDED_SETTINGS)
         if start is not None:
             self._check_settings(start)
             if (step := skipped_steps.first_outside(skipped, passed_over, start.step)) is not None:
@@ -111,7 +159,7 @@ class RunFolder:
             if record.get("finished") and config.resume == "auto" and start.step == experiment.max_steps:
                 return record, start, record.get("result", {})
         if not record:
-            log_folder = loggers.next_version(Path(config.log_dir) / experiment.model.config.name)
+            log_folder = loggers.next_version(Path(config.log_dir) / (config.name or experiment.model.config.name))
             record = {
                 "name": experiment.name,
                 "run_id": uuid.uuid4().hex,
@@ -124,6 +172,9 @@ class RunFolder:
                 **experiment.record,
             }
         record["finished"] = False
+        if start is not None and start.step == self.extended_from:
+            # What it says of the run's end holds no more.
+            record = {key: value for key, value in record.items() if key != "result"} | {"settings": self.settings}
         if skipped:
             record[SKIPPED] = skipped
         target = export.claim_export(
@@ -165,18 +216,23 @@ class RunFolder:
             self._valid_until = chosen.iter_num
         elif run_files.list_checkpoints(self.path):
             raise ValueError(
-                f"--resume {chosen.path} is of another folder, but {self.path} holds a run of its own: give another --out_dir"
+                f"--resume {chosen.path} is of another folder, but {self.path} holds a run of its own: "
+                "--resume auto goes on with it, another --out_dir starts anew"
             )
         return chosen
 
     def _check_settings(self, start: run_files.CheckpointInfo) -> None:
         if not start.settings:
             cli.warn(f"{start.path} does not say with which settings it was made: nothing is compared")
-        different = run_record.differences(start.settings, self.experiment.settings)
+        saved = start.settings
+        if start.step == self.extended_from:
+            # More steps, the warmup that follows from them, and an earlier extension's start.
+            saved |= {name: value for name, value in self.settings.items() if name in _EXTENDED_SETTINGS}
+        different = run_record.differences(saved, self.settings)
         if different:
             raise ValueError(
                 f"cannot resume {start.path} with other settings: {'; '.join(different)}. Give the checkpoint's values, "
-                "or start another run (--out_dir, or --resume never --overwrite true)"
+                "or start another run (--name, --out_dir, or --resume never --overwrite true)"
             )
 
     def _open_logs(self) -> None:
@@ -213,7 +269,7 @@ class RunFolder:
     def save(self, fabric: Fabric, state: dict[str, Any], micro_batch_size: int, alone: bool = False) -> None:
         """Write a checkpoint, as `CheckpointSaves.save` does. The final one does not count as kept."""
         run = {"micro_batch_size": micro_batch_size, "world_size": fabric.world_size}
-        record = {**self.record, "settings": self.experiment.settings, "run": run}
+        record = {**self.record, "settings": self.settings, "run": run}
         keep = self.config.keep_checkpoints
         if keep and state["step_count"] == self.experiment.max_steps:
             keep += 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 MOST_STEPS = 10**12
 """Of a run: 31 years at a step a millisecond; the number of a sample stays far below 2**63."""
@@ -46,8 +48,13 @@ def default_warmup(max_steps: int) -> int:
     return max(100, max_steps // 100)
 
 
-def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float, floor: float) -> float:
+def learning_rate(
+    step: int, max_steps: int, warmup_steps: int, peak: float, floor: float, extended_from: int | None = None
+) -> float:
     """Linear from 0 to `peak`, then a cosine down to `floor` at `max_steps`.
+
+    A run that was extended follows the cosine of all its steps; from `floor`, where it had ended, the rate rises to
+    that cosine as slowly as in the first warmup, since a jump unsettles what the end of a cosine has settled.
 
     Args:
         step: optimizer step, counted from 1.
@@ -55,10 +62,37 @@ def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float, flo
         warmup_steps: the step at which `peak` is reached.
         peak: highest learning rate.
         floor: last learning rate, also beyond max_steps.
+        extended_from: the step at which the run had been finished before it was extended; None: it was not.
     """
+    if extended_from is not None and extended_from < step < extended_from + warmup_steps:
+        rising = floor + (peak - floor) * (step - extended_from) / warmup_steps
+        return min(rising, learning_rate(step, max_steps, warmup_steps, peak, floor))
     if step < warmup_steps:
         return peak * step / warmup_steps
     if step > max_steps:
         return floor
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
     return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
+
+
+def parse_row_lengths(words: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """`16:300` and `32:600` (rows of 16 tokens up to step 300, then 32 up to 600) as (length, step) pairs.
+
+    Raises:
+        ValueError: a word is no such pair, or lengths or steps do not rise.
+    """
+    pairs = []
+    for word in ",".join(words).split(",") if words else ():
+        length, colon, step = word.partition(":")
+        if not (colon and length.isdecimal() and step.isdecimal() and int(length) and int(step)):
+            raise ValueError(f"--row_lengths {word}: expected LENGTH:STEP, such as 16:300")
+        pairs.append((int(length), int(step)))
+    for before, after in itertools.pairwise(pairs):
+        if not (before[0] < after[0] and before[1] < after[1]):
+            raise ValueError(f"--row_lengths {','.join(words)}: lengths and steps must rise")
+    return tuple(pairs)
+
+
+def row_length(step: int, row_lengths: Sequence[tuple[int, int]], block_size: int) -> int:
+    """Tokens of a row in a step (from 0): that of the first pair whose step is not reached, the block behind the last."""
+    return next((length for length, until in row_lengths if step < until), block_size)

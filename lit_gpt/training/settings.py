@@ -5,18 +5,20 @@ Plain dataclasses and nothing heavy to import, so that `--help` is quick.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from lit_gpt.tokenizer import SPECIAL_TOKENS
 from lit_gpt.training import skipped_steps
-from lit_gpt.training.schedule import MOST_STEPS
+from lit_gpt.training.schedule import MOST_STEPS, parse_row_lengths
 
 STRATEGIES = ("auto", "ddp", "fsdp", "hybrid")
 SHAPE_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
 LARGEST_BATCH = 1 << 20
 """Sequences of one optimizer step. All divisors of a device's are tried; no run comes near."""
 _MOST_EPOCHS = 10**6
+_RUN_NAME = re.compile(r"[\w=+][\w.=+-]{0,99}")
 PRECISIONS = ("auto", "bf16-mixed", "bf16-true", "32-true")
 
 
@@ -26,18 +28,21 @@ class TrainConfig:
 
     # Flags that change no number, or whose effect a run's other settings hold already.
     NOT_SETTINGS: ClassVar[frozenset[str]] = frozenset({
-        "max_steps", "warmup_steps", "accelerator", "devices", "nodes_num", "strategy", "precision", "compile",
+        "name", "max_steps", "warmup_steps", "accelerator", "devices", "nodes_num", "strategy", "precision", "compile",
         "attention_kernel", "micro_batch_size", "activation_checkpointing", "log_interval", "save_interval",
         "keep_checkpoints", "val_interval", "val_samples", "val_draws", "logger", "log_dir", "models_dir", "resume",
         "overwrite", "skip_steps", "shard_checkpoints_gb",
     })  # fmt: skip
 
+    name: str | None = None
+    """The run's name: of its folder, its log's folder and its exported model. By default they follow from size and budget."""
     batch_size: int = 256
     """Sequences of one optimizer step, over all devices and nodes."""
     micro_batch_size: int | None = None
     """Sequences a device computes at once; by default the largest that fits. Changes speed and memory, not the result."""
     max_steps: int | None = None
-    """Optimizer steps, instead of those that the budget or the epochs give."""
+    """Optimizer steps, instead of those that the budget or the epochs give. More than a finished run of the same name has
+    extend it."""
     learning_rate: float = 2e-4
     """Peak learning rate (the published code's; the paper's text says 4e-4)."""
     min_lr: float = 2e-5
@@ -99,7 +104,7 @@ class TrainConfig:
     logger: list[str] = field(default_factory=lambda: ["csv"])
     """csv (always on), tensorboard, wandb; several as [csv,tensorboard]."""
     log_dir: str = "out"
-    """Metrics go to <log_dir>/Diff_LLaMA_<size>M/version_<n>/metrics.csv."""
+    """Metrics go to <log_dir>/Diff_LLaMA_<size>M/version_<n>/metrics.csv, or with a --name to <log_dir>/<name>/version_<n>."""
     models_dir: str = "models"
     """The finished model is exported here as .safetensors."""
     resume: str = "auto"
@@ -120,6 +125,10 @@ class TrainConfig:
             for name, low in least.items()
             if getattr(self, name) < low
         ]
+        if self.name is not None and not _RUN_NAME.fullmatch(self.name):
+            found.append(
+                f"--name {self.name!r}: expected at most 100 letters, digits and . _ = + -, not beginning with . or -"
+            )
         for name in ("micro_batch_size", "max_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 found.append(f"--{name} {value}: at least 1")
@@ -159,7 +168,8 @@ class PretrainConfig(TrainConfig):
     }
 
     model: str = ""
-    """Size in millions of non-embedding parameters: 6, 19, 34 ... 2121, or a full name such as Diff_LLaMA_170M. Required."""
+    """Size in millions of non-embedding parameters: 6, 19, 34 ... 2121, or a full name such as Diff_LLaMA_170M. This, or a
+    shape of your own by --n_layer and --n_embd, is required; beside it, shape flags change that size's numbers."""
     flops: float | None = None
     """Compute budget in units of 1e18 FLOPs, which decides the number of steps. This or --max_steps is required."""
     data_dir: str = "/dataset/slim_star_combined"
@@ -177,15 +187,56 @@ class PretrainConfig(TrainConfig):
     block_size: int | None = None
     """Context length in tokens; 2048 by default."""
     n_layer: int | None = None
-    """Blocks, for a shape of your own."""
+    """Layers, for a shape of your own."""
     n_head: int | None = None
-    """Heads, for a shape of your own."""
+    """Heads; without --model by default of 64, above a width of 1024 of 128."""
     n_embd: int | None = None
     """Width, for a shape of your own."""
     intermediate_size: int | None = None
-    """MLP width, for a shape of your own."""
+    """MLP width; without --model by default four times --n_embd."""
     n_query_groups: int | None = None
-    """Key/value heads, for a shape of your own."""
+    """Key/value heads; without --model by default as many as heads."""
+
+
+@dataclass
+class MaskedPretrainConfig(PretrainConfig):
+    """What `train_mdm.py` can be told besides; the defaults are the published recipe."""
+
+    LOSS_WEIGHTS: ClassVar[tuple[str, ...]] = ("elbo", "cross_entropy")
+
+    loss_weight: str = "elbo"
+    """elbo (CE / p over masked tokens: the bound, published) or cross_entropy (the mean CE of masked tokens: not a bound, and
+    less noisy). Validation is the bound in both cases."""
+    row_lengths: list[str] = field(default_factory=list)
+    """Short rows first: LENGTH:STEP, several as 16:300,32:600 (up to step 300 every row is read as rows of 16 tokens, then of
+    32 up to step 600, then whole). Each length divides --block_size; tokens and FLOPs of a step stay."""
+
+    def settings(self) -> dict[str, Any]:
+        """As for any run; the published values are left out, as runs from before these flags have none."""
+        settings = super().settings()
+        if self.loss_weight == "elbo":
+            del settings["loss_weight"]
+        settings["row_lengths"] = [list(pair) for pair in parse_row_lengths(self.row_lengths)]
+        if not self.row_lengths:
+            del settings["row_lengths"]
+        return settings
+
+    def problems(self) -> list[str]:
+        """What is impossible about these values, one line each."""
+        found = super().problems()
+        if self.loss_weight not in self.LOSS_WEIGHTS:
+            found.append(f"--loss_weight {self.loss_weight}: expected {', '.join(self.LOSS_WEIGHTS)}")
+        try:
+            pairs = parse_row_lengths(self.row_lengths)
+        except ValueError as error:
+            return [*found, str(error)]
+        block_size = self.block_size or 2048
+        found += [
+            f"--row_lengths {length}:{step}: does not divide rows of {block_size} tokens (--block_size)"
+            for length, step in pairs
+            if block_size % length
+        ]
+        return found
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -134,6 +135,17 @@ class SpeedMonitor:
             metrics["throughput/device/mfu"] = flops_per_s / self.world_size / self.peak_flops
         return metrics
 
+
+def format_seconds(seconds: float) -> str:
+    """A duration in the two units that fit: `48 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    whole = round(seconds)
+    for (larger, name), (smaller, rest) in itertools.pairwise(_UNITS):
+        if whole >= larger:
+            return f"{whole // larger} {name} {whole % larger // smaller} {rest}"
+    return f"{whole} s"
+
+
+_UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 RATE_COLUMNS = (
     "time/train",

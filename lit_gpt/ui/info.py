@@ -204,6 +204,7 @@ def _model_of(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": known.kind,
         "model": known.config.name,
+        "shape": known.config.describe(),
         "non-embedding parameters": known.config.non_embedding_params,
         "config": known.config.to_dict(),
         "tokenizer": known.tokenizer,
@@ -219,6 +220,7 @@ def _model_from_shapes(path: Path, state: dict[str, torch.Tensor]) -> dict[str, 
     return {
         "kind": weights.infer_kind(path, state),
         "model": f"{config.name} (by its shapes; it has no record)",
+        "shape": config.describe(),
         "non-embedding parameters": config.non_embedding_params,
     }
 

@@ -24,12 +24,12 @@ class TrainingProgress:
     A context manager; call it with each line.
     """
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int | None) -> None:
         """Nothing is shown before the context is entered.
 
         Args:
             console: where to.
-            steps: of the whole training.
+            steps: of the whole training; None where a budget decides them.
         """
         self._console, self._steps, self._logged = console, steps, 0
         self._bar: Progress | None = None

@@ -24,6 +24,8 @@ _GREY, _INK, _PAPER = (206, 206, 206), (25, 25, 25), (255, 255, 255)
 _COLORMAP, _FIRST_COLOR, _LAST_COLOR = "viridis", 0.15, 1.0
 # Pixels.
 _FONT, _SMALL_FONT, _LINE, _PAD, _MARGIN = 17, 15, 26, 3, 22
+# Around the text of an animation.
+_FRAME = 6
 _MAX_FRAMES = 60
 _FRAME_MS, _LAST_FRAME_MS = 120, 3000
 
@@ -52,16 +54,24 @@ def draw_trajectory(
 
 
 def animate_trajectory(trajectory: DenoisingTrajectory, path: Path, width: int = 720) -> None:
-    """`draw_trajectory` as an animated GIF, one panel, a frame for each step that revealed something (at most 60)."""
+    """`draw_trajectory` as an animated GIF, one panel, a frame for each step that revealed something (at most 60).
+
+    Lines break at `width`; the picture is as wide as the longest one.
+    """
     from PIL import Image
     from PIL.Image import Dither
 
-    painter = _TokenPainter(trajectory, width)
-    frames = [painter.panel(step) for step in trajectory.select_steps(_MAX_FRAMES)]
+    painter = _TokenPainter(trajectory, width - 2 * _FRAME)
+    size = (painter.used_width + 2 * _FRAME, painter.height + 2 * _FRAME)
+    frames = []
+    for step in trajectory.select_steps(_MAX_FRAMES):
+        frame = Image.new("RGB", size, _PAPER)
+        frame.paste(painter.panel(step).crop((0, 0, painter.used_width, painter.height)), (_FRAME, _FRAME))
+        frames.append(frame)
     # One palette for all frames, or the colours would flicker: the first frame has the masks, the last every step.
-    both = Image.new("RGB", (width, 2 * painter.height))
+    both = Image.new("RGB", (size[0], 2 * size[1]))
     both.paste(frames[0], (0, 0))
-    both.paste(frames[-1], (0, painter.height))
+    both.paste(frames[-1], (0, size[1]))
     palette = both.quantize(255)
     indexed = [frame.quantize(palette=palette, dither=Dither.NONE) for frame in frames]
     durations = [_FRAME_MS] * (len(frames) - 1) + [_LAST_FRAME_MS]
@@ -91,7 +101,10 @@ class _TokenPainter:
             # Blank lines would take much room and say little: their line ends stay on one line.
             if text.endswith("\n") and following != "\n":
                 x, y = 0, y + _LINE
-        self.height = y + _LINE + 6
+        # Of the last line that has a token: a text may end with its line's end.
+        self.height = max((at for _, at, _, _ in self.cells), default=0) + _LINE
+        head = self.small.getlength(self._head(trajectory.steps, len(trajectory.texts)))
+        self.used_width = min(width, max([math.ceil(head), *(left + cell + 1 for left, _, cell, _ in self.cells)]))
 
     def panel(self, step: int) -> Image:
         """The row after a step, below a line that says which."""
@@ -101,7 +114,7 @@ class _TokenPainter:
         image = Image.new("RGB", (self.width, self.height), _PAPER)
         draw = ImageDraw.Draw(image)
         hidden = sum(at > step for at in trajectory.revealed)
-        draw.text((0, 2), f"after step {step} of {trajectory.steps}: {hidden} masked", _INK, self.small)
+        draw.text((0, 2), self._head(step, hidden), _INK, self.small)
         for (x, y, width, text), at in zip(self.cells, trajectory.revealed, strict=True):
             box = (x, y, x + width, y + _LINE - 3)
             if at > step:
@@ -112,6 +125,10 @@ class _TokenPainter:
             dark = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] < 140
             draw.text((x + _PAD, y + 1), text, _PAPER if dark else _INK, self.font)
         return image
+
+    def _head(self, step: int, hidden: int) -> str:
+        """The line above the tokens."""
+        return f"after step {step} of {self.trajectory.steps}: {hidden} masked"
 
     def write(self, image: Image, where: tuple[int, int], text: str) -> None:
         """Put a line of text on a picture."""

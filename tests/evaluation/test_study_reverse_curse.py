@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.study_reverse_curse import Flags, read_accuracies, report_folder
+from lit_gpt.studies.study_pages import report_folder
+from scripts.study_reverse_curse import PAGE, Flags, read_accuracies
 from tests.support.training_runs import ROOT, one_thread_environment
 
 
@@ -19,11 +20,11 @@ def test_shares_are_read_from_the_evaluations_last_line():
 
 
 def test_a_short_look_does_not_replace_the_repositorys_report():
-    assert report_folder(Flags()) == report_folder(Flags(out="elsewhere")) == Path("docs/results")
-    assert report_folder(Flags(people=20, out="quick")) == Path("quick")
-    assert report_folder(Flags(people=20, docs="own")) == Path("own")
+    assert report_folder(Flags(), PAGE) == report_folder(Flags(out="elsewhere"), PAGE) == Path("docs/results")
+    assert report_folder(Flags(people=20, out="quick"), PAGE) == Path("quick")
+    assert report_folder(Flags(people=20, docs="own"), PAGE) == Path("own")
     with pytest.raises(ValueError, match=r"--docs \S+reverse_curse.md: only the study as it is"):
-        report_folder(Flags(people=20, docs=str(ROOT / "docs/results")))
+        report_folder(Flags(people=20, docs=str(ROOT / "docs/results")), PAGE)
 
 
 def test_the_whole_study_small(tmp_path):

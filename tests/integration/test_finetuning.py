@@ -114,6 +114,10 @@ def test_a_fine_tuning_learns_and_exports(tmp_path, start_weights, examples, scr
     assert max(curve) == examples_used * 5 // 16
     again, _ = run_script_main(command(script, start_weights, examples, epoch=5), tmp_path)
     assert "is finished" in again
+    if script == "finetune_mdm":  # more epochs go on from its end, under its name
+        out, _ = run_script_main(command(script, start_weights, examples, epoch=6), tmp_path)
+        assert f"resumed at step {max(curve)} of {examples_used * 6 // 16}" in out
+        assert f"extended: the run had ended at step {max(curve)};" in out
     evaluate(script, alone, examples[script].parent, tmp_path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,20 @@ def test_it_ends_with_what_to_type_next(finished: tuple[Path, str]) -> None:
             assert (folder / line.split()[0]).exists()
 
 
+def test_another_recipe_trains_the_mdm_anew_at_the_same_compute(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    copy = folder / "copy"
+    shutil.copytree(folder / "quickstart", copy)
+    process = quickstart(folder, out=copy, recipe="best", steps=TINY["steps"])
+    assert process.returncode == 0, process.stdout + process.stderr
+    # The text, the tokenizer, the tokens and the ARM are there.
+    assert process.stdout.count("done before") == 4
+    mdm = json.loads((copy / "summary.json").read_text())["models"]["mdm"]
+    assert (mdm["step"], mdm["total_tokens"], mdm["val_is_bound"]) == (2 * 6, 6 * 4 * 32, True)
+    settings = json.loads(next((copy / "mdm" / "run").glob("*/run.json")).read_text())["settings"]
+    assert settings["loss_weight"] == "cross_entropy" and settings["row_lengths"] == [[4, 3], [8, 6], [16, 9]]
+
+
 def test_a_second_run_has_nothing_to_do(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     before = (folder / "quickstart" / "losses.png").stat().st_mtime_ns
@@ -117,6 +132,7 @@ def test_a_second_run_has_nothing_to_do(finished: tuple[Path, str]) -> None:
         ({"text": "missing.txt"}, "missing.txt: no such file"),
         ({"vocab_size": 100_000, "out": "other"}, "train_tokenizer.py: --vocab_size 100000 does not fit this text"),
         ({"steps": 0}, "--steps 0"),
+        ({"recipe": "secret"}, "--recipe secret: expected published, "),
     ],
 )
 def test_mistakes_end_in_one_line(finished: tuple[Path, str], flags: dict[str, object], words: str) -> None:

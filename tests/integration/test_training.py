@@ -66,6 +66,20 @@ def test_kill_and_resume_is_bit_identical(folder, tmp_path_factory):
     assert read_losses(whole) == read_losses(folder)
 
 
+def test_a_run_whose_rows_grow_goes_on_bit_for_bit(folder, tmp_path_factory):
+    settings = {"max_steps": 20, "save_interval": 5, "keep_checkpoints": 0, "log_interval": 1}
+    settings |= {"loss_weight": "cross_entropy", "row_lengths": "8:8,16:14"}
+    run_pretraining("train_mdm.py", folder, **settings)
+    other = tmp_path_factory.mktemp("other")
+    make_packed_data(other / "data")
+    (checkpoint,) = folder.glob("workdir/*/*/iter-000005-ckpt.pth")
+    out, _ = run_pretraining("train_mdm.py", other, **settings, resume=checkpoint)
+    assert "resumed at step 5 of 20" in out
+    assert differing_tensors(final_state(folder), final_state(other)) == []
+    _, err = run_pretraining("train_mdm.py", other, code=2, **{**settings, "row_lengths": "8:8"})
+    assert "row_lengths: checkpoint [[8, 8], [16, 14]], now [[8, 8]]" in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(folder, number):
     process = start_pretraining("train_ar.py", folder, max_steps=2000, save_interval=5000, val_samples=0)
@@ -206,6 +220,8 @@ def test_an_mdm_starts_from_an_arms_weights(folder):
         ({"init_from": "missing.safetensors", "max_steps": 5}, "missing.safetensors"),
         ({"max_steps": 5, "min_lr": 1.0}, "0 <= min_lr <= learning_rate"),
         ({"max_steps": 5, "activation_checkpointing": "some"}, "expected false, true, selective"),
+        ({"max_steps": 5, "loss_weight": "mse"}, "--loss_weight mse: expected elbo, cross_entropy"),
+        ({"max_steps": 5, "row_lengths": "12:3"}, "--row_lengths 12:3: does not divide rows of 32 tokens"),
         (
             {"max_steps": 30, "learning_rate": 1e30, "grad_clip": 0, "save_interval": 1},
             "not finite, stopped before the update",

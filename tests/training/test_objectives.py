@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -77,7 +78,14 @@ def check_cuts(objective, model_class, dataset):
 
 @pytest.mark.parametrize("partial", [0, 4])
 @pytest.mark.parametrize(
-    "objective,model_class", [(NextToken(12), GPT), (masked(), TransEncoder), (masked(0.7), TransEncoder)]
+    "objective,model_class",
+    [
+        (NextToken(12), GPT),
+        (masked(), TransEncoder),
+        (masked(0.7), TransEncoder),
+        (dataclasses.replace(masked(), row_lengths=((3, 4),)), TransEncoder),
+        (dataclasses.replace(masked(), loss_weight="cross_entropy"), TransEncoder),
+    ],
 )
 def test_loss_and_gradient_do_not_depend_on_micro_batch_or_devices(objective, model_class, partial):
     check_cuts(objective, model_class, HashedTokens(13, partial))
@@ -100,6 +108,54 @@ def test_mdm_loss_is_the_published_formula():
     nll = F.cross_entropy(model(terms.input_ids).transpose(1, 2), clean, reduction="none")
     expected = (nll / p_mask[:, None] * mask).sum() / (8 * 12)
     assert step_loss(model, objective, dataset, 8, 8, 8).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def step_terms(objective, step, partial=0):
+    """The only micro batch of a step of 8 rows, and what the objective makes of it."""
+    (batch,) = batching.step_batches(HashedTokens(13, partial), objective.group, StepLayout(8, 8, 8, 0, 8), step)
+    return batch, objective.training(batch)
+
+
+def test_the_cross_entropy_counts_every_masked_token_alike():
+    objective = dataclasses.replace(masked(), loss_weight="cross_entropy")
+    batch, terms = step_terms(objective, 3)
+    mask = terms.input_ids == CONFIG.mask_id
+    # Of 8 x 12 tokens the expected share (1 + eps) / 2 is masked; which ones, the bound's training decides too.
+    assert torch.allclose(terms.weights, mask / (8 * 12 * 0.5005))
+    assert torch.equal(terms.input_ids, masked().training(batch).input_ids)
+
+
+def test_short_rows_are_the_same_tokens_in_rows_of_their_own():
+    objective = dataclasses.replace(masked(), row_lengths=((3, 2), (6, 5)))
+    for step, length in ((0, 3), (1, 3), (2, 6), (4, 6), (5, 12), (100, 12)):
+        batch, terms = step_terms(objective, step)
+        assert terms.input_ids.shape == (96 // length, length) and terms.visibility is None
+        assert torch.equal(terms.targets.flatten(), batch.tokens[:, :-1].flatten())
+        rates = diffusion.masking_probability(
+            diffusion.diffusion_times(11, step, torch.arange(96 // length), 96 // length)
+        )
+        mask = terms.input_ids == CONFIG.mask_id
+        assert torch.allclose(terms.weights, mask / rates[:, None] / 96)
+    assert torch.equal(terms.input_ids, masked().training(batch).input_ids)
+
+
+def test_short_rows_leave_out_those_of_padding_and_no_token():
+    objective = dataclasses.replace(masked(), row_lengths=((3, 9),))
+    batch, terms = step_terms(objective, 3, partial=4)
+    # Rows 2 and 6 hold 5 real tokens: two pieces with some, two without any.
+    assert terms.input_ids.shape == (8 * 4 - 2 * 2, 3) and int(terms.in_denominator.sum()) == 6 * 12 + 2 * 5
+    real = torch.arange(12) < batch.lengths[:, None]
+    assert torch.equal(terms.targets[terms.in_denominator], batch.tokens[:, :-1][real])
+    total, _, _ = build(TransEncoder).weighted_nll(terms)
+    assert torch.isfinite(total)
+
+
+def test_validation_is_the_bound_of_whole_rows_whatever_is_trained():
+    dataset = HashedTokens(13)
+    (batch,) = batching.validation_batches(dataset, 8, 8, 0, 1)
+    other = dataclasses.replace(masked(), loss_weight="cross_entropy", row_lengths=((3, 10**6),))
+    for one, two in zip(masked().validation(batch, 1, 2), other.validation(batch, 1, 2), strict=True):
+        assert one is two is None or torch.equal(one, two)
 
 
 def brute_force_expectation(model, clean, nodes=400):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from lit_gpt.data.packed_format import PackedDatasetBuilder
+from lit_gpt.training.speed_monitor import format_seconds
 from tests.checkpoints.test_sharded import largest_file
 from tests.support.training_runs import (
     assert_same_run,
@@ -283,6 +285,7 @@ def test_a_row_says_what_an_operator_asks(folder, processes):
     assert [row["step"] for row in rows] == ["1", "5", "10", "12"]
     for row in rows:
         validation = {"metric/val_loss", "metric/val_ppl", "metric/val_bpb"}
+        validation |= {"metric/val_loss_se", "metric/val_loss_draws_se"}
         assert {name for name, value in row.items() if not value} == validation | {"throughput/device/mfu"}
         left = (12 - int(row["step"])) * 8 / float(row["throughput/samples_per_sec"])
         assert float(row["time/left"]) == pytest.approx(left)
@@ -290,6 +293,7 @@ def test_a_row_says_what_an_operator_asks(folder, processes):
         assert f"ms remaining time: {hours:.2f} hours. or {hours / 24:.2f} days. " in out, (
             "the published order of words"
         )
+        assert re.search(rf"^step {row['step']}: loss .* tokens/s, {format_seconds(left)} left$", out, re.MULTILINE)
         assert float(row["samples"]) == int(row["step"]) * 8
         assert 0 < float(row["data/wait_share"]) <= 1 and float(row["data/wait_ms"]) > 0
         # Of this process, or of one that the test started: torch alone takes a part of it.

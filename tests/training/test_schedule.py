@@ -36,5 +36,24 @@ def test_budget_too_small_says_the_price_of_a_step():
         schedule.budget_steps(1e-9, 6.294784, 256, 2048)
 
 
+def test_an_extended_run_rises_to_the_cosine_of_all_its_steps():
+    rates = [schedule.learning_rate(step, 400, 50, 1.0, 0.1, extended_from=200) for step in range(1, 401)]
+    plain = [schedule.learning_rate(step, 400, 50, 1.0, 0.1) for step in range(1, 401)]
+    assert rates[:200] == plain[:200] and rates[249:] == plain[249:]
+    assert rates[200] == pytest.approx(0.1 + 0.9 / 50)
+    assert all(after - before < 0.9 / 50 + 1e-12 for before, after in zip(rates[200:], rates[201:], strict=False))
+
+
 def test_rate_stays_at_the_floor_beyond_the_end():
     assert schedule.learning_rate(2000, 1000, 10, 1.0, 0.1) == 0.1
+
+
+def test_rows_grow_at_their_steps():
+    pairs = schedule.parse_row_lengths(["16:300", "32:600"])
+    assert [schedule.row_length(step, pairs, 128) for step in (0, 299, 300, 599, 600)] == [16, 16, 32, 32, 128]
+
+
+@pytest.mark.parametrize("words", [["16"], ["16:x"], ["0:5"], ["16:300", "16:600"], ["32:600", "64:600"]])
+def test_row_lengths_that_mean_nothing_are_refused(words):
+    with pytest.raises(ValueError, match="--row_lengths"):
+        schedule.parse_row_lengths(words)

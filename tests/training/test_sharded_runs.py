@@ -104,7 +104,7 @@ def test_a_signal_waits_for_the_save(folder: Path):
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("iter 4 "):
+        if line.startswith("step 4: "):
             process.send_signal(signal.SIGTERM)
             break
     out, err = process.communicate(timeout=100)

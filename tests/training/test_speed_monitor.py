@@ -14,6 +14,7 @@ from lit_gpt.training.speed_monitor import (
     RATE_COLUMNS,
     MicroBatchWork,
     SpeedMonitor,
+    format_seconds,
     peak_flops,
     peak_memory,
     training_flops,
@@ -122,3 +123,14 @@ def test_the_peak_of_a_gpu_is_without_sparsity(name: str, dense_bf16: float | No
     if dense_bf16 and "H200" in name:
         assert peak_flops(device, "32-true") == dense_bf16 / 2
     assert peak_flops(torch.device("cpu"), "32-true") is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "0 s"), (59.4, "59 s"), (59.7, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"),
+        (3 * 86400 + 14500, "3 d 4 h"),
+    ],
+)  # fmt: skip
+def test_a_duration_has_the_units_that_fit(seconds: float, words: str) -> None:
+    assert format_seconds(seconds) == words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,25 @@ def test_the_script_prints_a_table(tmp_path: Path) -> None:
     ):
         assert part in done.stdout, done.stdout
     assert "iter-000008-ckpt.pth: " in done.stdout and "broken: it has" in done.stdout
+
+
+def test_what_is_asked_for_most_comes_first_and_nothing_is_broken_at_the_margin(tmp_path: Path) -> None:
+    model = make_model(GPT)
+    record = run_record(model)
+    command = "train.py " + "--flag=value " * 30
+    settings = {"beta1": 0.9, "batch_size": 8, "max_steps": 20, "model": model.config.to_dict()}
+    result = {"val_loss": 3.25, "val_ppl": 25.79, "val_bits_per_byte": 1.5, "val_is_bound": True}
+    record |= {"settings": settings, "result": result, "command": command}
+    done = info(export.export_weights(tmp_path, "some", model.state_dict(), record))
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:6]] == ["what", "path", "kind", "model", "shape", "validation"], lines
+    assert lines[4].endswith(model.config.describe())
+    assert lines[5].endswith("  <= 3.2500 nats per token, perplexity <= 25.79, <= 1.5000 bits per byte")
+    assert lines[6:10] == ["settings", "  max_steps: 20", "  batch_size: 8", "  beta1: 0.9"]
+    assert f"  command: {command}" in lines
+    unfinished = make_run(tmp_path / "run")
+    write_json(unfinished / "run.json", {**run_record(model), "finished": False, "settings": settings})
+    assert re.search("^progress  +step 1 of 20, not finished$", info(unfinished).stdout, re.MULTILINE)
 
 
 def test_the_script_prints_json(tmp_path: Path) -> None:

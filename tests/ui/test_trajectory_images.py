@@ -50,6 +50,20 @@ def test_animation_of_a_trajectory(tmp_path: Path, trajectory: DenoisingTrajecto
     assert all(after < before + 1e-3 for before, after in itertools.pairwise(grey))
 
 
+@pytest.mark.parametrize("texts", [["ab", " cd", "\n", " e"], [" word"] * 80, ["a"], ["a", "\n"]])
+def test_an_animation_has_no_blank_margin(tmp_path: Path, texts: list[str]) -> None:
+    """On every side, what is drawn on any frame comes within a few pixels of the edge."""
+    animate_trajectory(DenoisingTrajectory(texts, list(range(1, len(texts) + 1)), len(texts)), tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as image:
+        drawn = np.zeros((image.height, image.width), bool)
+        for frame in range(image.n_frames):
+            image.seek(frame)
+            drawn |= (np.asarray(image.convert("RGB")) != 255).any(axis=2)
+    rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+    margins = rows[0], drawn.shape[0] - 1 - rows[-1], columns[0], drawn.shape[1] - 1 - columns[-1]
+    assert max(margins) <= (60 if len(texts) == 80 else 16), margins
+
+
 def test_long_tokens_and_blank_lines_stay_on_the_picture(tmp_path: Path) -> None:
     odd = DenoisingTrajectory(["x" * 200, "\n", "\n", "\n", "", " ", "\u6f22", "\ufffd"], [0, 1, 1, 1, 2, 2, 3, 9], 3)
     draw_trajectory(odd, "Odd", tmp_path / "odd.png", panels=4)

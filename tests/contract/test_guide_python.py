@@ -1,4 +1,4 @@
-"""The README's Python lines, as they stand there, on a model at the path that they name."""
+"""The guide's Python lines, as they stand there, on a model at the path that they name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_lines_run(tmp_path):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/guides/python.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     made = export_arm_and_mdm(tmp_path / "made")
     (named,) = re.findall(r'load_model\("(.+?)"\)', block)
     path = tmp_path / "elsewhere" / named

@@ -1,0 +1,95 @@
+"""The models of a study: each is one run of a pretraining script, done once for its settings, and its record."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.pipeline import Pipeline, Stage
+
+_SAVED_EVERY = 200
+"""Steps between two checkpoints: what a kill costs, some 30 seconds of two cores."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The shape of a study's small models, as the training scripts' flags."""
+
+    block_size: int
+    n_layer: int
+    n_embd: int
+
+    def flags(self) -> dict[str, int]:
+        """Heads of 32 columns, and an MLP of four times the width."""
+        heads = max(1, self.n_embd // 32)
+        return {
+            "block_size": self.block_size,
+            "n_layer": self.n_layer,
+            "n_head": heads,
+            "n_embd": self.n_embd,
+            "intermediate_size": 4 * self.n_embd,
+            "n_query_groups": heads,
+        }
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What came out of a run."""
+
+    result: dict[str, Any]
+    """The run's record: `export` (the file), `val_loss`, `step`, `total_tokens`, `flops` in 1e18 and others."""
+    minutes: float
+    """From its last start to its end."""
+    command: list[str]
+    """As it was run."""
+
+    @property
+    def path(self) -> Path:
+        """The exported model."""
+        return Path(self.result["export"])
+
+
+def train_model(
+    pipeline: Pipeline, name: str, title: str, packed: Stage, command: tuple[str, Mapping[str, Any]]
+) -> TrainedModel:
+    """Run a pretraining script in a stage of its own, or take what it gave before.
+
+    Args:
+        pipeline: whose stage this is.
+        name: of the stage, its folder.
+        title: of the stage.
+        packed: the data.
+        command: the script, and its flags without the places where things lie.
+
+    Raises:
+        ValueError, Interrupted: as `Pipeline.run`.
+    """
+    from lit_gpt.ui.training_progress import TrainingProgress
+
+    script, flags = command
+    stage = pipeline.begin(name, title, {**packed.settings, "script": script, **flags})
+    folder = stage.folder
+    places = {
+        "model": 6,
+        "data_dir": packed.folder,
+        "out_dir": folder / "run",
+        "log_dir": folder / "log",
+        "models_dir": folder / "model",
+        "save_interval": _SAVED_EVERY,
+        "keep_checkpoints": 1,
+    }
+    words = [script, *(f"--{key}={value}" for key, value in {**flags, **places}.items())]
+    if stage.result is None:
+        started = time.monotonic()
+        # A budget's steps are the script's to count.
+        with TrainingProgress(pipeline.console, flags.get("max_steps")) as progress:
+            pipeline.run(words, progress)
+        (record_path,) = (folder / "run").glob("*/run.json")
+        result = json.loads(record_path.read_text())["result"]
+        stage.finish({**result, "minutes": (time.monotonic() - started) / 60})
+    assert stage.result is not None
+    return TrainedModel(stage.result, stage.result["minutes"], words)
