@@ -78,8 +78,14 @@ def main() -> None:
         drop_last=flags.drop_last,
     )
     manifests = prepare(flags, plan)
-    if manifests:
-        print(f"train with: python pretrain/train_mdm.py --model 6 --flops 0.001 --data_dir {plan.destination}")
+    if manifests and not flags.prefix.startswith("validation"):
+        from lit_gpt.training.suggested_run import suggest_run
+
+        tokens = sum(made["tokens"] for made in manifests if next(iter(made["files"]), "").startswith(flags.prefix))
+        suggested = suggest_run(tokens, plan.tokenizer.vocab_size, flags.chunk_size)
+        weights = "" if flags.prefix.startswith("train_slim") else f" --data_weights '{{{flags.prefix}: 1}}'"
+        print(f"train with: {suggested.command} --data_dir {plan.destination}{weights}")
+        print(f"that is {suggested.reason}")
 
 
 if __name__ == "__main__":
