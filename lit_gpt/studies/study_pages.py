@@ -14,6 +14,7 @@ from typing import Any
 from lit_gpt.evaluation.result_pages import changed_flags, check_page, command_line
 from lit_gpt.evaluation.versions import commit
 from lit_gpt.files import write_file
+from lit_gpt.pipeline import ROOT
 
 _NOT_SETTINGS = ("out", "docs")
 
@@ -35,8 +36,8 @@ def report_folder(flags: Any, page: str) -> Path:
 
 
 def typed(command: Sequence[object]) -> str:
-    """A command as a user types it."""
-    return shlex.join(["python", *map(str, command)])
+    """A command as a user types it in this project's folder."""
+    return shlex.join(["python", *(str(word).replace(f"{ROOT}/", "") for word in command)])
 
 
 def written_by(script: str, flags: Any) -> str:

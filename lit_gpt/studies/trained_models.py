@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.config import Config
 from lit_gpt.pipeline import Pipeline, Stage
 
 _SAVED_EVERY = 200
@@ -41,7 +42,7 @@ class TrainedModel:
     """What came out of a run."""
 
     result: dict[str, Any]
-    """The run's record: `export` (the file), `val_loss`, `step`, `total_tokens`, `flops` in 1e18 and others."""
+    """The run's: `export` (the file), `config`, `step`, `total_tokens`, `val_loss` and the rest of the validation's."""
     minutes: float
     """From its last start to its end."""
     command: list[str]
@@ -51,6 +52,12 @@ class TrainedModel:
     def path(self) -> Path:
         """The exported model."""
         return Path(self.result["export"])
+
+    @property
+    def flops(self) -> float:
+        """6 ND of its training, N without the embeddings, in units of 1."""
+        millions = Config.from_dict(self.result["config"]).size_in_millions
+        return 6e6 * millions * self.result["total_tokens"]
 
 
 def train_model(
@@ -89,7 +96,8 @@ def train_model(
         with TrainingProgress(pipeline.console, flags.get("max_steps")) as progress:
             pipeline.run(words, progress)
         (record_path,) = (folder / "run").glob("*/run.json")
-        result = json.loads(record_path.read_text())["result"]
-        stage.finish({**result, "minutes": (time.monotonic() - started) / 60})
+        record = json.loads(record_path.read_text())
+        minutes = (time.monotonic() - started) / 60
+        stage.finish({**record["result"], "config": record["config"], "minutes": minutes})
     assert stage.result is not None
     return TrainedModel(stage.result, stage.result["minutes"], words)
