@@ -55,7 +55,7 @@ class SpeedrunEntry:
         flags = {**shape.flags(), "seed": seed, "val_draws": DRAWS, **RECIPES[self.recipe].flags(budget)}
         flags |= dict(self.extra)
         if "batch_size" in dict(self.extra) and "max_steps" not in dict(self.extra):
-            flags["max_steps"] = max(1, steps * BATCH_SIZE // flags["batch_size"])
+            flags["max_steps"] = max(1, steps * BATCH_SIZE // int(flags["batch_size"]))
         return flags
 
 
