@@ -70,6 +70,7 @@ QUICK_MODULES = (
     "evaluation.settings",
     "evaluation.mt_bench.settings",
     "sampling.settings",
+    "studies.scaling_settings",
 )
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60

@@ -18,7 +18,7 @@ from lit_gpt.files import write_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLORS = ("#1f6fb4", "#d9560b", "#2a8f4a", "#8a4fb0")
+COLORS = ("#1f6fb4", "#d9560b", "#2a8f4a", "#8a4fb0")
 _LINE_STYLES = ("-", "--", ":", "-.")
 _MAX_RINGS = 6
 
@@ -54,7 +54,7 @@ def plot_losses(curves: Sequence[LossCurve], title: str, path: Path) -> None:
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for curve, color in zip(curves, _COLORS, strict=False):
+    for curve, color in zip(curves, COLORS, strict=False):
         if curve.train:
             tokens, losses = zip(*curve.train, strict=True)
             axes.plot(tokens, losses, color=color, alpha=0.22, linewidth=1)
@@ -71,7 +71,7 @@ def plot_losses(curves: Sequence[LossCurve], title: str, path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_radar(values: Mapping[str, Sequence[float | None]], spokes: Sequence[str], title: str, path: Path) -> None:
@@ -93,8 +93,8 @@ def plot_radar(values: Mapping[str, Sequence[float | None]], spokes: Sequence[st
     axes.set_theta_direction(-1)
     angles = [2 * math.pi * number / len(spokes) for number in range(len(spokes))]
     for number, (name, points) in enumerate(values.items()):
-        color = _COLORS[number % len(_COLORS)]
-        style = _LINE_STYLES[number // len(_COLORS) % len(_LINE_STYLES)]
+        color = COLORS[number % len(COLORS)]
+        style = _LINE_STYLES[number // len(COLORS) % len(_LINE_STYLES)]
         closed = [math.nan if value is None else value for value in [*points, *points[:1]]]
         axes.plot([*angles, *angles[:1]], closed, style, color=color, linewidth=2, marker="o", markersize=5, label=name)
         if not any(math.isnan(value) for value in closed):
@@ -116,7 +116,7 @@ def plot_radar(values: Mapping[str, Sequence[float | None]], spokes: Sequence[st
     axes.spines["polar"].set_alpha(0.4)
     axes.set_title(title, pad=18)
     figure.legend(loc="outside lower center", ncols=min(4, max(1, len(values))), frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_accuracies(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str, path: Path) -> None:
@@ -136,7 +136,7 @@ def plot_accuracies(panels: Mapping[str, Mapping[str, Sequence[tuple[float, floa
     for axes, (name, curves) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
     ):
-        for (label, points), color, style in zip(curves.items(), _COLORS, _LINE_STYLES, strict=True):
+        for (label, points), color, style in zip(curves.items(), COLORS, _LINE_STYLES, strict=True):
             steps, accuracies = zip(*points, strict=True)
             axes.plot(
                 steps, accuracies, color=color, linestyle=style, marker="o", markersize=4, linewidth=2, label=label
@@ -148,7 +148,7 @@ def plot_accuracies(panels: Mapping[str, Mapping[str, Sequence[tuple[float, floa
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ def plot_series(panels: Sequence[SeriesPanel], title: str, path: Path) -> None:
             x, y, errors = zip(*points, strict=True)
             shown[label] = axes.errorbar(
                 x, y, [0.0 if math.isnan(error) else error for error in errors], label=label, capsize=3, marker="o",
-                markersize=4, color=_COLORS[number % len(_COLORS)],
-                linestyle=_LINE_STYLES[number // len(_COLORS) % len(_LINE_STYLES)],
+                markersize=4, color=COLORS[number % len(COLORS)],
+                linestyle=_LINE_STYLES[number // len(COLORS) % len(_LINE_STYLES)],
             )  # fmt: skip
         axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         if panel.log_base:
@@ -196,10 +196,10 @@ def plot_series(panels: Sequence[SeriesPanel], title: str, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a whole picture, or name the file that could not be written."""
     content = io.BytesIO()
     figure.savefig(content, dpi=130)

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.documented_commands import KINDS, ROOT, Block, check_command, command_blocks
+from tests.support.documented_commands import KINDS, ROOT, Block, check_command, command_blocks, marked_blocks
 from tests.support.small_models import export_arm_and_mdm
 
-BLOCKS = list(command_blocks())
-RUN = [block for block in BLOCKS if block.kind == "run"]
-SLOW_DOCUMENTS = sorted({block.document for block in BLOCKS if block.kind in ("run", "slow")})
+BLOCKS = command_blocks()
+CODE = [block for block in marked_blocks() if block.kind in ("file", "patch")]
+WITH_CODE = sorted({block.document for block in CODE})
+RUN = [block for block in BLOCKS if block.kind == "run" and block.document not in WITH_CODE]
+SLOW_DOCUMENTS = sorted({block.document for block in BLOCKS if block.kind in ("run", "slow")} - set(WITH_CODE))
+# Lines of code on a page about how to add something.
+MOST_CODE = 60
 # What the quickstart's commands leave behind, by the names in the documents.
 QUICKSTART_MODELS = {
     "arm": "quickstart/arm/model/ar-1.05M-1.55e13-bs-16.safetensors",
@@ -27,11 +31,11 @@ def named(block: Block) -> str:
     return f"{block.document}:{block.line}"
 
 
-def make_workspace(folder: Path) -> Path:
-    """A folder that looks like the repository, in which commands may write."""
+def make_workspace(folder: Path, copied: tuple[str, ...] = ("data",)) -> Path:
+    """A folder that looks like the repository, in which commands may write; what is not copied must stay as it is."""
     for path in ROOT.iterdir():
-        if path.name == "data":
-            shutil.copytree(path, folder / "data")
+        if path.name in copied:
+            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         elif not path.name.startswith(".") and path.name not in ("build", "models", "out", "quickstart", "workdir"):
             (folder / path.name).symlink_to(path)
     return folder
@@ -40,7 +44,7 @@ def make_workspace(folder: Path) -> Path:
 def run_block(block: Block, folder: Path, substituted: bool, timeout: int) -> None:
     """Run a block as a user's shell does, where an activated environment is first on the path."""
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         # Results that an earlier run has kept must not stand in for this one.
         "HOME": str(folder),
@@ -60,7 +64,7 @@ def test_every_command_says_what_is_done_with_it():
     assert not without_reason, f"say why these are only read: {without_reason}"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=named)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.document not in WITH_CODE], ids=named)
 def test_scripts_and_flags_exist(block: Block, monkeypatch: pytest.MonkeyPatch):
     commands = block.commands()
     assert commands
@@ -85,24 +89,41 @@ def test_a_wrong_flag_is_noticed(words: list[str], monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(scope="module")
-def small_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's models are tiny ones with random weights here; packed Shakespeare lies in workdir/data."""
-    folder = make_workspace(tmp_path_factory.mktemp("commands"))
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's models by their names, but tiny and with random weights."""
+    folder = tmp_path_factory.mktemp("models")
     made = export_arm_and_mdm(folder / "made", block_size=512)
     for kind, name in QUICKSTART_MODELS.items():
         (folder / name).parent.mkdir(parents=True)
         shutil.copy(made[kind], folder / name)
-    return folder
+    return folder / "quickstart"
 
 
-def test_short_commands_run(small_workspace: Path):
+def test_short_commands_run(tmp_path: Path, small_models: Path):
     """In the order of the documents, in one folder; equal scripts once."""
+    folder = make_workspace(tmp_path)
+    shutil.copytree(small_models, folder / "quickstart")
     done = set()
     for block in RUN:
         script = block.script(substituted=True)
         if script not in done:
-            run_block(block, small_workspace, substituted=True, timeout=120)
+            run_block(block, folder, substituted=True, timeout=300)
         done.add(script)
+
+
+@pytest.mark.parametrize("document", WITH_CODE)
+def test_code_that_a_page_adds_runs(document: str, tmp_path: Path, small_models: Path):
+    """The page's files are written and its lines are added to a copy of the code; then its commands are run."""
+    pieces = [block for block in CODE if block.document == document]
+    lines = sum(len(piece.text.splitlines()) for piece in pieces)
+    assert lines < MOST_CODE, f"{document} shows {lines} lines of code"
+    folder = make_workspace(tmp_path, ("data", "lit_gpt", "pretrain", "scripts"))
+    shutil.copytree(small_models, folder / "quickstart")
+    for piece in pieces:
+        piece.change_code(folder)
+    for block in BLOCKS:
+        if block.document == document and block.kind == "run":
+            run_block(block, folder, substituted=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

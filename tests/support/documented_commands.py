@@ -7,7 +7,11 @@ the line before its fence, which readers do not see, says what the tests do with
     <!-- commands: slow -->                                    run by `./test.sh -m slow`, as it stands, after the quickstart
     <!-- commands: read, needs eight GPUs -->                  not run, for this reason; script and flags are checked
 
-What is marked `run` is run by `-m slow` too, as it stands. The commands of docs/results are a record, and are read.
+What is marked `run` is run by `-m slow` too, as it stands. The commands of docs/results are a record, and are read. Code that
+a reader is to save, or lines to add to a file, are put there before the commands behind them are run:
+
+    <!-- file: warped_times.py -->                             the fence is the whole file
+    <!-- patch: lit_gpt/sampling/settings.py -->               lines with + are new, the others are there, once
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "data" / "README.md"]
 KINDS = ("run", "slow", "read")
 _BLOCK = re.compile(
-    r"^(?:<!-- commands: (?P<kind>\w+)(?:, (?P<note>.*?))? -->\n)?"
+    r"^(?:<!-- (?:commands: )?(?P<kind>\w+)(?:[,:] (?P<note>.*?))? -->\n)?"
     r"(?P<indent> *)```(?P<language>[\w{}-]*)\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -44,9 +48,9 @@ class Block:
     document: str
     line: int
     kind: str
-    """One of KINDS; empty where the document does not say."""
+    """One of KINDS, `file` or `patch`; empty where the document does not say what to do with commands."""
     note: str
-    """Substitutions, or why it is only read."""
+    """Substitutions, why it is only read, or the file."""
     text: str
 
     def commands(self) -> list[list[str]]:
@@ -79,9 +83,23 @@ class Block:
             text = text.replace(old, new)
         return text
 
+    def change_code(self, folder: Path) -> None:
+        """Write the file, or add the patch's lines, below a folder."""
+        path = folder / self.note
+        if self.kind == "file":
+            path.write_text(self.text, encoding="utf-8")
+            return
+        lines = self.text.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] == " ")
+        before = path.read_text(encoding="utf-8")
+        assert before.count(old) == 1, (
+            f"{self.document}:{self.line}: {self.note} does not have these lines once:\n{old}"
+        )
+        path.write_text(before.replace(old, "".join(line[1:] for line in lines)), encoding="utf-8")
 
-def command_blocks() -> Iterator[Block]:
-    """All blocks of commands, in the order of the documents."""
+
+def marked_blocks() -> Iterator[Block]:
+    """All blocks of commands, and the code that they need, in the order of the documents."""
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         name = str(path.relative_to(ROOT))
@@ -89,13 +107,18 @@ def command_blocks() -> Iterator[Block]:
             commands = found["language"] in ("bash", "sh") or (
                 not found["language"] and _STARTS_A_PROGRAM.match(found["text"].lstrip())
             )
-            if not commands:
+            if not commands and found["kind"] not in ("file", "patch"):
                 assert not found["kind"], f"{name}: {found[0][:80]!r} is said to be commands"
                 continue
             record = name.startswith("docs/results/") and not found["kind"]
             kind = "read" if record else found["kind"] or ""
             note = "how the page was made" if record else found["note"] or ""
             yield Block(name, text.count("\n", 0, found.start()) + 1, kind, note, found["text"])
+
+
+def command_blocks() -> list[Block]:
+    """All blocks of commands, in the order of the documents."""
+    return [block for block in marked_blocks() if block.kind not in ("file", "patch")]
 
 
 class _Parsed(Exception):

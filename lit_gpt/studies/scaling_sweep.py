@@ -1,0 +1,246 @@
+"""The runs of a scaling study, one after the other or as a Slurm array, and their losses as rows of a CSV.
+
+Every run is a training script in a stage of its own: interrupted it goes on, finished it is skipped. The rows are read from
+the stages, so that runs of several machines that share the folder need no other meeting place.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_gpt.evaluation.result_pages import command_line
+from lit_gpt.files import make_folder, read_json_object, write_file
+from lit_gpt.model.bidirectional import TransEncoder
+from lit_gpt.model.causal import GPT
+from lit_gpt.model.loss_terms import LossTerms
+from lit_gpt.pipeline import Pipeline, Stage
+from lit_gpt.randomness import hash_int
+from lit_gpt.studies.scaling_plan import SCALING_KINDS, PlannedRun, plan_rows
+from lit_gpt.studies.scaling_settings import ScalingFlags
+from lit_gpt.studies.study_pages import write_csv
+from lit_gpt.studies.text_corpus import packed_text
+from lit_gpt.studies.trained_models import train_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ROWS_NAME = "scaling_laws.csv"
+# Pieces of text that are dealt out: long enough for many sequences, short enough that the validation text is of all parts.
+_PIECE_CHARACTERS = 20_000
+# Start of Python, compilation and validation of a small run on 2 cores; replaced by what finished runs say.
+_START_S = 20.0
+_TIMED_STEPS = 3
+_NUMBERS = ("val_loss", "val_loss_se", "val_loss_draws_se", "val_bits_per_byte", "minutes")
+
+
+def prepare_text(flags: ScalingFlags, pipeline: Pipeline) -> Stage:
+    """The corpus as packed tokens; its pieces are put in the order of a hash, so that the last tenth is a sample of all.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such text, it is damaged, or a script's own message.
+    """
+    path = Path(flags.text)
+    if not path.is_file():
+        default = flags.text == ScalingFlags().text
+        remedy = "apt-get install dict-gcide, or name a text with --text" if default else "name a text file"
+        raise FileNotFoundError(f"--text {path}: no such file; {remedy}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    stage = pipeline.begin("pieces", "deal out the text's pieces", {"text": digest, "piece": _PIECE_CHARACTERS})
+    dealt = stage.folder / "text.txt"
+    if stage.result is None:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            try:
+                content = gzip.decompress(content)
+            except (EOFError, OSError) as error:
+                raise ValueError(f"--text {path}: damaged gzip file ({error})") from error
+        pieces = text_pieces(content.decode("utf-8", errors="replace"))
+        order = sorted(range(len(pieces)), key=lambda number: hash_int(number))
+        dealt.write_bytes("\n\n".join(pieces[number] for number in order).encode())
+        stage.finish({"characters": sum(map(len, pieces)), "pieces": len(pieces)})
+    return packed_text(pipeline, dealt, flags.vocab_size, flags.block_size, 3)
+
+
+def text_pieces(text: str) -> list[str]:
+    """The text in pieces of some 20,000 characters, cut at blank lines."""
+    pieces: list[str] = []
+    start = 0
+    while start < len(text):
+        end = text.find("\n\n", start + _PIECE_CHARACTERS)
+        end = len(text) if end < 0 else end
+        pieces.append(text[start:end].strip("\n"))
+        start = end + 2
+    return pieces
+
+
+def plan_lines(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> list[str]:
+    """The plan for a console: a line a run, then the sum."""
+    speed, start_s, source = machine_speed(flags, runs)
+    table = plan_rows(runs, speed, start_s)
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    hours = sum(run.computed_flops / speed + start_s for run in runs) / 3600
+    price = "" if flags.price_per_hour is None else f", price {hours * flags.price_per_hour:,.2f}"
+    done = sum(finished_record(flags, run) is not None for run in runs)
+    lines.append(f"{len(runs)} runs, {done} of them done; {sum(run.flops for run in runs):.3g} FLOPs (6 N D) in all")
+    lines.append(f"time: {hours * 60:.0f} minutes one after the other{price}")
+    return [*lines, f"speed: {speed:.3g} FLOPs/s with head and attention, and {start_s:.0f} s a run besides ({source})"]
+
+
+def sweep(flags: ScalingFlags, runs: Sequence[PlannedRun], console: Console) -> None:
+    """Train the runs one after the other, or write the job array that does.
+
+    Raises:
+        ValueError, Interrupted: a script's.
+    """
+    out = Path(flags.out)
+    pipeline = Pipeline(out, console, lambda line: not line.startswith("train with: "))
+    if not flags.slurm:
+        run_sweep(flags, runs, pipeline)
+        return
+    prepare_text(flags, pipeline)
+    command = command_line("scripts/scaling_laws.py sweep", flags, but=("slurm",)).replace("'", "")
+    text = slurm_script(flags, runs, command)
+    write_file(out / "sweep.sbatch", lambda file: file.write(text.encode()))
+    console.print(f"{len(runs)} runs; start them with: sbatch {out / 'sweep.sbatch'}")
+
+
+def run_sweep(flags: ScalingFlags, runs: Sequence[PlannedRun], pipeline: Pipeline) -> None:
+    """Train what is not done, and say how far the whole is by FLOPs.
+
+    Raises:
+        ValueError, Interrupted: a script's.
+    """
+    packed = prepare_text(flags, pipeline)
+    chosen = runs if flags.only is None else [_chosen(runs, flags.only)]
+    total = sum(run.computed_flops for run in chosen)
+    done = waited = 0.0
+    for number, run in enumerate(chosen, 1):
+        started = time.monotonic()
+        before = finished_record(flags, run) is not None
+        if waited:
+            left = (total - done) * waited / max(1.0, _trained(flags, chosen[: number - 1]))
+            pipeline.console.print(f"{done / total:.0%} of the sweep's FLOPs done, about {left / 60:.0f} minutes left")
+        title = f"run {number} of {len(chosen)}: {run.name}"
+        script = SCALING_KINDS[run.kind].script
+        train_model(pipeline, f"runs/{run.name}", title, packed, (script, run.script_flags(flags)))
+        done += run.computed_flops
+        if not before:
+            waited += time.monotonic() - started
+        collect_rows(flags, runs)
+
+
+def _trained(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> float:
+    """FLOPs of these runs."""
+    return sum(run.computed_flops for run in runs if finished_record(flags, run) is not None)
+
+
+def _chosen(runs: Sequence[PlannedRun], number: int) -> PlannedRun:
+    if not 0 <= number < len(runs):
+        raise ValueError(f"--only {number}: the plan has runs 0 to {len(runs) - 1}")
+    return runs[number]
+
+
+def finished_record(flags: ScalingFlags, run: PlannedRun) -> dict[str, Any] | None:
+    """What a finished run's stage holds; None where it is not finished, or was run with other flags."""
+    path = Path(flags.out) / "runs" / run.name / "stage.json"
+    if not path.exists():
+        return None
+    stage = read_json_object(path)
+    wanted = {key: str(value) for key, value in run.script_flags(flags).items()}
+    found = {key: str(value) for key, value in stage.get("settings", {}).items()}
+    result = stage.get("result")
+    return result if isinstance(result, dict) and wanted.items() <= found.items() else None
+
+
+def collect_rows(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
+    """The finished runs as rows, written to scaling_laws.csv in the study's folder."""
+    rows = []
+    for run in runs:
+        record = finished_record(flags, run)
+        if record is None or record.get("val_loss") is None:
+            continue
+        rows.append(
+            {
+                "kind": run.kind,
+                "size": run.config.non_embedding_params,
+                "layers": run.config.n_layer,
+                "width": run.config.n_embd,
+                "budget": run.budget,
+                "flops": run.flops,
+                "flops_per_token": run.flops_per_token,
+                "tokens": run.tokens,
+                "steps": run.steps,
+                "batch_size": run.batch_size,
+                "learning_rate": run.learning_rate,
+                "rate_factor": run.rate_factor,
+                **{name: record.get(name) for name in _NUMBERS},
+            }
+        )
+    if rows:
+        make_folder(Path(flags.out))
+        write_csv(Path(flags.out) / ROWS_NAME, rows)
+    return rows
+
+
+def machine_speed(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> tuple[float, float, str]:
+    """(computed FLOPs a second, seconds of a run beside its steps, where from in words)."""
+    if flags.flops_per_s is not None:
+        return flags.flops_per_s, _START_S, "--flops_per_s"
+    timed = [(run.computed_flops, float(record["minutes"]) * 60) for run in runs
+             if (record := finished_record(flags, run)) is not None]  # fmt: skip
+    if len(timed) >= 3:
+        flops, seconds = zip(*timed, strict=True)
+        slope, start = statistics.linear_regression(flops, seconds)
+        if slope > 0:
+            return 1 / slope, max(0.0, start), f"{len(timed)} finished runs"
+    run = max(runs, key=lambda one: one.computed_flops)
+    return timed_speed(run), _START_S, f"{_TIMED_STEPS} timed steps of {run.name}, uncompiled"
+
+
+def timed_speed(run: PlannedRun) -> float:
+    """Computed FLOPs a second of a few forward and backward passes, on the device that there is, in bf16."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    causal, config = SCALING_KINDS[run.kind].causal, run.config
+    model = (GPT if causal else TransEncoder)(config)
+    model.init_weights(0)
+    model.to(device)
+    ids = torch.randint(0, config.vocab_size, (run.batch_size, config.block_size))
+    weights = torch.ones(ids.shape) if causal else (torch.rand(ids.shape) < 0.5).float()
+    terms = LossTerms(ids, ids, weights, torch.ones_like(ids, dtype=torch.bool)).prepared_for(device).to(device)
+    seconds = []
+    for _ in range(_TIMED_STEPS + 1):
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model.weighted_nll(terms)[0]
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    # The first one allocates.
+    return run.computed_flops / run.steps / min(seconds[1:])
+
+
+def slurm_script(flags: ScalingFlags, runs: Sequence[PlannedRun], command: str) -> str:
+    """A job array with one run a task; Slurm's own limits (partition, time, account) are added by hand or by sbatch's flags."""
+    out = Path(flags.out).resolve()
+    root = Path(__file__).resolve().parents[2]
+    script = re.sub(r"^python", re.escape(sys.executable).replace("\\", ""), command)
+    return (
+        "#!/bin/bash\n"
+        f"#SBATCH --job-name=scaling_laws\n#SBATCH --array=0-{len(runs) - 1}\n"
+        "#SBATCH --ntasks=1\n#SBATCH --cpus-per-task=8\n#SBATCH --gpus-per-task=1\n#SBATCH --requeue\n"
+        f"#SBATCH --output={out}/slurm-%a.log\n"
+        f"cd {root}\nexec {script} --only $SLURM_ARRAY_TASK_ID\n"
+    )

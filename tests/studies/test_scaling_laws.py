@@ -1,0 +1,272 @@
+"""Scaling laws: the fits find a known law within their own intervals, the plan keeps its budgets, and the page is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import optimize
+
+from lit_gpt.config import Config
+from lit_gpt.studies import scaling_fits, scaling_pages, scaling_plan, scaling_summary, scaling_sweep
+from lit_gpt.studies.scaling_fits import SweptRuns
+from lit_gpt.studies.scaling_settings import ScalingFlags
+
+ROOT = Path(__file__).resolve().parents[2]
+# The law that Besiroglu et al. 2024 (arXiv 2404.10102) found for the runs of Hoffmann et al. 2022: E, A, B, a, b.
+LAW = (1.8172, 482.01, 2085.43, 0.3478, 0.3658)
+
+
+def law_loss(sizes, tokens, law=LAW):
+    floor, first, second, a, b = law
+    return floor + first / sizes**a + second / tokens**b
+
+
+def swept(random, noise, budgets=5, sizes=7, reach=8.0):
+    """Runs about the best sizes of LAW; each loss is known with the standard error that its noise has."""
+    _, first, second, a, b = LAW
+    compute = np.repeat(np.geomspace(1e18, 1e21, budgets), sizes)
+    best = (a * first / (b * second)) ** (1 / (a + b)) * (compute / 6) ** (b / (a + b))
+    params = best * np.tile(np.geomspace(1 / reach, reach, sizes), budgets)
+    tokens = compute / 6 / params
+    exact = law_loss(params, tokens)
+    losses = exact * np.exp(noise * random.standard_normal(len(exact)))
+    return SweptRuns(compute, params, params, tokens, losses, noise * exact)
+
+
+def covered(draws, simulations, noise=0.005):
+    """How many of the draws have the true exponents a and b in their intervals."""
+    random = np.random.default_rng(5)
+    hits = np.zeros(2, dtype=int)
+    for _ in range(draws):
+        runs = swept(random, noise)
+        fit = scaling_fits.fit_one_law(runs, None)
+        laws = scaling_fits.natural_law(runs, scaling_fits.bootstrapped_law(runs, fit, simulations, random))
+        low, high = np.percentile(laws[:, 3:], (2.5, 97.5), axis=0)
+        hits += (low <= LAW[3:]) & (high >= LAW[3:])
+    return hits
+
+
+def test_without_noise_the_law_itself_is_found():
+    runs = swept(np.random.default_rng(0), 0.0)
+    parameters, predicted, _ = scaling_fits.fit_one_law(runs, None)
+    assert scaling_fits.natural_law(runs, parameters[None])[0] == pytest.approx(LAW, rel=1e-3)
+    assert predicted == pytest.approx(runs.losses, rel=1e-6)
+
+
+def test_the_fit_is_the_minimum_that_scipy_finds():
+    """The same Huber loss by another library's method, from many starts."""
+    runs = swept(np.random.default_rng(1), 0.01, budgets=3, sizes=4)
+    x, y = (np.log(v) - np.log(v).mean() for v in (runs.measures, runs.tokens))
+
+    def residuals(p):
+        return np.log(np.exp(p[0]) + np.exp(p[1] - p[3] * x) + np.exp(p[2] - p[4] * y)) - np.log(runs.losses)
+
+    threshold = 0.003
+    best = min(
+        optimize.least_squares(residuals, start, loss="huber", f_scale=threshold).cost
+        for start in scaling_fits.law_starts(runs)[::5]
+    )
+    _, predicted, _ = scaling_fits.fit_one_law(runs, threshold)
+    errors = np.abs(np.log(predicted / runs.losses))
+    ours = np.where(errors <= threshold, errors**2 / 2, threshold * (errors - threshold / 2)).sum()
+    assert ours <= best * 1.001
+
+
+def test_one_bad_run_moves_a_huber_fit_less_than_least_squares():
+    runs = swept(np.random.default_rng(2), 0.002)
+    bad = runs.losses.copy()
+    bad[3] *= 1.3
+    spoilt = SweptRuns(runs.budgets, runs.sizes, runs.measures, runs.tokens, bad, runs.errors)
+    found = [
+        scaling_fits.natural_law(spoilt, scaling_fits.fit_one_law(spoilt, huber)[0][None])[0, 3] for huber in (None, 10)
+    ]
+    assert abs(found[0] - LAW[3]) < 0.2 * abs(found[1] - LAW[3])
+
+
+def test_intervals_hold_the_true_exponents():
+    assert covered(8, 60).min() >= 6
+
+
+@pytest.mark.slow
+def test_intervals_hold_the_true_exponents_in_90_of_100_draws():
+    hits = covered(100, 200)
+    print(f"a in {hits[0]} of 100 intervals, b in {hits[1]}")
+    assert hits.min() >= 90
+
+
+def test_parabolas_find_the_best_size_and_say_when_it_is_outside():
+    runs = swept(np.random.default_rng(3), 0.0, reach=2.0)
+    optima = scaling_fits.parabola_optima(runs, runs.losses[None])
+    _, first, second, a, b = LAW
+    budgets = np.unique(runs.budgets)
+    best = (a * first / (b * second)) ** (1 / (a + b)) * (budgets / 6) ** (b / (a + b))
+    assert optima.log_sizes[0] == pytest.approx(np.log(best), abs=0.05) and not optima.at_edge.any()
+    slope, _ = scaling_fits.power_law(np.log(budgets), optima.log_sizes)
+    assert slope[0] == pytest.approx(b / (a + b), abs=0.01)
+    falling = SweptRuns(runs.budgets, runs.sizes, runs.sizes, runs.tokens, 5 - np.log(runs.sizes) / 10, runs.errors)
+    edges = scaling_fits.parabola_optima(falling, falling.losses[None])
+    assert edges.at_edge.all()
+    assert np.exp(edges.log_sizes[0]) == pytest.approx([runs.sizes[group].max() for group in runs.groups()])
+
+
+def test_intervals_carry_the_standard_errors_of_the_losses():
+    """Exact points on parabolas: intervals have no width until the runs have errors."""
+    runs = swept(np.random.default_rng(4), 0.0, budgets=3, sizes=4)
+    flat = scaling_fits.parabola_optima(runs, runs.losses[None]).fitted[0]
+    widths = []
+    for error in (0.0, 0.02):
+        sure = SweptRuns(runs.budgets, runs.sizes, runs.sizes, runs.tokens, flat, np.full(len(flat), error))
+        summary = scaling_summary.summarised({"arm": sure}, 200, None, 1)
+        value, low, high = summary["kinds"]["arm"]["loss_exponent"]
+        assert low <= value <= high
+        widths.append(high - low)
+    assert widths[0] < 1e-6 and widths[1] > 1e-3
+
+
+def test_the_gap_is_the_factor_between_two_shifted_curves():
+    """The second kind's losses are the first's at a fourteenth of the compute, of a law that is a power of compute."""
+    budgets = np.repeat(np.geomspace(1e12, 1e14, 3), 4)
+    factors = np.tile((0.25, 0.5, 1, 2), 3)
+    sizes = 1e5 * (budgets / 1e12) ** 0.5 * factors
+
+    def runs(compute):
+        losses = 3000 * compute**-0.25 * np.exp(0.01 * np.log(factors / 0.7) ** 2)
+        return SweptRuns(budgets, sizes, sizes, budgets / 6 / sizes, losses, np.full(12, 1e-3))
+
+    summary = scaling_summary.summarised({"arm": runs(budgets), "mdm": runs(budgets / 14)}, 200, None, 1)
+    gap = summary["compute_gaps"]["mdm"]
+    assert gap["factor"][0] == pytest.approx(14, rel=0.02) and gap["factor"][1] <= 14 <= gap["factor"][2]
+    assert gap["factor_at_largest_budget"][0] == pytest.approx(14, rel=0.02)
+    assert gap["shared_loss_exponent"][0] == pytest.approx(0.25, rel=0.01)
+    assert summary["kinds"]["mdm"]["size_exponent"][0] == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_plan_spends_its_budgets_on_shapes_of_the_family():
+    flags = ScalingFlags()
+    runs = scaling_plan.planned_runs(flags)
+    assert len(runs) == 4 * 3 * 2 + 2 * 2
+    for run in runs:
+        assert 0.97 * run.budget < run.flops <= run.budget
+        assert run.config.intermediate_size == 4 * run.config.n_embd and run.config.head_size in (16, 32, 64)
+        assert run.flops_per_token > 6 * (run.config.non_embedding_params - run.config.n_embd * 100)
+    sizes = [scaling_plan.family_config(size, 128, 1024).size_in_millions for size in (0.03, 0.6, 3, 6, 170)]
+    assert sizes == pytest.approx([0.0329, 0.591, 2.95, 6.29, 170], rel=0.02)
+    assert scaling_plan.ruled_rate(Config.from_name(1028).non_embedding_params) == pytest.approx(2e-4, rel=0.02)
+    assert scaling_plan.ruled_batch(2.46e6, 128) == 16 and scaling_plan.ruled_batch(1e10, 2048) == 256
+    with pytest.raises(ValueError, match="--sizes 0.001: there are"):
+        scaling_plan.family_config(0.001, 128, 1024)
+
+
+def test_flags_reach_the_kind_they_name():
+    flags = ScalingFlags(kind_flags=["mdm:loss_weight=cross_entropy", "compile=off"])
+    by_kind = {run.kind: run.script_flags(flags) for run in scaling_plan.planned_runs(flags)}
+    assert by_kind["mdm"]["loss_weight"] == "cross_entropy" and "loss_weight" not in by_kind["arm"]
+    assert by_kind["arm"]["compile"] == by_kind["mdm"]["compile"] == "off"
+
+
+def small_flags(out, **others):
+    return ScalingFlags(
+        text=str(ROOT / "data" / "tinyshakespeare" / "input.txt"), out=str(out), sizes=[0.03, 0.11, 0.2],
+        budgets=[2e9, 2e10], check_factors=[2.0], bootstrap_draws=40, vocab_size=512, block_size=64, **others,
+    )  # fmt: skip
+
+
+def finish_all(flags):
+    """Every run as its stage leaves it, its loss from a law."""
+    runs = scaling_plan.planned_runs(flags)
+    for run in runs:
+        scale = {"arm": 1.0, "mdm": 1.2}[run.kind]
+        loss = scale * law_loss(run.config.non_embedding_params, run.tokens, (1.5, 20, 30, 0.3, 0.3))
+        folder = Path(flags.out) / "runs" / run.name
+        folder.mkdir(parents=True)
+        result = {"val_loss": loss, "val_loss_se": 0.03, "val_loss_draws_se": 0.01 if run.kind == "mdm" else 0.0}
+        record = {"settings": run.script_flags(flags), "result": {**result, "minutes": 0.1 + run.computed_flops / 6e11}}
+        (folder / "stage.json").write_text(json.dumps(record))
+    return runs
+
+
+def test_finished_runs_become_rows_fits_figures_and_a_page(tmp_path):
+    flags = small_flags(tmp_path)
+    runs = finish_all(flags)
+    summary = scaling_pages.write_fit(flags, runs)
+    page = scaling_pages.write_pages(flags, runs, summary).read_text()
+    assert (
+        page.count("| ARM |") >= 4 and "times the compute of ARM" in page and "nan" not in page.split("## All runs")[1]
+    )
+    assert json.loads((tmp_path / "scaling_laws.json").read_text())["kinds"]["mdm"]["budgets"][0]["flops"] == 2e9
+    assert len((tmp_path / "scaling_laws.csv").read_text().splitlines()) == 1 + len(runs)
+    for name in ("loss", "size", "isoflops"):
+        assert min(Image.open(tmp_path / f"scaling_laws_{name}.png").size) > 400
+    lines = scaling_sweep.plan_lines(flags, runs)
+    assert f"{len(runs)} runs, {len(runs)} of them done" in lines[-3] and "finished runs" in lines[-1]
+    assert "speed: 1e+10 FLOPs/s" in lines[-1] and "and 6 s a run" in lines[-1]
+    # Other flags are other runs.
+    other = small_flags(tmp_path, seed=4)
+    assert all(scaling_sweep.finished_record(other, run) is None for run in scaling_plan.planned_runs(other))
+
+
+def test_text_is_dealt_out_whole():
+    text = "\n\n".join(f"paragraph {number} " + "word " * 300 for number in range(100))
+    pieces = scaling_sweep.text_pieces(text)
+    assert "\n\n".join(pieces) == text and len(pieces) > 5
+    assert all(len(piece) < 25_000 for piece in pieces)
+
+
+def run_script(*words):
+    command = [sys.executable, str(ROOT / "scripts" / "scaling_laws.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["--sizes", "[1]"], "no action: say first what to do, one of plan, sweep, fit, plot, all"),
+        (["plan", "--size_measure", "X", "--budgets", "[0]"], "--budgets 0: more than 0; --size_measure X"),
+        (["plan", "--kinds", "[arm,none]"], "--kinds none: choose from arm, mdm"),
+        (["sweep", "--text", "absent.txt"], "--text absent.txt: no such file; name a text file"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, words, said):
+    done = run_script(*words, "--out", tmp_path / "out")
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_array_script_runs_each_run_of_the_plan(tmp_path):
+    flags = small_flags(tmp_path)
+    runs = scaling_plan.planned_runs(flags)
+    script = scaling_sweep.slurm_script(flags, runs, "python scripts/scaling_laws.py sweep --out x")
+    assert f"--array=0-{len(runs) - 1}" in script and "--only $SLURM_ARRAY_TASK_ID" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_skips_what_is_done_and_writes_its_page(tmp_path):
+    words = ["all", "--text", ROOT / "data" / "tinyshakespeare" / "input.txt", "--sizes", "[0.03,0.11,0.2]"]
+    words += [
+        "--budgets",
+        "[2e9,6e9]",
+        "--check_factors",
+        "[2]",
+        "--val_samples",
+        "8",
+        "--val_draws",
+        "2",
+        "--vocab_size",
+        "512",
+    ]
+    words += ["--block_size", "64", "--kind_flags", "compile=off", "--bootstrap_draws", "40", "--out", tmp_path]
+    done = run_script(*words)
+    assert done.returncode == 0, done.stderr
+    assert "run 14 of 14" in done.stdout and "of the sweep's FLOPs done" in done.stdout
+    page = (tmp_path / "scaling_laws.md").read_text()
+    assert math.isfinite(json.loads((tmp_path / "scaling_laws.json").read_text())["compute_gaps"]["mdm"]["factor"][0])
+    assert "times 2" in page
+    again = run_script(*words)
+    assert again.returncode == 0 and again.stdout.count("done before") == 4 + 14

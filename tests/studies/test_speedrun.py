@@ -1,0 +1,125 @@
+"""The speedrun: budgets become steps honestly, lines and table hold what runs recorded, a small one works as it is started."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_gpt.studies import speedrun
+from lit_gpt.studies.mdm_recipes import RECIPES, MdmRecipe, StepBudget
+from lit_gpt.studies.trained_models import ModelShape
+from tests.support.training_runs import ROOT, one_thread_environment
+
+BUDGET = StepBudget(steps=1200, batch_size=16, block_size=128, learning_rate=2e-3)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_reads_the_same_tokens(name):
+    flags = RECIPES[name].flags(BUDGET)
+    assert flags["max_steps"] * flags["batch_size"] == 1200 * 16
+    assert flags["warmup_steps"] == 100 and flags["min_lr"] == pytest.approx(flags["learning_rate"] / 10)
+
+
+def test_the_published_recipe_is_the_training_scripts_own_in_all_but_the_quickstarts_rate():
+    assert RECIPES["published"].flags(BUDGET) == {
+        "batch_size": 16, "learning_rate": 2e-3, "max_steps": 1200, "warmup_steps": 100, "min_lr": 2e-4,
+    }  # fmt: skip
+
+
+def test_rows_that_a_block_or_a_run_is_too_small_for_are_left_out():
+    recipe = MdmRecipe("", pieces=((8, 0.25), (4, 0.5), (3, 0.75)))
+    assert recipe.flags(BUDGET)["row_lengths"] == "16:300,32:600"
+    assert recipe.flags(StepBudget(3, 16, 128, 2e-3))["row_lengths"] == "32:1"
+    assert "row_lengths" not in recipe.flags(StepBudget(1, 16, 128, 2e-3))
+
+
+def test_an_own_batch_leaves_the_tokens_and_own_steps_are_kept():
+    shape = ModelShape(128, 4, 128)
+    entry = speedrun.SpeedrunEntry("mine", "pretrain/train_mdm.py", extra=(("batch_size", 4),))
+    assert entry.flags(100, shape, 1)["max_steps"] == 400
+    entry = speedrun.SpeedrunEntry("mine", "pretrain/train_mdm.py", extra=(("batch_size", 4), ("max_steps", 7)))
+    assert entry.flags(100, shape, 1)["max_steps"] == 7
+
+
+def line(name: str, bits: float, flops: float = 1e15, is_bound: bool = False) -> dict:
+    return {
+        "name": name, "hash": name, "budget": {"flops": flops}, "machine": "m", "bits_per_byte": bits,
+        "bits_per_byte_se": 0.01, "is_bound": is_bound, "nats_per_token": 4.0, "flops": flops, "train_s": 90.0,
+        "commit": "0123456789", "settings": {"seed": 3}, "date": "2026-11-25",
+    }  # fmt: skip
+
+
+def test_lines_are_added_and_those_of_the_same_run_replaced(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    speedrun.add_lines(path, [line("a", 2.0), line("b", 3.0)])
+    found = speedrun.add_lines(path, [line("b", 2.5), line("b", 2.5, 1e13)])
+    assert [(entry["name"], entry["bits_per_byte"]) for entry in found] == [("a", 2.0), ("b", 2.5), ("b", 2.5)]
+    assert [json.loads(text) for text in path.read_text().splitlines()] == found
+
+
+def test_the_table_has_the_best_entry_of_a_budget_first(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("Before\n\n<!-- table -->\nold\n<!-- end of table -->\n\nAfter\n")
+    speedrun.write_table(page, [line("worse", 3.0, is_bound=True), line("better", 2.0)])
+    text = page.read_text()
+    assert text.startswith("Before\n") and text.endswith("\n\nAfter\n") and "old" not in text
+    assert text.index("`better`") < text.index("`worse`") and "<= 3.000 ± 0.010" in text
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="no place for the table"):
+        speedrun.write_table(page, [])
+
+
+def test_training_time_is_summed_over_the_starts_of_a_run(tmp_path):
+    folder = tmp_path / "log" / "x" / "version_0"
+    folder.mkdir(parents=True)
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerows([["step", "time/train"], [1, 2.0], [2, 5.0], [2, ""], [3, 1.0], [4, 4.0]])
+    assert speedrun._train_seconds(tmp_path) == 9.0
+
+
+def test_a_small_budget_gives_a_line_as_a_user_starts_it(tmp_path):
+    command = [
+        ROOT / "benchmarks" / "speedrun.py",
+        "--budget=3e9",
+        "--entries=[mdm-best]",
+        "--n_layer=1",
+        "--n_embd=32",
+    ]
+    process = subprocess.run(
+        [sys.executable, *map(str, command), "--block_size=32", f"--out={tmp_path}"],
+        capture_output=True,
+        text=True,
+        env=one_thread_environment(),
+        timeout=280,
+    )
+    assert process.returncode == 0, process.stderr
+    (printed,) = [json.loads(text) for text in process.stdout.splitlines()]
+    assert printed["flops"] == 6 * printed["non_embedding_params"] * printed["tokens"]
+    assert 0.9 * 3e9 < printed["flops"] <= 3e9 and printed["is_bound"]
+    assert 0 < printed["bits_per_byte_se"] < 0.2 < printed["bits_per_byte"] < 8
+    assert math.log(2048) / 2 < printed["nats_per_token"] < 9
+    assert printed["settings"]["loss_weight"] == "cross_entropy" and len(printed["hash"]) == 16
+    (kept,) = (json.loads(text) for text in (tmp_path / "lines.jsonl").read_text().splitlines())
+    assert kept == printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "give either --budget"),
+        (["--budget=1e9", "--minutes=1"], "not both"),
+        (["--budget=-1"], "expected more than 0"),
+        (["--budget=1e9", "--entries=[gpt]"], "--entries gpt: expected some of arm, mdm"),
+    ],
+)
+def test_mistakes_are_one_line(flags, words, tmp_path):
+    script: Path = ROOT / "benchmarks" / "speedrun.py"
+    process = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and words in process.stderr and "Traceback" not in process.stderr
