@@ -11,7 +11,6 @@ everything else lies. What is finished is not done again; after Ctrl-C the same 
 
 from __future__ import annotations
 
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +78,7 @@ def main() -> None:
     from lit_gpt.pipeline import Pipeline
     from lit_gpt.studies.sampler_quality import SamplerPoint, sampler_settings
     from lit_gpt.studies.sampling_quality_page import QualityStudy, write_quality_page
-    from lit_gpt.studies.study_pages import report_folder, typed, written_by
+    from lit_gpt.studies.study_pages import processor_name, report_folder, typed, written_by
     from lit_gpt.studies.text_corpus import packed_text
 
     folder = report_folder(flags, PAGE)
@@ -94,7 +93,7 @@ def main() -> None:
     caches = measure(flags, pipeline, models, "caches")
     study = QualityStudy(models, arm_runs, flags.tolerance, points, caches, (flags.rows, flags.block_size))
     commands = [typed(model.command) for model in models.values()]
-    machine = f"{platform.processor() or platform.machine()}, {threads()} threads"
+    machine = f"{processor_name()}, {threads()} threads"
     table = write_quality_page(
         study, folder / PAGE, written_by("benchmarks/sampling_quality.py", flags), machine, commands
     )
