@@ -85,6 +85,11 @@ class Pipeline:
         self.console.print(title if stage.result is None else f"{title}: done before", style="bold")
         return stage
 
+    def is_finished(self, name: str) -> bool:
+        """Whether a stage has a result, of whatever settings."""
+        path = self.out / name / _STAGE_FILE
+        return path.exists() and read_json_object(path).get("result") is not None
+
     def run(self, command: Sequence[object], on_line: Callable[[str], None] | None = None) -> list[str]:
         """Run a script of this project and show what it prints.
 

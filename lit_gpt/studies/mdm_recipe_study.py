@@ -62,10 +62,14 @@ def run_study(flags: Any) -> None:
     pipeline = Pipeline(Path(flags.out), Console(highlight=False), lambda line: not line.startswith("train with: "))
     packed = packed_text(pipeline, Path(flags.text), _VOCAB_SIZE, _BLOCK_SIZE, 3)
     budget = StepBudget(flags.steps, _BATCH_SIZE, _BLOCK_SIZE, _RATE)
-    planned = list(itertools.product(flags.seeds, flags.shapes or SHAPES, flags.recipes or RECIPES))
+    planned = [
+        (f"{recipe}-{shape}-{seed}", seed, shape, recipe)
+        for seed, shape, recipe in itertools.product(flags.seeds, flags.shapes or SHAPES, flags.recipes or RECIPES)
+    ]
+    # What is done comes first, so that the page has all of it from the start.
+    planned.sort(key=lambda run: not pipeline.is_finished(run[0]))
     runs: list[RecipeRun] = []
-    for number, (seed, shape, recipe) in enumerate(planned, 1):
-        name = f"{recipe}-{shape}-{seed}"
+    for number, (name, seed, shape, recipe) in enumerate(planned, 1):
         values = {**SHAPES[shape].flags(), "seed": seed, "val_draws": _DRAWS, **RECIPES[recipe].flags(budget)}
         title = f"run {number} of {len(planned)}: {recipe}, {shape}, seed {seed}"
         trained = train_model(pipeline, name, title, packed, ("pretrain/train_mdm.py", values))

@@ -70,6 +70,10 @@ def test_the_table_has_the_best_entry_of_a_budget_first(tmp_path):
     text = page.read_text()
     assert text.startswith("Before\n") and text.endswith("\n\nAfter\n") and "old" not in text
     assert text.index("`better`") < text.index("`worse`") and "<= 3.000 ± 0.010" in text
+    late = {**line("late", 1.0), "budget": {"minutes": 1.4}}
+    in_time = {**line("in time", 2.0), "budget": {"minutes": 1.5}}
+    table = speedrun.speedrun_table([late, in_time])
+    assert "`late`" not in table and "| 1.5 minutes | `in time` |" in table
     page.write_text("nothing")
     with pytest.raises(ValueError, match="no place for the table"):
         speedrun.write_table(page, [])
