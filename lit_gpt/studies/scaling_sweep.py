@@ -87,7 +87,7 @@ def text_pieces(text: str) -> list[str]:
 def plan_lines(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> list[str]:
     """The plan for a console: a line a run, then the sum."""
     speed, start_s, source = machine_speed(flags, runs)
-    table = plan_rows(runs, speed, start_s)
+    table = plan_rows(flags, runs, speed, start_s)
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     hours = sum(run.computed_flops / speed + start_s for run in runs) / 3600
@@ -168,7 +168,7 @@ def collect_rows(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> list[dict[s
     """The finished runs as rows, written to scaling_laws.csv in the study's folder."""
     rows = []
     for run in runs:
-        record = finished_record(flags, run)
+        record, given = finished_record(flags, run), run.script_flags(flags)
         if record is None or record.get("val_loss") is None:
             continue
         rows.append(
@@ -181,9 +181,9 @@ def collect_rows(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> list[dict[s
                 "flops": run.flops,
                 "flops_per_token": run.flops_per_token,
                 "tokens": run.tokens,
-                "steps": run.steps,
-                "batch_size": run.batch_size,
-                "learning_rate": run.learning_rate,
+                "steps": given["max_steps"],
+                "batch_size": given["batch_size"],
+                "learning_rate": given["learning_rate"],
                 "rate_factor": run.rate_factor,
                 **{name: record.get(name) for name in _NUMBERS},
             }

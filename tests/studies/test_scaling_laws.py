@@ -151,7 +151,7 @@ def test_the_gap_is_the_factor_between_two_shifted_curves():
 def test_a_plan_spends_its_budgets_on_shapes_of_the_family():
     flags = ScalingFlags()
     runs = scaling_plan.planned_runs(flags)
-    assert len(runs) == 4 * 3 * 2 + 2 * 2
+    assert len(runs) == 4 * 3 * 3 + 2 * 3
     for run in runs:
         assert 0.97 * run.budget < run.flops <= run.budget
         assert run.config.intermediate_size == 4 * run.config.n_embd and run.config.head_size in (16, 32, 64)
@@ -168,13 +168,17 @@ def test_flags_reach_the_kind_they_name():
     flags = ScalingFlags(kind_flags=["mdm:loss_weight=cross_entropy", "compile=off"])
     by_kind = {run.kind: run.script_flags(flags) for run in scaling_plan.planned_runs(flags)}
     assert by_kind["mdm"]["loss_weight"] == "cross_entropy" and "loss_weight" not in by_kind["arm"]
+    best, plain = by_kind["mdm_best"], by_kind["mdm"]
+    assert best["loss_weight"] == "cross_entropy" and best["row_lengths"].startswith("16:")
+    assert best["max_steps"] * best["batch_size"] == plain["max_steps"] * plain["batch_size"]
     assert by_kind["arm"]["compile"] == by_kind["mdm"]["compile"] == "off"
 
 
 def small_flags(out, **others):
     return ScalingFlags(
         text=str(ROOT / "data" / "tinyshakespeare" / "input.txt"), out=str(out), sizes=[0.03, 0.11, 0.2],
-        budgets=[2e9, 2e10], check_factors=[2.0], bootstrap_draws=40, vocab_size=512, block_size=64, **others,
+        kinds=["arm", "mdm"], budgets=[2e9, 2e10], check_factors=[2.0], bootstrap_draws=40, vocab_size=512,
+        block_size=64, **others,
     )  # fmt: skip
 
 
@@ -249,6 +253,7 @@ def test_an_array_script_runs_each_run_of_the_plan(tmp_path):
 @pytest.mark.slow
 def test_a_sweep_trains_skips_what_is_done_and_writes_its_page(tmp_path):
     words = ["all", "--text", ROOT / "data" / "tinyshakespeare" / "input.txt", "--sizes", "[0.03,0.11,0.2]"]
+    words += ["--kinds", "[arm,mdm]"]
     words += [
         "--budgets",
         "[2e9,6e9]",
