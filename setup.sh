@@ -4,7 +4,7 @@
 #   ./setup.sh                  what training, sampling and evaluation need
 #   ./setup.sh test [loggers ...] and these extras of pyproject.toml: eval (lm-evaluation-harness), judge (MT-bench),
 #                               web (the page), loggers (TensorBoard, W&B), test (the tests; holds eval, judge and web),
-#                               docs (the site), fused (flash-attn and xformers, for CUDA)
+#                               data (corpora in shards), docs (the site), fused (flash-attn and xformers, for CUDA)
 #
 # PYTHON=/path/to/python chooses the Python, SMDM_VENV=/folder another place (a conda environment will do: CONDA.md).
 # Options for pip, such as a package index of your own, go into pip's environment variables (PIP_INDEX_URL ...).

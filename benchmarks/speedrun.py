@@ -17,7 +17,6 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -48,7 +47,7 @@ class Flags:
     """Of an entry of your own."""
     script: str = "pretrain/train_mdm.py"
     """Its training script, which takes the flags of those in pretrain/."""
-    script_flags: dict[str, Any] = field(default_factory=dict)
+    script_flags: dict[str, str] = field(default_factory=dict)
     """Its flags, as JSON; they replace the published recipe's."""
     text: str = str(ROOT / "data" / "tinyshakespeare" / "input.txt")
     """The text, of which the last tenth is held out. Another text is another speedrun."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ _COLORS |= {
 }
 _LINE_HEIGHT = 0.2  # of a module's name in a box, in the picture's units
 _WIDTH = 12.0
+_CHARACTER_WIDTH = 0.068  # of a letter of the captions, at most
 
 
 @dataclass
@@ -153,7 +155,7 @@ def _places(named: list[str]) -> dict[str, Place]:
     left, bottom = 0.55, 0.2
     for row in ((GROUND,), *ROWS):
         width = (_WIDTH - left - 0.2 - 0.2 * (len(row) - 1)) / len(row)
-        tall = max(0.8 + _LINE_HEIGHT * -(-counts[name] // _columns(width)) for name in row)
+        tall = max(1.0 + _LINE_HEIGHT * -(-counts[name] // _columns(width)) for name in row)
         for index, name in enumerate(row):
             places[name] = (left + index * (width + 0.2), bottom, width, tall)
         bottom += tall + 0.2
@@ -174,7 +176,8 @@ def _box(axes: Any, name: str, used: str, place: Place, modules: list[str]) -> N
     title = "the ground: everybody may import it" if name == GROUND else f"{name}/"
     top = bottom + tall
     axes.text(left + 0.12, top - 0.26, title, fontsize=12, fontweight="bold")
-    axes.text(left + 0.15, bottom + 0.12, used, fontsize=8, color="#444444", style="italic")
+    caption = textwrap.fill(used, int((width - 0.3) / _CHARACTER_WIDTH))
+    axes.text(left + 0.15, bottom + 0.12, caption, fontsize=8, color="#444444", style="italic")
     columns = _columns(width)
     rows = -(-len(modules) // columns)
     for number, module in enumerate(modules):

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lit_gpt.cli import parse, run, warn
 
 if TYPE_CHECKING:
-    from lit_gpt.data.text_sources import DocumentRules, TextFile
+    from lit_gpt.data.text_files import TextFile
+    from lit_gpt.data.text_sources import DocumentRules
 
 # SentencePiece keeps all sentences in memory, about ten times their size.
 _MAX_BYTES = 1 << 30
@@ -42,6 +43,8 @@ class TokenizerFlags:
     """Pieces, the 3 special ones and the 256 bytes included."""
     document: str = "file"
     """Of a .txt file: file or line; learning goes line by line either way."""
+    as_text: list[str] = field(default_factory=list)
+    """Patterns of names, such as '*.py': a folder's files of these names are plain text, too."""
     text_field: str = "text"
     """Field of .jsonl records, or column of .parquet files, with the text."""
 
@@ -54,11 +57,12 @@ def main() -> None:
     if flags.document not in ("file", "line"):
         raise ValueError(f"--document {flags.document}: expected file or line")
 
-    from lit_gpt.data.text_sources import DocumentRules, find_sources
+    from lit_gpt.data.text_files import find_sources
+    from lit_gpt.data.text_sources import DocumentRules
     from lit_gpt.files import make_folder, write_file
     from lit_gpt.tokenizer import Tokenizer
 
-    sources = find_sources(flags.source_path)
+    sources = find_sources(flags.source_path, as_text=flags.as_text)
     folder = Path(flags.destination_path)
     make_folder(folder)
     model = train_sentencepiece(

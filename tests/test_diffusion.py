@@ -65,3 +65,10 @@ def test_validation_times_are_fixed_and_even():
     # The sequences together fill a stratum evenly: no gap of more than 2.7 times the even one.
     first = torch.cat([torch.zeros(1), (draws[0] * 4).sort().values, torch.ones(1)])
     assert (first[1:] - first[:-1]).max() < 2.7 / 50
+
+
+def test_validation_times_are_as_fine_for_the_last_sequences_as_for_the_first():
+    t = diffusion.low_discrepancy_times(torch.arange(1 << 15), 0, 2)
+    assert t.dtype == torch.float64 and len(t.unique()) == len(t) and t.min() > 0
+    # As even as n multiples of the golden ratio are: their largest gap is below 3 / n.
+    assert t.sort().values.diff().max() * 2 < 3 / len(t)

@@ -66,6 +66,7 @@ HOMES = {
 QUICK_MODULES = (
     "cli",
     "config",
+    "data.preparation_settings",
     "training.settings",
     "evaluation.settings",
     "evaluation.mt_bench.settings",

@@ -37,7 +37,13 @@ from lit_gpt.likelihood.loglikelihood import (
 )
 from lit_gpt.likelihood.scoring import ScoringModel
 from lit_gpt.model.layers import Transformer
-from lit_gpt.sampling.infill import DEFAULT_GAP, infill_row, infill_states
+from lit_gpt.sampling.infill import (
+    DEFAULT_GAP,
+    infill_row,
+    infill_states,
+    spaced_positions,
+    with_typed_spaces,
+)
 from lit_gpt.sampling.sample import sample
 from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
@@ -257,7 +263,8 @@ class LoadedModel:
         """
         config = self.model.config
         row = infill_row(text, self.tokenizer, config.mask_id, config.block_size, gap)
-        return self.tokenizer.decode(self._finished(row, len(row), sampling))
+        spaced = spaced_positions(text, self.tokenizer, gap)
+        return with_typed_spaces(self._finished(row, len(row), sampling), spaced, self.tokenizer)
 
     def _finished(self, row: list[int], length: int, sampling: dict[str, Any]) -> list[int]:
         """The ids of a row ([MASK] at gaps) once it is written to a length."""

@@ -10,6 +10,7 @@ begins, and without one it is the trailing run of one repeated token.
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import heapq
 import math
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_gpt.data.packed_files import PackedFiles, scan_folder
-from lit_gpt.data.packed_format import HEADER_BYTES, VALIDATION_PREFIX
+from lit_gpt.data.packed_foreign import document_ends
+from lit_gpt.data.packed_format import VALIDATION_PREFIX
 from lit_gpt.files import read_json_object
 from lit_gpt.randomness import Stream, permute_index
 
@@ -71,7 +73,8 @@ class PackedSeries:
         # A chunk holds size // block_length blocks; the padded end of a series holds fewer, the last one partly filled.
         real = files.real_tokens
         started = np.where(real >= _LEAST_REAL_TOKENS, (real - _LEAST_REAL_TOKENS) // block_length + 1, 0)
-        self._ends = np.cumsum(np.minimum(files.sizes // block_length, started))
+        # Files of other programs end where their tokens do; what is left there is a partly filled block, too.
+        self._ends = np.cumsum(np.where(files.offsets, np.minimum(files.sizes // block_length, started), started))
         self._open_file = _open_file_cache(files)
         if len(self):
             self[0]  # a foreign vocabulary is better refused before training starts
@@ -89,6 +92,19 @@ class PackedSeries:
         """Real tokens of a block, without reading it."""
         return self._locate(index)[2]
 
+    def document_ends(self, index: int) -> np.ndarray | None:
+        """Where documents end in a block: (n,) int64 numbers of its tokens up to each end; None where nothing tells.
+
+        The ends come from the index beside the file (`packed_foreign.document_ends`).
+        """
+        file, first, real = self._locate(index)
+        ends = document_ends(self.files.path(file))
+        if ends is None:
+            return None
+        low, high = np.searchsorted(ends, [first + 1, first + real], side="left")
+        high += int(high < len(ends) and int(ends[high]) == first + real)
+        return np.asarray(ends[low:high], dtype=np.int64) - first
+
     def _locate(self, index: int) -> tuple[int, int, int]:
         """File number, first token in it, real tokens of the block."""
         if not 0 <= index < len(self):
@@ -101,7 +117,8 @@ class PackedSeries:
     def _read(self, file: int, first: int) -> np.ndarray:
         """A block's tokens in the file's own type."""
         token_type = self.files.token_type(file)
-        offset, size = HEADER_BYTES + first * token_type.itemsize, self.block_length * token_type.itemsize
+        count = min(self.block_length, int(self.files.sizes[file]) - first)
+        offset, size = int(self.files.offsets[file]) + first * token_type.itemsize, count * token_type.itemsize
         try:
             opened = self._open_file(file)  # held: another thread may let it go meanwhile
             raw = os.pread(opened.descriptor, size, offset)
@@ -109,15 +126,16 @@ class PackedSeries:
                 raise ValueError(f"it ends at offset {offset + len(raw)}, expected at least {offset + size}")
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.files.path(file)}: changed or gone since it was opened ({error})") from error
-        return np.frombuffer(raw, token_type)
+        return np.pad(np.frombuffer(raw, token_type), (0, self.block_length - count))
 
     def _check_vocabulary(self, tokens: np.ndarray, file: int, first: int) -> None:
         largest, smallest = int(tokens.max()), int(tokens.min())
         if largest >= self.vocab_size or smallest < 0:
             wrong = largest if largest >= self.vocab_size else smallest
             position = first + int(np.flatnonzero(tokens == wrong)[0])
+            offset = int(self.files.offsets[file]) + position * self.files.token_type(file).itemsize
             raise ValueError(
-                f"{self.files.path(file)}: offset {HEADER_BYTES + position * self.files.token_type(file).itemsize} holds "
+                f"{self.files.path(file)}: offset {offset} holds "
                 f"token {wrong}, but the model's vocabulary has {self.vocab_size} tokens: the data was packed with another "
                 "tokenizer; give --vocab_size"
             )
@@ -307,8 +325,7 @@ def recorded_tokenizer(folder: Path, prefixes: Sequence[str]) -> dict[str, Any]:
     A source that lies in the data's own folder is given as a path from here.
     """
     for prefix in prefixes:
-        path = folder / f"{prefix}.manifest.json"
-        if path.is_file():
+        for path in sorted(folder.glob(f"{glob.escape(prefix)}*.manifest.json"))[:1]:
             found = read_json_object(path).get("tokenizer", {})
             if not isinstance(found, dict) or not isinstance(found.get("source"), str | None):
                 raise ValueError(f"{path}: its tokenizer is no object with a source; make it again or delete it")

@@ -23,12 +23,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_gpt.data.packed_format import HEADER_BYTES, TOKEN_TYPES, Chunk, parse_header
+from lit_gpt.data.packed_foreign import DATATROVE_SUFFIX, MEGATRON_SUFFIX, datatrove_chunk, megatron_chunk
+from lit_gpt.data.packed_format import ALL_TYPES, HEADER_BYTES, Chunk, parse_header
+from lit_gpt.data.packed_manifests import MANIFEST_SUFFIX, recorded_tokens
 from lit_gpt.files import read_json_object, write_json
 
 SCANS_CACHE = Path("~/.cache/smdm/packed_files")
 """Where scans of folders are kept that cannot be written to."""
 SCAN_SUFFIX = ".scan.json"
+_PROGRESS, _INDEX = ".progress.json", ".ds.index"
+_TOKEN_FILES = (".bin", DATATROVE_SUFFIX)
+_KINDS = (*_TOKEN_FILES, MEGATRON_SUFFIX, MANIFEST_SUFFIX, _PROGRESS, _INDEX)
 # Bytes at a file's start and end that tell whether its content changed.
 _FINGERPRINT_BYTES = 4096
 # Changes whenever a kept scan would be read in another way.
@@ -51,13 +56,15 @@ class PackedFiles:
     names: list[str]
     """Sorted."""
     type_codes: np.ndarray
-    """(files,) uint8: the tokens' types, by the format's codes."""
+    """(files,) uint8: the tokens' types, by the codes of `packed_format.ALL_TYPES`."""
     sizes: np.ndarray
     """(files,) int64: tokens, padding included."""
     real_tokens: np.ndarray
     """(files,) int64: tokens before the padding."""
     fingerprint: str
     """SHA-256 over the block length, and names, headers and both ends of every file."""
+    offsets: np.ndarray
+    """(files,) int64: bytes before the first token; 0 in files of other programs."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,11 +75,11 @@ class PackedFiles:
 
     def token_type(self, index: int) -> np.dtype:
         """Of a file."""
-        return TOKEN_TYPES[int(self.type_codes[index])]
+        return ALL_TYPES[int(self.type_codes[index])]
 
 
 def scan_folder(folder: Path, prefixes: Sequence[str], block_length: int) -> dict[str, PackedFiles]:
-    """Find the packed files `{prefix}*.bin` of a folder; those whose scan was kept are not opened.
+    """Find the token files `{prefix}*.bin` and `{prefix}*.ds` of a folder; those whose scan was kept are not opened.
 
     Args:
         folder: where the files lie; it need not exist.
@@ -80,7 +87,8 @@ def scan_folder(folder: Path, prefixes: Sequence[str], block_length: int) -> dic
         block_length: tokens of a block.
 
     Raises:
-        ValueError: a foreign or truncated file, a chunk smaller than a block, a broken manifest; names the file.
+        ValueError: a foreign or truncated file, a chunk smaller than a block, a broken manifest, one that names a file that
+            is not there, a preparation that is not finished; names the file.
         OSError: the folder or a file cannot be read.
     """
     listings = _list_folder(folder, prefixes)
@@ -126,7 +134,11 @@ class _Listing(NamedTuple):
     files: dict[str, _Stamp]
     """By name, sorted."""
     manifests: dict[str, _Stamp]
-    """Those that are there, by name, sorted."""
+    """Manifests, and indexes of other programs, that are there, by name, sorted."""
+
+    def offset(self, name: str) -> int:
+        """Bytes before a file's first token."""
+        return 0 if name.endswith(DATATROVE_SUFFIX) or _megatron_index(name) in self.manifests else HEADER_BYTES
 
     @property
     def newest_ns(self) -> int:
@@ -149,15 +161,24 @@ def _list_folder(folder: Path, prefixes: Sequence[str]) -> dict[str, _Listing]:
     if not folder.is_dir():
         return {}
     with os.scandir(folder) as entries:
-        listed = {entry.name: entry for entry in entries if entry.name.endswith((".bin", ".manifest.json"))}
+        listed = {entry.name: entry for entry in entries if entry.name.endswith(_KINDS)}
     found: dict[str, _Listing] = {}
     for prefix in prefixes:
-        names = sorted(name for name in listed if name.startswith(prefix) and name.endswith(".bin") and name != ".bin")
-        files = {name: _Stamp.of(listed[name].stat()) for name in names if listed[name].is_file()}
+        own = sorted(name for name in listed if name.startswith(prefix) and name not in _KINDS)
+        files = {name: _Stamp.of(listed[name].stat()) for name in own
+                 if name.endswith(_TOKEN_FILES) and listed[name].is_file()}  # fmt: skip
         if files:
-            beside = sorted({_manifest_name(name) for name in files} & listed.keys())
-            manifests = {name: _Stamp.of(listed[name].stat()) for name in beside if listed[name].is_file()}
-            found[prefix] = _Listing(files, manifests)
+            unfinished = next((name for name in own if name.endswith(_PROGRESS)), None)
+            if unfinished is not None:
+                raise ValueError(
+                    f"{folder / unfinished}: the preparation of this data is not finished: the same command goes on with it "
+                    "(deleting this file leaves what there is)"
+                )
+            beside = {name for name in own if name.endswith((MANIFEST_SUFFIX, _INDEX))} | set(
+                map(_megatron_index, files)
+            )
+            kept = sorted(beside & listed.keys())
+            found[prefix] = _Listing(files, {n: _Stamp.of(listed[n].stat()) for n in kept if listed[n].is_file()})
     return found
 
 
@@ -175,9 +196,9 @@ def _series_name(name: str) -> str:
     return name.rpartition("_")[0]
 
 
-def _manifest_name(name: str) -> str:
-    """The manifest of a file's series."""
-    return f"{_series_name(name)}.manifest.json"
+def _megatron_index(name: str) -> str:
+    """What Megatron's index of a file would be called."""
+    return name.rpartition(".")[0] + MEGATRON_SUFFIX
 
 
 # --- scanning ---------------------------------------------------------------------------------------------------------
@@ -194,13 +215,14 @@ class _Ends(NamedTuple):
 def _scan(folder: Path, listing: _Listing, block_length: int) -> PackedFiles:
     """Open every file of a data set, once."""
     names = list(listing.files)
-    recorded: dict[str, int] = {}
-    for manifest, own in _names_by_manifest(listing).items():
-        recorded |= _recorded_tokens(folder / manifest, own)
+    manifests = [name for name in listing.manifests if name.endswith(MANIFEST_SUFFIX)]
+    recorded = recorded_tokens(folder, manifests, names)
     digest = hashlib.sha256(str(block_length).encode())
     codes, sizes, real_tokens = [], [], []
-    for name, following, (chunk, start, end) in zip(names, [*names[1:], ""], _read_ends(folder, names), strict=True):
-        if chunk.size < block_length:
+    offsets = [listing.offset(name) for name in names]
+    ends = _read_ends([folder / name for name in names], offsets)
+    for name, following, offset, (chunk, start, end) in zip(names, [*names[1:], ""], offsets, ends, strict=True):
+        if chunk.size < block_length and offset:
             raise ValueError(
                 f"{chunk.path}: a chunk of {chunk.size} tokens is smaller than a block of {block_length}: pack "
                 f"with --chunk_size of at least {block_length}, or train with a smaller --block_size"
@@ -209,7 +231,7 @@ def _scan(folder: Path, listing: _Listing, block_length: int) -> PackedFiles:
             real = min(recorded[name], chunk.size)
         else:
             is_last = not following or _series_name(following) != _series_name(name)
-            real = _tokens_before_padding(chunk) if is_last else chunk.size
+            real = _tokens_before_padding(chunk) if is_last and offset else chunk.size
         digest.update(f"{name}:{chunk.dtype.str}:{chunk.size}:{real};".encode())
         digest.update(start)
         digest.update(end)
@@ -217,27 +239,29 @@ def _scan(folder: Path, listing: _Listing, block_length: int) -> PackedFiles:
         sizes.append(chunk.size)
         real_tokens.append(real)
     numbers = (np.array(codes, np.uint8), np.array(sizes, np.int64), np.array(real_tokens, np.int64))
-    return PackedFiles(folder, names, *numbers, digest.hexdigest())
+    return PackedFiles(folder, names, *numbers, digest.hexdigest(), np.array(offsets, np.int64))
 
 
-def _read_ends(folder: Path, names: Sequence[str]) -> Iterator[_Ends]:
+def _read_ends(paths: Sequence[Path], offsets: Sequence[int]) -> Iterator[_Ends]:
     """Header, start and end of every file, in order."""
     from tqdm import tqdm
 
-    def read(piece: Sequence[str]) -> list[_Ends]:
-        return [_file_ends(folder / name) for name in piece]
+    def read(piece: Sequence[int]) -> list[_Ends]:
+        return [_file_ends(paths[number], offsets[number]) for number in piece]
 
-    bar = tqdm(total=len(names), desc=f"opening the files of {folder}", delay=_PROGRESS_DELAY_S, leave=False)
+    numbers = range(len(paths))
+    description = f"opening the files of {paths[0].parent}" if paths else ""
+    bar = tqdm(total=len(paths), desc=description, delay=_PROGRESS_DELAY_S, leave=False)
     with bar, ThreadPoolExecutor(_SCAN_THREADS, "scan") as pool:
-        for first in range(0, len(names), _WINDOW_FILES):
-            window = names[first : first + _WINDOW_FILES]
+        for first in range(0, len(paths), _WINDOW_FILES):
+            window = numbers[first : first + _WINDOW_FILES]
             pieces = [window[start : start + _PIECE_FILES] for start in range(0, len(window), _PIECE_FILES)]
             for ends in pool.map(read, pieces):
                 yield from ends
                 bar.update(len(ends))
 
 
-def _file_ends(path: Path) -> _Ends:
+def _file_ends(path: Path, offset: int) -> _Ends:
     # Five system calls and no file object: each call hands the interpreter's lock over, which costs more than the call.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -248,7 +272,10 @@ def _file_ends(path: Path) -> _Ends:
         end = os.pread(descriptor, _FINGERPRINT_BYTES, max(0, status.st_size - _FINGERPRINT_BYTES))
     finally:
         os.close(descriptor)
-    return _Ends(parse_header(start, status.st_size, path), start, end)
+    if offset:
+        return _Ends(parse_header(start, status.st_size, path), start, end)
+    of_other_program = datatrove_chunk if path.suffix == DATATROVE_SUFFIX else megatron_chunk
+    return _Ends(of_other_program(path, status.st_size), start, end)
 
 
 def _tokens_before_padding(chunk: Chunk) -> int:
@@ -258,28 +285,6 @@ def _tokens_before_padding(chunk: Chunk) -> int:
     run = int(different[0]) if len(different) else chunk.size
     # A single last token is as likely a document's end as padding.
     return chunk.size - run if run > 1 else chunk.size
-
-
-def _names_by_manifest(listing: _Listing) -> dict[str, list[str]]:
-    """The files of each manifest's series."""
-    names: dict[str, list[str]] = {manifest: [] for manifest in listing.manifests}
-    for name in listing.files if names else ():
-        names.get(_manifest_name(name), []).append(name)
-    return names
-
-
-def _recorded_tokens(manifest: Path, names: Sequence[str]) -> dict[str, int]:
-    """Real tokens of those of a series' files that its manifest names (`files: {name: {tokens: n}}`)."""
-    try:
-        entries = read_json_object(manifest).get("files", {})
-        found = {name: int(entries[name]["tokens"]) for name in names if entries.get(name) is not None}
-        if any(tokens < 0 for tokens in found.values()):
-            raise ValueError("it counts fewer than 0 tokens")
-        return found
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{manifest}: not a manifest of scripts/prepare_text.py ({error}); make it again or delete it"
-        ) from None
 
 
 # --- keeping what was found -------------------------------------------------------------------------------------------
@@ -311,13 +316,14 @@ def _restored(folder: Path, listing: _Listing, stamps: str, record: Mapping[str,
         raise ValueError("of other files")
     runs, padded, fingerprint = _pairs(found, "type_codes"), _pairs(found, "padded"), found.get("fingerprint")
     count = len(listing.files)
-    if not all(code in TOKEN_TYPES and 0 < length <= count for code, length in runs):
+    if not all(code in ALL_TYPES and 0 < length <= count for code, length in runs):
         raise ValueError("unknown types")
     if sum(length for _, length in runs) != count or not isinstance(fingerprint, str):
         raise ValueError("not as many types as files")
     codes = np.repeat(np.array([code for code, _ in runs], np.uint8), [length for _, length in runs])
-    token_bytes = np.array([TOKEN_TYPES[code].itemsize if code in TOKEN_TYPES else 0 for code in range(256)])[codes]
-    sizes, surplus = np.divmod(np.array([stamp.size for stamp in listing.files.values()]) - HEADER_BYTES, token_bytes)
+    token_bytes = np.array([ALL_TYPES[code].itemsize if code in ALL_TYPES else 0 for code in range(256)])[codes]
+    offsets = np.array([listing.offset(name) for name in listing.files], np.int64)
+    sizes, surplus = np.divmod(np.array([stamp.size for stamp in listing.files.values()]) - offsets, token_bytes)
     real_tokens = sizes.copy()
     for index, real in padded:
         if not (0 <= index < count and 0 <= real < sizes[index]):
@@ -325,7 +331,7 @@ def _restored(folder: Path, listing: _Listing, stamps: str, record: Mapping[str,
         real_tokens[index] = real
     if surplus.any():
         raise ValueError("no whole number of tokens")
-    return PackedFiles(folder, list(listing.files), codes, sizes, real_tokens, fingerprint)
+    return PackedFiles(folder, list(listing.files), codes, sizes, real_tokens, fingerprint, offsets)
 
 
 def _pairs(found: Mapping[str, Any], name: str) -> list[tuple[int, int]]:

@@ -7,8 +7,10 @@ only when complete. The whole layout: docs/formats.md.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,10 @@ TOKEN_TYPES = {
     code: np.dtype(known).newbyteorder("<") for code, known in _DTYPES.items() if np.issubdtype(known, np.integer)
 }
 """By the codes of the format, the types that tokens may have in a file."""
+UINT32_CODE = 132
+"""Our own code of datatrove's tokens of 4 bytes: the format has none for uint32."""
+ALL_TYPES = TOKEN_TYPES | {UINT32_CODE: np.dtype("<u4")}
+"""By code, the types that tokens may have in a file of any program."""
 # Vocabularies up to here are stored in two bytes per token (TinyLlama's limit).
 _UINT16_VOCABULARY = 65500
 
@@ -47,14 +53,14 @@ class Chunk:
 
     path: Path
     type_code: int
-    """One of `TOKEN_TYPES`."""
+    """One of `ALL_TYPES`."""
     size: int
     """Tokens in the file, padding included."""
 
     @property
     def dtype(self) -> np.dtype:
         """NumPy's type of a token in the file."""
-        return TOKEN_TYPES[self.type_code]
+        return ALL_TYPES[self.type_code]
 
     def open(self) -> np.memmap:
         """The tokens (size,) as a read-only memory map."""
@@ -108,6 +114,7 @@ class PackedDatasetBuilder:
 
     Attributes:
         filenames: paths of the files written so far, as strings.
+        hashes: their SHA-256, in hexadecimal.
 
     Raises:
         ValueError: "auto" without vocab_size, or a dtype that the format does not know.
@@ -132,12 +139,15 @@ class PackedDatasetBuilder:
         if chunk_size < 1:
             raise ValueError(f"PackedDatasetBuilder: chunk_size {chunk_size}: at least 1")
         self.filenames: list[str] = []
+        self.hashes: list[str] = []
         self._code = codes[0]
         self._dtype = np.dtype(_DTYPES[codes[0]])
         self._outdir, self._prefix, self._chunk_size, self._sep_token = Path(outdir), prefix, chunk_size, sep_token
         self._tokens = np.full(chunk_size, sep_token, dtype=self._dtype)
         self._filled = 0
         self._counter = 0
+        self._ends = np.empty(0, dtype=np.int64)
+        self._keeps_ends = False
 
     @property
     def dtype(self) -> type[np.generic]:
@@ -149,13 +159,42 @@ class PackedDatasetBuilder:
         """The tokens that wait for the next file: (n,), a copy."""
         return self._tokens[: self._filled].copy()
 
-    def continue_from(self, counter: int, pending: np.ndarray) -> None:
-        """Go on where an interrupted builder was: the next file's number and its first tokens."""
+    @property
+    def pending_ends(self) -> list[int]:
+        """Where documents end among them."""
+        return self._ends.tolist()
+
+    def continue_from(
+        self, counter: int, pending: np.ndarray, hashes: Sequence[str] = (), ends: Sequence[int] | None = None
+    ) -> None:
+        """Go on where an interrupted builder was.
+
+        Args:
+            counter: the next file's number.
+            pending: its first tokens (n,).
+            hashes: of the files before it.
+            ends: where documents end among the pending tokens; None where no index is kept.
+        """
         self._counter = counter
         self.filenames = [str(self._path(number)) for number in range(counter)]
+        self.hashes = list(hashes)
         self._filled = 0
         self._tokens.fill(self._sep_token)
         self.add_array(pending)
+        self._keeps_ends = ends is not None
+        self._ends = np.asarray(ends or (), dtype=np.int64)
+
+    def add_documents(self, array: np.ndarray, ends: np.ndarray) -> None:
+        """`add_array` of whole documents; beside each file then lies an index of where its documents end.
+
+        Args:
+            array: the tokens (n,) of some documents, one behind the other.
+            ends: (documents,) the number of tokens up to the end of each.
+        """
+        self._keeps_ends = True
+        # Counted from the first token of the file that is being filled, which these may lie behind.
+        self._ends = np.concatenate([self._ends, np.asarray(ends, dtype=np.int64) + self._filled])
+        self.add_array(array)
 
     def add_array(self, array: np.ndarray) -> None:
         """Append tokens (n,); a full chunk is written when the next token comes.
@@ -192,17 +231,16 @@ class PackedDatasetBuilder:
     def _write_chunk(self) -> None:
         path = self._path(self._counter)
         self._outdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(_HEADER.pack(MAGIC, _VERSION, self._code, self._chunk_size))
-                file.write(self._tokens.astype(self._dtype.newbyteorder("<"), copy=False).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        header = _HEADER.pack(MAGIC, _VERSION, self._code, self._chunk_size)
+        tokens = self._tokens.astype(self._dtype.newbyteorder("<"), copy=False).tobytes()
+        if self._keeps_ends:
+            in_file = self._ends <= self._chunk_size
+            _write_whole(index_path(path), self._ends[in_file].astype("<u8").tobytes())
+            self._ends = self._ends[~in_file] - self._chunk_size
+        _write_whole(path, header, tokens)
+        digest = hashlib.sha256(header)
+        digest.update(tokens)
+        self.hashes.append(digest.hexdigest())
         self.filenames.append(str(path))
         self._counter += 1
         self._filled = 0
@@ -210,3 +248,23 @@ class PackedDatasetBuilder:
 
     def _path(self, number: int) -> Path:
         return self._outdir / f"{self._prefix}_{number:010d}.bin"
+
+
+def index_path(path: Path) -> Path:
+    """Where the ends of a packed file's documents are kept: uint64 numbers of tokens, as datatrove's `.index`."""
+    return path.with_name(f"{path.name}.index")
+
+
+def _write_whole(path: Path, *parts: bytes) -> None:
+    """Write a file that is there only when it is whole and on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

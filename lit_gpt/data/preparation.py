@@ -67,6 +67,8 @@ class PackedPart:
 
     tokens: np.ndarray
     """(n,) int32."""
+    ends: np.ndarray
+    """(documents,) int64: tokens up to the end of each document, its end token included."""
     digests: list[bytes]
     """SHA-256 of each document's UTF-8 text."""
     text_bytes: int
@@ -93,8 +95,8 @@ def pack_texts(
         ValueError: the destination holds something else; a malformed source; no documents.
         OSError: the disk is full, or the destination cannot be written.
     """
-    make_folder(plan.destination)
-    with folder_lock(plan.destination):
+    make_folder(plan.lock_folder)
+    with folder_lock(plan.lock_folder):
         if not overwrite and (manifests := plan.finished()) is not None:
             return PackingResult(manifests, was_finished=True)
         record = plan.clear_destination(overwrite)
@@ -140,7 +142,7 @@ class _Series:
         return len(self._builder.filenames)
 
     def add(self, part: PackedPart) -> None:
-        self._builder.add_array(part.tokens)
+        self._builder.add_documents(part.tokens, part.ends)
         self.documents += len(part.digests)
         self.tokens += len(part.tokens)
         self.text_bytes += part.text_bytes
@@ -151,6 +153,8 @@ class _Series:
         """What `restore` needs; JSON."""
         return {
             "files": self.files,
+            "sha256": self._builder.hashes,
+            "pending_ends": self._builder.pending_ends,
             "pending": base64.b64encode(self._builder.pending.astype("<i4").tobytes()).decode(),
             "documents": self.documents,
             "tokens": self.tokens,
@@ -160,25 +164,30 @@ class _Series:
 
     def restore(self, record: dict[str, Any]) -> None:
         pending = np.frombuffer(base64.b64decode(record["pending"]), dtype="<i4")
-        self._builder.continue_from(record["files"], pending)
+        self._builder.continue_from(record["files"], pending, record["sha256"], record["pending_ends"])
         self.documents, self.tokens, self.text_bytes = record["documents"], record["tokens"], record["text_bytes"]
         self._chain = bytes.fromhex(record["chain"])
 
     def close(self) -> dict[str, Any]:
-        """Write the last file; returns the manifest."""
-        self._builder.write_rest()
+        """Write the last file, or drop it if it is not full; returns the manifest."""
+        chunk_size, dropped = self._plan.chunk_size, 0
+        if self._plan.drop_last and len(self._builder.pending) < chunk_size:
+            dropped = len(self._builder.pending)
+        else:
+            self._builder.write_rest()
         names = [Path(name).name for name in self._builder.filenames]
-        last = self.tokens - (len(names) - 1) * self._plan.chunk_size
-        counts = [self._plan.chunk_size] * (len(names) - 1) + [last]
+        tokens = self.tokens - dropped
+        counts = [min(chunk_size, tokens - first) for first in range(0, tokens, chunk_size)]
+        files = zip(names, counts, self._builder.hashes, strict=True)
         tokenizer = self._plan.tokenizer
         name = Path(tokenizer.source).resolve().name if Path(tokenizer.source).exists() else tokenizer.source
-        return {
-            "files": {file: {"tokens": count} for file, count in zip(names, counts, strict=True)},
-            "tokens": self.tokens,
+        manifest = {
+            "files": {file: {"tokens": count, "sha256": digest} for file, count, digest in files},
+            "tokens": tokens,
             "documents": self.documents,
             "text_bytes": self.text_bytes,
             "separator": tokenizer.bos_id,
-            "chunk_size": self._plan.chunk_size,
+            "chunk_size": chunk_size,
             "dtype": np.dtype(self._builder.dtype).name,
             "vocab_size": tokenizer.vocab_size,
             "tokenizer": {
@@ -190,21 +199,31 @@ class _Series:
             "source_hash": self._chain.hex(),
             "made_from": self._plan.identity,
         }
+        if dropped:
+            manifest["dropped_tokens"] = dropped
+        if self._plan.shard is not None:
+            manifest["shard"] = asdict(self._plan.shard)
+        return manifest
 
 
 def _finish(plan: PackingPlan, all_series: list[_Series]) -> dict[str, dict[str, Any]]:
     """Write the last files and the manifests, the main one last."""
     total = sum(series.documents for series in all_series)
-    if not total:
+    if not total and plan.shard is None:
         raise ValueError(f"the {len(plan.sources)} source file(s), from {plan.sources[0].path} on, hold no documents")
     empty = next((series for series in all_series if not series.documents), None)
-    if empty is not None:
+    if empty is not None and plan.shard is None:
         share = f"--validation_fraction {plan.validation_fraction:g} of {total} document(s)"
         raise ValueError(
             f"{share} leaves none for {empty.prefix}: make more documents of the text (--document line), or prepare "
             "validation text by itself (--prefix validation)"
         )
     manifests = {series.prefix: series.close() for series in all_series}
+    if plan.drop_last and plan.shard is None and not manifests[plan.prefix]["files"]:
+        raise ValueError(
+            f"--drop_last drops all {all_series[0].tokens:,} tokens: they fill no file; leave it out, or give a smaller "
+            "--chunk_size"
+        )
     for prefix in reversed(plan.prefixes):
         write_json(plan.manifest_path(prefix), manifests[prefix])
     plan.progress_path.unlink(missing_ok=True)
@@ -238,6 +257,7 @@ def pack_batch(
         ValueError: a malformed record; names file and line.
     """
     ids: list[list[int]] = [[], []]
+    ends: list[list[int]] = [[], []]
     digests: list[list[bytes]] = [[], []]
     sizes = [0, 0]
     for text in batch.texts(rules):
@@ -250,9 +270,13 @@ def pack_batch(
         part = int(int.from_bytes(digest[:8], "big") < validation_fraction * 2.0**64)
         ids[part] += tokenizer.encode_ids(text)
         ids[part].append(tokenizer.eos_id)
+        ends[part].append(len(ids[part]))
         digests[part].append(digest)
         sizes[part] += len(raw)
-    parts = [PackedPart(np.asarray(ids[p], dtype=np.int32), digests[p], sizes[p]) for p in (0, 1)]
+    parts = [
+        PackedPart(np.asarray(ids[p], dtype=np.int32), np.asarray(ends[p], dtype=np.int64), digests[p], sizes[p])
+        for p in (0, 1)
+    ]
     return parts if validation_fraction else parts[:1]
 
 
@@ -307,11 +331,16 @@ _job: tuple[Tokenizer, DocumentRules, float] | None = None
 
 
 def _start_worker(tokenizer: str, rules: DocumentRules, validation_fraction: float) -> None:
-    """Set up a worker process, which ends when its parent does, even by kill -9."""
+    """Set up a worker process."""
     global _job
     _job = (Tokenizer(tokenizer), rules, validation_fraction)
     parent = multiprocessing.parent_process()
     assert parent is not None
+    follow_parent(parent)
+
+
+def follow_parent(parent: Any) -> None:
+    """End this worker process when its parent process does, even by kill -9."""
 
     def follow() -> None:
         parent.join()

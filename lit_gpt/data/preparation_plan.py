@@ -10,20 +10,33 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.data.packed_format import VALIDATION_PREFIX
-from lit_gpt.data.text_sources import DocumentRules, TextFile
+from lit_gpt.data.packed_format import VALIDATION_PREFIX, index_path
+from lit_gpt.data.text_files import TextFile
+from lit_gpt.data.text_sources import DocumentRules
 from lit_gpt.files import HashingFile, make_folder, read_json_object, write_file
 from lit_gpt.tokenizer import Tokenizer
 
 TOKENIZER_FOLDER = "tokenizer"
+SHARDS_FOLDER = ".shards"
+"""In the destination: locks and logs of the shards of a corpus."""
 # Raised when a change of the code changes the files.
 _VERSION = 1
 _REMEDY = "--overwrite replaces it, or give another --destination_path"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of the parts that a corpus is prepared in."""
+
+    index: int
+    """From 0."""
+    count: int
+    """Of all."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +53,39 @@ class PackingPlan:
     """Tokens per file."""
     validation_fraction: float = 0.0
     """Share of the documents, chosen by their hash, that goes to files named validation."""
+    drop_last: bool = False
+    """Leave out the last file of a series if it is not full."""
+    shard: Shard | None = None
+    """Which part of a corpus this is; the prefix then ends in its number."""
+
+    def split(self, count: int) -> list[PackingPlan]:
+        """The plans of a corpus' shards: runs of consecutive files, as many files each, or one more in the first ones."""
+        each, more = divmod(len(self.sources), count)
+        firsts = [index * each + min(index, more) for index in range(count + 1)]
+        return [
+            replace(
+                self,
+                sources=self.sources[firsts[index] : firsts[index + 1]],
+                prefix=f"{self.prefix}_{index}",
+                shard=Shard(index, count),
+            )
+            for index in range(count)
+        ]
+
+    @property
+    def lock_folder(self) -> Path:
+        """What a run locks: the destination, or a folder in it of the shard's own."""
+        if self.shard is None:
+            return self.destination
+        return self.destination / SHARDS_FOLDER / self.prefix
 
     @property
     def prefixes(self) -> list[str]:
         """The series that are written."""
-        return [self.prefix, VALIDATION_PREFIX] if self.validation_fraction else [self.prefix]
+        if not self.validation_fraction:
+            return [self.prefix]
+        number = "" if self.shard is None else f"_{self.shard.index}"
+        return [self.prefix, f"{VALIDATION_PREFIX}{number}"]
 
     @property
     def progress_path(self) -> Path:
@@ -58,13 +99,13 @@ class PackingPlan:
     @cached_property
     def source_bytes(self) -> int:
         """Of all sources, on the disk."""
-        return sum(source.path.stat().st_size for source in self.sources)
+        return sum(source.size for source in self.sources)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the files' bytes; JSON."""
         sources = hashlib.sha256("\n".join(source.identity() for source in self.sources).encode())
-        return {
+        identity = {
             "version": _VERSION,
             "tokenizer": self.tokenizer.fingerprint,
             "chunk_size": self.chunk_size,
@@ -76,6 +117,11 @@ class PackingPlan:
             "source_bytes": self.source_bytes,
             "source_identity": sources.hexdigest(),
         }
+        if self.drop_last:
+            identity["drop_last"] = True
+        if self.shard is not None:
+            identity["shard"] = [self.shard.index, self.shard.count]
+        return identity
 
     def finished(self) -> dict[str, dict[str, Any]] | None:
         """The manifests by prefix, if an earlier run has made exactly this and its files are all there; else None."""
@@ -108,6 +154,8 @@ class PackingPlan:
             if not overwrite:
                 raise ValueError(f"{self.progress_path}: an unfinished run with {differences}: {_REMEDY}")
             record = None
+        if record is not None and not all("sha256" in series for series in record["series"].values()):
+            record = None  # of an earlier version, which kept no hashes
         files = [path for prefix in self.prefixes for path in self._own_files(prefix)]
         manifests = [path for prefix in self.prefixes if (path := self.manifest_path(prefix)).is_file()]
         if not overwrite:
@@ -116,9 +164,10 @@ class PackingPlan:
                     raise ValueError(f"{path}: another result, with {differences}: {_REMEDY}")
             if files and not manifests and record is None:
                 raise ValueError(f"{files[0]}: of another preparation: {_REMEDY}")
-        leftovers = [p for p in self.destination.glob("*.tmp") if p.name.startswith(tuple(self.prefixes))]
+        own = tuple(f"{prefix}{mark}" for prefix in self.prefixes for mark in "_.")
+        leftovers = [p for p in self.destination.glob("*.tmp") if p.name.startswith(own)]
         if record is None:
-            leftovers += [*files, self.progress_path]
+            leftovers += [*files, *map(index_path, files), self.progress_path]
         for path in manifests + leftovers:
             path.unlink(missing_ok=True)
         return record
@@ -151,7 +200,10 @@ class PackingPlan:
     def _own_files(self, prefix: str) -> list[Path]:
         """The packed files of a series; a file that only looks like one of them is refused."""
         own = re.compile(re.escape(prefix) + r"_\d{10}\.bin")
-        files = sorted(path for path in self.destination.glob("*.bin") if path.name.startswith(prefix))
+        found = sorted(path for path in self.destination.glob("*.bin") if path.name.startswith(prefix))
+        if self.shard is not None:
+            return [path for path in found if own.fullmatch(path.name)]
+        files = found
         foreign = next((path for path in files if not own.fullmatch(path.name)), None)
         if foreign is not None:
             raise ValueError(
@@ -163,8 +215,8 @@ class PackingPlan:
     def _differences(self, found: dict[str, Any]) -> str:
         """What a manifest or record was made from that this plan is not."""
         made_from = found.get("made_from") or {}
-        names = [name for name, value in self.identity.items() if made_from.get(name) != value]
-        return ", ".join(f"{name} {made_from.get(name)} instead of {self.identity[name]}" for name in names)
+        names = [name for name in {**self.identity, **made_from} if made_from.get(name) != self.identity.get(name)]
+        return ", ".join(f"{name} {made_from.get(name)} instead of {self.identity.get(name)}" for name in names)
 
 
 def _write_bytes(content: bytes, file: HashingFile) -> None:

@@ -2,13 +2,14 @@
 
 Decisions: a gap is three or more underscores, `___5` one of exactly five tokens; the row ends where the text ends, since
 a person who wants more after it adds a gap. The space before a gap belongs to the gap, because a word's token holds the
-space before it.
+space before it; where the model begins the gap without one, the finished text still has the space that was typed
+(`spaced_positions`, `with_typed_spaces`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,10 +76,7 @@ def infill_row(text: str, tokenizer: Tokenizer, mask_id: int, limit: int, gap: i
         ValueError: a gap of no token, or more of them than the limit has room for.
     """
     pieces = split_gaps(text, gap)
-    written = [
-        (_continuation(tokenizer, piece) if number else tokenizer.encode_ids(piece)) if isinstance(piece, str) else []
-        for number, piece in enumerate(pieces)
-    ]
+    written = _written(pieces, tokenizer)
     gaps = [piece if isinstance(piece, int) else 0 for piece in pieces]
     # Before any gap is filled with masks: a typed number can be larger than the memory.
     if any(gaps) and (total := sum(gaps) + sum(map(len, written))) > limit:
@@ -86,6 +84,27 @@ def infill_row(text: str, tokenizer: Tokenizer, mask_id: int, limit: int, gap: i
             f"prompt 0 has {total} tokens, more than the context length {limit} (gaps included): shorten it"
         )
     return [token for ids, size in zip(written, gaps, strict=True) for token in (*ids, *[mask_id] * size)]
+
+
+def spaced_positions(text: str, tokenizer: Tokenizer, gap: int = DEFAULT_GAP) -> frozenset[int]:
+    """Where in `infill_row`, beyond its beginning, a gap comes behind a typed space; arguments as there."""
+    typed = iter([text[: found.start()].endswith(" ") for found in _GAP.finditer(text)])
+    pieces, found, position = split_gaps(text, gap), set(), 0
+    for piece, ids in zip(pieces, _written(pieces, tokenizer), strict=True):
+        if isinstance(piece, int) and next(typed) and position:
+            found.add(position)
+        position += piece if isinstance(piece, int) else len(ids)
+    return frozenset(found)
+
+
+def with_typed_spaces(ids: Sequence[int], spaced: Collection[int], tokenizer: Tokenizer) -> str:
+    """The text of finished tokens, with a space before each of the positions `spaced` that has none."""
+    text = tokenizer.decode(list(ids))
+    for position in sorted(spaced, reverse=True):
+        before = len(tokenizer.decode(list(ids[:position])))
+        if not text.startswith(" ", before):
+            text = f"{text[:before]} {text[before:]}"
+    return text
 
 
 def infill_states(
@@ -119,6 +138,14 @@ def infill_states(
     # [MASK] is no token of a prompt: any token stands in for it where prompts are checked.
     given = [row.masked_fill(gap, 0) for row, gap in zip(ids, gaps, strict=True)]
     return mdm_states(model, ids, context_lengths(given, context_length, config), sampling, stop_id, numbers)
+
+
+def _written(pieces: Sequence[str | int], tokenizer: Tokenizer) -> list[list[int]]:
+    """The token ids of each piece of `split_gaps`; none for gaps."""
+    return [
+        (_continuation(tokenizer, piece) if number else tokenizer.encode_ids(piece)) if isinstance(piece, str) else []
+        for number, piece in enumerate(pieces)
+    ]
 
 
 def _continuation(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.evaluation.versions import commit
 from lit_gpt.files import write_file, write_json
-from lit_gpt.studies.scaling_plan import PlannedRun
+from lit_gpt.studies.scaling_plan import SCALING_KINDS, PlannedRun, kind_label
 from lit_gpt.studies.scaling_settings import ScalingFlags
 from lit_gpt.studies.scaling_summary import summarised, swept_runs
-from lit_gpt.studies.scaling_sweep import ROWS_NAME, collect_rows
-from lit_gpt.studies.study_pages import markdown_table, report_folder, with_error, write_csv, written_by
+from lit_gpt.studies.scaling_sweep import ROWS_NAME, collect_rows, typed_command
+from lit_gpt.studies.study_pages import markdown_table, processor_name, report_folder, with_error, write_csv
 from lit_gpt.ui.scaling_figures import IsoflopKind, draw_isoflops, draw_scaling
 
 PAGE_NAME = "scaling_laws.md"
@@ -23,9 +26,11 @@ _ROUNDING = 1e-9
 _FACTORS = (1e-3, 1e6)
 _PAGE = """# Scaling laws in miniature
 
-Written by {written}. Training took {minutes:.0f} minutes{machine}.
+Written by `{command}` on {day}, commit {commit}. Training took {minutes:.0f} minutes on {machine}; {done}.
 
-{kinds}: {sizes} sizes by {budgets} budgets from {least:.3g} to {most:.3g} FLOPs (6 N D: N parameters without embeddings,
+Kinds: {kinds}.
+
+{sizes} sizes by {budgets} budgets from {least:.3g} to {most:.3g} FLOPs (6 N D: N parameters without embeddings,
 D tokens), on {text}, in sequences of {block} tokens of {vocabulary} pieces; the smallest model reads {epochs:.2g} epochs of it
 at the largest budget.
 Losses are nats per token of the same {samples} held-out sequences; an MDM's loss is an upper bound by {draws} draws a sequence.
@@ -110,7 +115,7 @@ def write_pages(flags: ScalingFlags, runs: Sequence[PlannedRun], summary: dict[s
     for kind, found in summary["kinds"].items():
         own = [row for row in rows if row["kind"] == kind and row["rate_factor"] == 1]
         points = [(row["budget"], row["size"], row["val_loss"]) for row in own]
-        curves.append(IsoflopKind(kind.upper(), points, found))
+        curves.append(IsoflopKind(kind_label(kind), points, found))
     draw_scaling(curves, folder / _FIGURES[0], folder / _FIGURES[1])
     draw_isoflops(curves, folder / _FIGURES[2])
     write_csv(folder / ROWS_NAME, rows)
@@ -133,12 +138,13 @@ def _page_parts(
     budgets = sorted(flags.budgets)
     laws = {kind: found["law"] for kind, found in summary["kinds"].items() if "law" in found}
     return {
-        "written": written_by("scripts/scaling_laws.py all", flags),
+        "command": typed_command(flags, "all"),
+        "day": time.strftime("%Y-%m-%d"),
+        "commit": (commit() or "unknown")[:8],
         "minutes": sum(float(row["minutes"]) for row in rows),
-        "machine": ""
-        if summary["runs"] == summary["planned_runs"]
-        else f"; {summary['runs']} of {len(runs)} runs are done",
-        "kinds": " and ".join(kind.upper() for kind in flags.kinds),
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {processor_name()}",
+        "done": f"{summary['runs']} of {len(runs)} runs are done",
+        "kinds": "; ".join(f"{kind_label(kind)} ({SCALING_KINDS[kind].what})" for kind in flags.kinds),
         "sizes": len(flags.sizes),
         "budgets": len(budgets),
         "least": budgets[0],
@@ -156,7 +162,7 @@ def _page_parts(
         "measure": "the FLOPs of training per token, attention included" if flags.size_measure == "M" else "N",
         "laws": laws_table(laws),
         "thresholds": "; ".join(
-            f"{kind.upper()} {law['huber_threshold']:.2g}, {law['share_beyond_threshold']:.0%} of the runs beyond it, "
+            f"{kind_label(kind)} {law['huber_threshold']:.2g}, {law['share_beyond_threshold']:.0%} of the runs beyond it, "
             f"root mean square {law['root_mean_square_log_residual']:.2g}"
             for kind, law in laws.items()
         ),
@@ -189,7 +195,7 @@ def optima_table(summary: dict[str, Any]) -> str:
             edge = f"{budget['share_of_draws_at_edge']:.0%}" + (" (and the fit itself)" if budget["at_edge"] else "")
             best = f"{budget['best_run']['loss']:.3f} at {budget['best_run']['size'] / 1e6:.3g}M"
             rows.append(
-                [kind.upper(), f"{budget['flops']:.3g}", f"{_interval(millions)} M", _interval(budget["loss"], 4)]
+                [kind_label(kind), f"{budget['flops']:.3g}", f"{_interval(millions)} M", _interval(budget["loss"], 4)]
             )
             rows[-1] += [edge, best]
     return markdown_table(["kind", "FLOPs", "best N", "its loss", "simulated sweeps at an edge", "best run"], rows)
@@ -199,7 +205,7 @@ def exponents_table(summary: dict[str, Any]) -> str:
     """By kind: of N, D and the loss."""
     names = {"size_exponent": "N ~ C^", "tokens_exponent": "D ~ C^", "loss_exponent": "loss ~ C^-"}
     rows = [
-        [kind.upper(), *(_interval(found[name]) for name in names)]
+        [kind_label(kind), *(_interval(found[name]) for name in names)]
         for kind, found in summary["kinds"].items()
         if "loss_exponent" in found
     ]
@@ -213,9 +219,10 @@ def gap_lines(summary: dict[str, Any]) -> list[str]:
         low, high = _FACTORS
         return _interval(numbers) if low < min(numbers) and max(numbers) < high else "an undetermined number of"
 
+    first = kind_label(summary["compute_gap_to"])
     return [
-        f"{kind.upper()} needs {factor(gap['factor'])} times the compute of {summary['compute_gap_to'].upper()} for the "
-        f"same loss, if both curves have one exponent ({_interval(gap['shared_loss_exponent'])}); with an exponent each, "
+        f"- {kind_label(kind)} needs {factor(gap['factor'])} times the compute of {first} for the same "
+        f"loss, if both curves have one exponent ({_interval(gap['shared_loss_exponent'])}); with an exponent each, "
         f"{factor(gap['factor_at_largest_budget'])} times for the loss of the largest budget."
         for kind, gap in summary["compute_gaps"].items()
     ]
@@ -224,7 +231,7 @@ def gap_lines(summary: dict[str, Any]) -> list[str]:
 def laws_table(laws: dict[str, Any]) -> str:
     """By kind: the five parameters, and the exponent of the best N that they imply."""
     names = ("E", "A", "B", "a", "b", "size_exponent")
-    rows = [[kind.upper(), *(_interval(law[name]) for name in names)] for kind, law in laws.items()]
+    rows = [[kind_label(kind), *(_interval(law[name]) for name in names)] for kind, law in laws.items()]
     return markdown_table(["kind", *names[:5], "best size ~ C^"], rows)
 
 
@@ -237,7 +244,7 @@ def check_table(rows: Sequence[dict[str, Any]]) -> str:
     for kind, size, budget in sorted(checked):
         found = [losses.get((kind, size, budget, factor)) for factor in factors]
         cells = ["" if loss is None else f"{loss:.3f}" for loss in found]
-        lines.append([f"{kind.upper()} {size / 1e6:.3g}M, {budget:.3g} FLOPs", *cells])
+        lines.append([f"{kind_label(kind)} {size / 1e6:.3g}M, {budget:.3g} FLOPs", *cells])
     if not lines:
         return "not checked (--check_factors)"
     return markdown_table(["run", *(f"times {factor:g}" for factor in factors)], lines)
@@ -248,7 +255,7 @@ def runs_table(rows: Sequence[dict[str, Any]]) -> str:
     heads = ["kind", "N", "layers x width", "FLOPs", "tokens", "steps x batch", "learning rate", "loss", "minutes"]
     lines = [
         [
-            row["kind"].upper(),
+            kind_label(row["kind"]),
             f"{row['size'] / 1e6:.3g}M",
             f"{row['layers']} x {row['width']}",
             f"{row['flops']:.3g}",

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lit_gpt.config import SIZES, Config
 from lit_gpt.model.flops import forward_flops
+from lit_gpt.studies.mdm_recipes import RECIPES, StepBudget
 from lit_gpt.studies.scaling_settings import ScalingFlags
 from lit_gpt.training import schedule
 
@@ -26,17 +27,26 @@ class TrainedKind:
     """Its training script."""
     causal: bool
     """Whether a token sees only those before it, and all are scored; otherwise it sees all, and half are scored."""
-    flags: dict[str, Any] = field(default_factory=dict)
-    """Of the script, beyond the common ones."""
+    what: str
+    """In words."""
+    recipe: str | None = None
+    """Key of `mdm_recipes.RECIPES`, where the script takes one."""
+
+    def flags(self, budget: StepBudget) -> dict[str, Any]:
+        """Of the script, beyond the common ones or instead of them."""
+        return {} if self.recipe is None else RECIPES[self.recipe].flags(budget)
 
 
 SCALING_KINDS = {
-    "arm": TrainedKind("pretrain/train_ar.py", causal=True),
-    "mdm": TrainedKind("pretrain/train_mdm.py", causal=False),
-    "mdm_rl": TrainedKind("pretrain/train_mdm_rl.py", causal=False),
-    "mdm_ce": TrainedKind("pretrain/train_mdm.py", causal=False, flags={"loss_weight": "cross_entropy"}),
+    "arm": TrainedKind("pretrain/train_ar.py", True, "next token"),
+    "mdm": TrainedKind("pretrain/train_mdm.py", False, "masked diffusion by the published recipe"),
+    "mdm_rl": TrainedKind("pretrain/train_mdm_rl.py", False, "masked diffusion with stochastic lengths"),
+} | {
+    f"mdm_{name}": TrainedKind("pretrain/train_mdm.py", False, f"masked diffusion: {recipe.what}", name)
+    for name, recipe in RECIPES.items()
+    if name != "published"
 }
-"""By name; a new objective is one line."""
+"""By name; a new objective is one line, and every recipe of the MDM is there."""
 
 # The quickstart: parameters, tokens, tokens of a step, learning rate.
 _QUICKSTART_SIZE, _QUICKSTART_TOKENS, _QUICKSTART_STEP, _QUICKSTART_RATE = 1.05e6, 2.46e6, 2048, 2e-3
@@ -141,9 +151,17 @@ class PlannedRun:
             "val_samples": flags.val_samples,
             "val_draws": flags.val_draws,
             "seed": flags.seed,
-            **SCALING_KINDS[self.kind].flags,
+            **SCALING_KINDS[self.kind].flags(
+                StepBudget(self.steps, self.batch_size, config.block_size, self.learning_rate)
+            ),
             **extra,
         }
+
+
+def kind_label(kind: str) -> str:
+    """`ARM`, `MDM`, `MDM best`: for tables and figures."""
+    name, _, recipe = kind.partition("_")
+    return f"{name.upper()} {recipe.replace('_', ' ')}".strip()
 
 
 def ruled_rate(non_embedding_params: int) -> float:
@@ -183,10 +201,11 @@ def _run(kind: str, config: Config, budget: float, factor: float = 1.0) -> Plann
     return PlannedRun(kind, config, budget, batch_size, steps, rate, factor)
 
 
-def plan_rows(runs: Sequence[PlannedRun], flops_per_s: float, start_s: float) -> list[list[str]]:
+def plan_rows(flags: ScalingFlags, runs: Sequence[PlannedRun], flops_per_s: float, start_s: float) -> list[list[str]]:
     """A table: its heads, then a row for each run.
 
     Args:
+        flags: of the study.
         runs: the plan.
         flops_per_s: speed in computed FLOPs.
         start_s: seconds of a run beside its steps.
@@ -194,9 +213,9 @@ def plan_rows(runs: Sequence[PlannedRun], flops_per_s: float, start_s: float) ->
     heads = ["run", "layers", "width", "N", "tokens", "steps", "batch", "rate", "6ND", "seconds"]
     rows = []
     for number, run in enumerate(runs):
-        config = run.config
+        config, given = run.config, run.script_flags(flags)
         seconds = run.computed_flops / flops_per_s + start_s
         cells = [f"{number} {run.name}", config.n_layer, config.n_embd, f"{config.size_in_millions:.3g}M"]
-        cells += [f"{run.tokens / 1e6:.3g}M", run.steps, run.batch_size, f"{run.learning_rate:.2g}"]
+        cells += [f"{run.tokens / 1e6:.3g}M", given["max_steps"], given["batch_size"], f"{given['learning_rate']:.2g}"]
         rows.append([str(cell) for cell in [*cells, f"{run.flops:.3g}", f"{seconds:.0f}"]])
     return [heads, *rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt.evaluation.result_pages import command_line
+from lit_gpt.evaluation.result_pages import changed_flags
 from lit_gpt.files import make_folder, read_json_object, write_file
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
@@ -87,7 +88,7 @@ def text_pieces(text: str) -> list[str]:
 def plan_lines(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> list[str]:
     """The plan for a console: a line a run, then the sum."""
     speed, start_s, source = machine_speed(flags, runs)
-    table = plan_rows(runs, speed, start_s)
+    table = plan_rows(flags, runs, speed, start_s)
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     hours = sum(run.computed_flops / speed + start_s for run in runs) / 3600
@@ -110,10 +111,20 @@ def sweep(flags: ScalingFlags, runs: Sequence[PlannedRun], console: Console) -> 
         run_sweep(flags, runs, pipeline)
         return
     prepare_text(flags, pipeline)
-    command = command_line("scripts/scaling_laws.py sweep", flags, but=("slurm",)).replace("'", "")
-    text = slurm_script(flags, runs, command)
+    text = slurm_script(flags, runs, typed_command(flags, "sweep"))
     write_file(out / "sweep.sbatch", lambda file: file.write(text.encode()))
     console.print(f"{len(runs)} runs; start them with: sbatch {out / 'sweep.sbatch'}")
+
+
+def typed_command(flags: ScalingFlags, action: str) -> str:
+    """The command with these flags, as a user types it."""
+    words = ["python", "scripts/scaling_laws.py", action]
+    for name, value in changed_flags(flags, but=("slurm", "only")).items():
+        values = (
+            [f"{one:g}" if isinstance(one, float) else str(one) for one in value] if isinstance(value, list) else []
+        )
+        words += [f"--{name}", f"[{','.join(values)}]" if isinstance(value, list) else str(value)]
+    return shlex.join(words)
 
 
 def run_sweep(flags: ScalingFlags, runs: Sequence[PlannedRun], pipeline: Pipeline) -> None:
@@ -168,7 +179,7 @@ def collect_rows(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> list[dict[s
     """The finished runs as rows, written to scaling_laws.csv in the study's folder."""
     rows = []
     for run in runs:
-        record = finished_record(flags, run)
+        record, given = finished_record(flags, run), run.script_flags(flags)
         if record is None or record.get("val_loss") is None:
             continue
         rows.append(
@@ -181,9 +192,9 @@ def collect_rows(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> list[dict[s
                 "flops": run.flops,
                 "flops_per_token": run.flops_per_token,
                 "tokens": run.tokens,
-                "steps": run.steps,
-                "batch_size": run.batch_size,
-                "learning_rate": run.learning_rate,
+                "steps": given["max_steps"],
+                "batch_size": given["batch_size"],
+                "learning_rate": given["learning_rate"],
                 "rate_factor": run.rate_factor,
                 **{name: record.get(name) for name in _NUMBERS},
             }

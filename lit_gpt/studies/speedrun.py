@@ -10,7 +10,6 @@ import csv
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from lit_gpt.evaluation.versions import commit
 from lit_gpt.files import write_file
 from lit_gpt.pipeline import Pipeline, Stage
 from lit_gpt.studies.mdm_recipes import RECIPES, StepBudget
-from lit_gpt.studies.study_pages import markdown_table, with_error
+from lit_gpt.studies.study_pages import markdown_table, processor_name, with_error
 from lit_gpt.studies.trained_models import ModelShape, TrainedModel, train_model
 from lit_gpt.training import schedule
 
@@ -55,7 +54,7 @@ class SpeedrunEntry:
         flags = {**shape.flags(), "seed": seed, "val_draws": DRAWS, **RECIPES[self.recipe].flags(budget)}
         flags |= dict(self.extra)
         if "batch_size" in dict(self.extra) and "max_steps" not in dict(self.extra):
-            flags["max_steps"] = max(1, steps * BATCH_SIZE // flags["batch_size"])
+            flags["max_steps"] = max(1, steps * BATCH_SIZE // int(flags["batch_size"]))
         return flags
 
 
@@ -135,7 +134,7 @@ def run_entry(
         "settings": described,
         "hash": hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16],
         "commit": commit(),
-        "machine": f"{os.cpu_count()} cores, {_processor()}",
+        "machine": f"{os.cpu_count()} cores, {processor_name()}",
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -161,13 +160,6 @@ def _train_seconds(folder: Path) -> float:
         times = [float(row["time/train"]) for row in csv.DictReader(file) if row["time/train"]]
     # The clock begins anew when an interrupted run goes on.
     return sum(now for now, following in zip(times, [*times[1:], 0.0], strict=True) if following < now)
-
-
-def _processor() -> str:
-    """The processor's name, as the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def add_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

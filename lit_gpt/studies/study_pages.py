@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import platform
 import shlex
 import time
 from collections.abc import Sequence
@@ -43,6 +44,13 @@ def typed(command: Sequence[object]) -> str:
 def written_by(script: str, flags: Any) -> str:
     """The command, the day and the commit, for the head of a page."""
     return f"`{command_line(script, flags)}` on {time.strftime('%Y-%m-%d')}, commit {(commit() or 'unknown')[:8]}"
+
+
+def processor_name() -> str:
+    """The processor's name, as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

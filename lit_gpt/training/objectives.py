@@ -121,6 +121,11 @@ class MaskedDiffusion:
     fixed_draws = None
 
     @property
+    def training_is_bound(self) -> bool:
+        """Whether the training loss is the bound, too; an objective that does not say means yes (`scripts/certify.py`)."""
+        return self.loss_weight == "elbo"
+
+    @property
     def lengths_vary(self) -> bool:
         """With random lengths only."""
         return self.ssl_ratio > 0
@@ -268,3 +273,12 @@ def weighted_nll(fabric: Fabric, model: Any, terms: LossTerms) -> tuple[Tensor, 
     """
     with fabric.autocast():
         return model.weighted_nll(terms)  # type: ignore[no-any-return]
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "next_token": NextToken,
+    "masked_diffusion": MaskedDiffusion,
+    "next_response_token": NextResponseToken,
+    "masked_response": MaskedResponse,
+}
+"""All kinds of training by name; what is here is checked by `scripts/certify.py`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from lit_gpt.checkpoints.loaded import LoadedModel
 from lit_gpt.data.sft_formats import CHAT_TEMPLATE
-from lit_gpt.sampling.infill import DEFAULT_GAP, has_gaps, infill_row
+from lit_gpt.sampling.infill import DEFAULT_GAP, has_gaps, infill_row, spaced_positions, with_typed_spaces
 from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.ui.trajectory import TrajectoryRecorder
@@ -29,6 +29,8 @@ class CompletionRequest:
     """Tokens of the finished row."""
     start: int
     """Where the shown text begins: 0, or in a chat behind the question."""
+    spaced: frozenset[int] = frozenset()
+    """Positions of gaps before which a space was typed."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,11 @@ class Completer:
         limit = min(context_length, config.block_size)
         row = self.loaded.started(infill_row(text, self.loaded.tokenizer, config.mask_id, limit, gap))
         # A row that is too long keeps the limit: the sampler's error says both.
-        return CompletionRequest(row, min(len(row), context_length) if has_gaps(text) else context_length, 0)
+        if not has_gaps(text):
+            return CompletionRequest(row, context_length, 0)
+        return CompletionRequest(
+            row, min(len(row), context_length), 0, spaced_positions(text, self.loaded.tokenizer, gap)
+        )
 
     def states(self, request: CompletionRequest, sampling: Sampling) -> Iterator[State]:
         """Write: one state before the first step and one after each.
@@ -74,7 +80,8 @@ class Completer:
 
     def recorder(self, request: CompletionRequest) -> TrajectoryRecorder:
         """The recorder of a request's row, to be given its states."""
-        return TrajectoryRecorder(self.loaded.model.config.mask_id, self.loaded.tokenizer, start=request.start)
+        mask_id, tokenizer = self.loaded.model.config.mask_id, self.loaded.tokenizer
+        return TrajectoryRecorder(mask_id, tokenizer, start=request.start, spaced=request.spaced)
 
     def text(self, state: State, request: CompletionRequest) -> str:
         """The text on a state, masks as `trajectory.PLAIN_MASK`; in a chat the answer alone, up to its end token."""
@@ -83,7 +90,8 @@ class Completer:
             recorder = self.recorder(request)
             recorder.add(state)
             return recorder.trajectory().plain_text(state.step)
-        return self.loaded.tokenizer.decode(self.loaded.until_end(ids) if request.start else ids)
+        ids = self.loaded.until_end(ids) if request.start else ids
+        return with_typed_spaces(ids, request.spaced, self.loaded.tokenizer)
 
     def record(self, state: State, request: CompletionRequest) -> dict[str, Any]:
         """A state as JSON values: step, text, and the whole row's tokens and confidences."""

@@ -7,7 +7,7 @@ what has changed since the state before, so that the page can step back and fort
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from lit_gpt.checkpoints.export import read_record
+from lit_gpt.checkpoints.export import WeightsRecord, read_record
 from lit_gpt.checkpoints.loaded import load_model
+from lit_gpt.checkpoints.markers import is_sharded
+from lit_gpt.checkpoints.run_files import list_checkpoints
+from lit_gpt.checkpoints.run_record import RUN_RECORD_NAME, read_run_record
 from lit_gpt.checkpoints.torch_files import clean_names
 from lit_gpt.checkpoints.weights import infer_config, infer_kind, of_family
 from lit_gpt.cli import warn
 from lit_gpt.config import Config
+from lit_gpt.sampling.infill import has_gaps
 from lit_gpt.sampling.sequence import State
 from lit_gpt.sampling.settings import Sampling
 from lit_gpt.ui.completion import Completer, CompletionRequest
-from lit_gpt.ui.trajectory import token_texts
+from lit_gpt.ui.trajectory import token_texts, with_space
 
 _MAX_STEPS = 4096
 """States that a page can hold and a person would look through."""
@@ -44,29 +48,52 @@ class ListedCheckpoint(NamedTuple):
 
 
 def find_checkpoints(sources: Sequence[str]) -> dict[str, ListedCheckpoint]:
-    """All models in the `.safetensors` files at or below some paths, by path.
+    """All models in the `.safetensors` files and run folders at or below some paths, by path.
+
+    A finished run is left out where the file that it exported is in the list.
 
     Raises:
         FileNotFoundError: a path is missing, or there is no model at all.
     """
     found: dict[str, ListedCheckpoint] = {}
+    run_folders: dict[str, WeightsRecord] = {}
+    exported: set[str | None] = set()
     for source in map(Path, sources):
         if not source.exists():
             raise FileNotFoundError(f"--models {source}: no such file or folder")
-        for path in sorted(source.rglob("*.safetensors")) if source.is_dir() else [source]:
+        paths = sorted(source.rglob("*.safetensors")) if source.is_dir() else [source]
+        for path in paths:
+            if is_sharded(path.parent):
+                continue  # a part of a run's checkpoint
             try:
-                found[str(path)] = _read_header(path)
+                record = read_record(path)
+                found[str(path)] = _listed(record) if record else _read_shapes(path)
+                exported.add(record.run_id if record else None)
             except (ValueError, OSError) as error:
                 warn(f"passed over: {error}")
+        for path in sorted(source.rglob(RUN_RECORD_NAME)) if source.is_dir() else []:
+            if not list_checkpoints(path.parent):
+                continue
+            try:
+                run_folders[str(path.parent)] = WeightsRecord.from_dict(read_run_record(path.parent))
+            except (ValueError, OSError) as error:
+                warn(f"passed over: {error}")
+    for name, record in run_folders.items():
+        if not (record.run.get("finished") and record.run_id in exported):
+            found[name] = _listed(record)
     if not found:
-        raise FileNotFoundError(f"--models {' '.join(sources)}: no model in any .safetensors file there")
+        raise FileNotFoundError(
+            f"--models {' '.join(sources)}: no model in any .safetensors file there, and no run with a checkpoint"
+        )
     return found
 
 
-def _read_header(path: Path) -> ListedCheckpoint:
-    """A file's kind and config, from its record or its shapes; the weights are not read."""
-    if record := read_record(path):
-        return ListedCheckpoint(record.kind, record.config)
+def _listed(record: WeightsRecord) -> ListedCheckpoint:
+    return ListedCheckpoint(record.kind, record.config)
+
+
+def _read_shapes(path: Path) -> ListedCheckpoint:
+    """Kind and config of a file without a record, from its tensors' shapes; the weights are not read."""
     with safe_open(path, framework="pt") as file:
         shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
     state = of_family(path, clean_names(shapes))
@@ -86,17 +113,37 @@ def form_controls() -> list[dict[str, Any]]:
     """The form's controls: the row's length, and every field of `Sampling`.
 
     Returns:
-        Name, type, default (None: none, or the page decides), choices, help, and the kind of model (`only`) and the
-        algorithm (`with`) that alone have a use for it.
+        Name, type, default (None: none, or the page decides), choices, help, group, and the kind of model (`only`) and
+        the algorithm (`with`) that alone have a use for it.
     """
+    places = {name: place for place, name in enumerate(name for names in _GROUPS.values() for name in names)}
+    return sorted(_controls(), key=lambda control: places.get(control["name"], len(places)))
+
+
+def _controls() -> list[dict[str, Any]]:
+    """The controls in the order of `Sampling`'s fields."""
     length = "Tokens of the finished row, prompt included; a text with gaps keeps its own."
     result = [_control("context_length", "int", None, {"help": length})]
     return result + [_control(one.name, str(one.type), one.default, one.metadata) for one in fields(Sampling)]
 
 
+_GROUPS = {
+    "": ("algorithm", "steps", "context_length", "temperature", "seed"),
+    "how tokens are drawn": ("top_k", "top_p"),
+    "classifier-free guidance": ("cfg_scale",),
+    "blocks from left to right, and what is kept": ("block_length", "cache", "refresh", "use_cache"),
+    "written again": ("remask",),
+    "the algorithm's own": ("threshold", "entropy_bound"),
+    "how long": ("steps_per_token",),
+    "the end of the text": ("min_new_tokens", "early_stop"),
+}
+"""The groups of the form, in the order and the words of the guide on sampling; the first stands at the top, without a name."""
+
+
 def _control(name: str, kind: str, default: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """One control, from the metadata of a field of `Sampling`."""
     control = {"name": name, "type": kind, "default": default, "choices": list(metadata.get("choices", ()))}
+    control["group"] = next((group for group, names in _GROUPS.items() if name in names), "others")
     only = metadata.get("kind")
     # The kind's name before the help is for command lines: the form shows a kind's own settings only.
     shown = metadata["text"] if only else metadata["help"]
@@ -109,7 +156,7 @@ def read_settings(given: Any) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name, or a value of another type.
     """
-    known = {control["name"]: control for control in form_controls()}
+    known = {control["name"]: control for control in _controls()}
     if not isinstance(given, dict):
         raise ValueError(f"sampling: expected an object, got {type(given).__name__}")
     if unknown := sorted(given.keys() - known):
@@ -160,13 +207,17 @@ class Generation:
         tokenizer, mask_id = self._completer.loaded.tokenizer, self._completer.loaded.model.config.mask_id
         ids, confidence = state.tokens()[0].tolist(), state.confidences()[0].tolist()
         before = [*self._row, *[(-1, 0.0)] * (len(ids) - len(self._row))]
-        self._last, self._row = state, [(token, round(value, 4)) for token, value in zip(ids, confidence, strict=True)]
+        self._last, self._row = (
+            state,
+            [(token, float(f"{value:.4g}")) for token, value in zip(ids, confidence, strict=True)],
+        )
         changed = [position for position in range(len(ids)) if self._row[position] != before[position]]
         texts = token_texts(tokenizer, [ids[position] for position in changed], mask_id, starts_text=changed[:1] == [0])
         changes: list[list[Any]] = []
         for position, text in zip(changed, texts, strict=True):
             token, value = self._row[position]
-            changes.append([position, None if token == mask_id else text, value, token])
+            shown = with_space(text) if position in self._request.spaced else text
+            changes.append([position, None if token == mask_id else shown, value, token])
         return {"step": state.step, "changes": changes, "masked": ids.count(mask_id)}
 
     def text(self) -> str:
@@ -186,9 +237,15 @@ class PageModels:
     """As `devices.choose_device`."""
 
     def listing(self) -> list[dict[str, Any]]:
-        """What the page shows of each: `name`, `kind`, `size` and `block_size`."""
+        """What the page shows of each: `name`, `kind`, `size`, `block_size`, and whether it is a run's folder (`is_run`)."""
         return [
-            {"name": name, "kind": kind, "size": f"{config.size_in_millions:.3g}M", "block_size": config.block_size}
+            {
+                "name": name,
+                "kind": kind,
+                "size": f"{config.size_in_millions:.3g}M",
+                "block_size": config.block_size,
+                "is_run": Path(name).is_dir(),
+            }
             for name, (kind, config) in self.checkpoints.items()
         ]
 
@@ -216,4 +273,9 @@ class PageModels:
                 f"steps_per_token is {sampling.steps_per_token:g}: this page shows at most {_MAX_STEPS} steps"
             )
         completer = _load(name, Path(name).stat().st_mtime_ns, self.tokenizer, self.device)
-        return Generation(name, completer, completer.request(prompt, length), sampling)
+        request = completer.request(prompt, length)
+        if has_gaps(prompt) and "steps" not in settings:
+            # A gap's tokens are few: of more steps than tokens, most would show nothing new.
+            masks = request.row.count(completer.loaded.model.config.mask_id)
+            sampling = replace(sampling, steps=max(1, min(masks, sampling.steps)))
+        return Generation(name, completer, request, sampling)

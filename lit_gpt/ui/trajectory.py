@@ -7,7 +7,7 @@ after any step follows from that, here and in `trajectory_images`. Torch and ric
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
@@ -89,7 +89,9 @@ class DenoisingTrajectory:
 class TrajectoryRecorder:
     """Collects one row of an MDM's states; `trajectory` is what it has been given so far."""
 
-    def __init__(self, mask_id: int, tokenizer: Tokenizer, row: int = 0, start: int = 0) -> None:
+    def __init__(
+        self, mask_id: int, tokenizer: Tokenizer, row: int = 0, start: int = 0, spaced: Collection[int] = ()
+    ) -> None:
         """Nothing has been collected.
 
         Args:
@@ -97,8 +99,10 @@ class TrajectoryRecorder:
             tokenizer: of the model.
             row: which row of the batch.
             start: tokens of the row that are left out, such as a chat's question.
+            spaced: positions behind `start` whose token has a space before it that a person typed.
         """
         self._mask_id, self._tokenizer, self._row, self._start = mask_id, tokenizer, row, start
+        self._spaced = spaced
         self._ids: list[int] = []
         self._since: list[int] = []
         self._step = 0
@@ -119,6 +123,8 @@ class TrajectoryRecorder:
             for token, since in zip(self._ids, self._since, strict=True)
         ]
         texts = token_texts(self._tokenizer, self._ids, self._mask_id, starts_text=True)
+        for position in self._spaced:
+            texts[position] = with_space(texts[position])
         return DenoisingTrajectory(texts, revealed, self._step)
 
 
@@ -147,6 +153,11 @@ def replay_trajectory(trajectory: DenoisingTrajectory, console: Console, count: 
 def without_control_characters(text: str) -> str:
     """The text with U+FFFD in place of characters that control a terminal, which a model may write."""
     return "".join("\ufffd" if category(one) == "Cc" and one not in "\n\t" else one for one in text)
+
+
+def with_space(text: str) -> str:
+    """A token's text, with a space before it if it does not begin with one."""
+    return text if text.startswith(" ") else f" {text}"
 
 
 def indented(text: str) -> str:

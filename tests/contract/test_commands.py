@@ -31,7 +31,7 @@ def named(block: Block) -> str:
     return f"{block.document}:{block.line}"
 
 
-def make_workspace(folder: Path, copied: tuple[str, ...] = ("data",)) -> Path:
+def make_workspace(folder: Path, copied: tuple[str, ...] = ("data", "docs")) -> Path:
     """A folder that looks like the repository, in which commands may write; what is not copied must stay as it is."""
     for path in ROOT.iterdir():
         if path.name in copied:
@@ -117,7 +117,7 @@ def test_code_that_a_page_adds_runs(document: str, tmp_path: Path, small_models:
     pieces = [block for block in CODE if block.document == document]
     lines = sum(len(piece.text.splitlines()) for piece in pieces)
     assert lines < MOST_CODE, f"{document} shows {lines} lines of code"
-    folder = make_workspace(tmp_path, ("data", "lit_gpt", "pretrain", "scripts"))
+    folder = make_workspace(tmp_path, ("data", "docs", "lit_gpt", "pretrain", "scripts"))
     shutil.copytree(small_models, folder / "quickstart")
     for piece in pieces:
         piece.change_code(folder)

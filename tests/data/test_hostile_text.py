@@ -16,7 +16,8 @@ from lit_gpt.data.packed_format import read_header
 from lit_gpt.data.pickled_tokens import read_token_list
 from lit_gpt.data.sft_dataset import ExamplePreparation, prepare_examples
 from lit_gpt.data.sft_formats import REVERSE, json_items, text_lines
-from lit_gpt.data.text_sources import DocumentRules, ReadPosition, find_sources, read_raw_records
+from lit_gpt.data.text_files import find_sources
+from lit_gpt.data.text_sources import DocumentRules, ReadPosition, read_raw_records
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.ui.info import path_info
 from tests.support.small_tokenizers import train_small_tokenizer
@@ -24,6 +25,7 @@ from tests.support.small_tokenizers import train_small_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 READ_ALL = """
 import resource, sys
+from lit_gpt.data.text_files import *
 from lit_gpt.data.text_sources import *
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -20,7 +21,8 @@ from lit_gpt.data import packed_dataset
 from lit_gpt.data.packed_format import PackedDatasetBuilder
 from lit_gpt.data.preparation import pack_batch, pack_texts
 from lit_gpt.data.preparation_plan import PackingPlan
-from lit_gpt.data.text_sources import DocumentRules, ReadPosition, find_sources, read_raw_records
+from lit_gpt.data.text_files import find_sources
+from lit_gpt.data.text_sources import DocumentRules, ReadPosition, read_raw_records
 from lit_gpt.tokenizer import Tokenizer
 from tests.support.small_tokenizers import CORPUS, train_small_tokenizer, training_lines
 
@@ -64,6 +66,9 @@ def write_any(folder, suffix, documents):
         pyarrow.parquet.write_table(table, path, row_group_size=2)
         return path
     write_jsonl(path, documents)
+    if suffix.endswith(".gz"):
+        raw = path.read_bytes()
+        path.write_bytes(b"".join(gzip.compress(part) for part in (raw[:40], raw[40:])))
     if suffix.endswith(".zst"):
         import zstandard
 
@@ -95,7 +100,7 @@ def expected_tokens(tokenizer, documents):
 # --- what comes out -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet"])
 def test_kinds_of_files_give_the_same_tokens(tmp_path, plan_of, tokenizer, suffix):
     plan = plan_of(write_any(tmp_path, suffix, DOCUMENTS))
     outcome = run_plan(plan)
@@ -138,6 +143,42 @@ def test_sources_in_order_each_once(tmp_path):
     assert [source.name for source in find_sources([str(tmp_path)], 0.67)] == ["a.jsonl", "b.txt"]
 
 
+def test_files_of_any_name_count_as_text_where_they_are_meant(tmp_path, plan_of, tokenizer):
+    """One that is named does; of a folder those of a known suffix, and those whose names match a pattern."""
+    for name, text in {
+        "src/a.py": "a = 1\n",
+        "src/sub/b.py": "b = 2\n",
+        "src/LICENSE": "free\n",
+        "src/c.txt": "c\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    names = [source.name for source in find_sources([str(tmp_path / "src")], as_text=["*.py"])]
+    assert names == ["a.py", "c.txt", "sub/b.py"]
+    assert [source.name for source in find_sources([str(tmp_path / "src")])] == ["c.txt"]
+    assert [source.name for source in find_sources([str(tmp_path / "src" / "*.py")])] == ["a.py"]
+    run_plan(plan_of(tmp_path / "src" / "LICENSE", tmp_path / "src" / "a.py"))
+    assert packed_tokens(tmp_path / "out") == expected_tokens(tokenizer, ["free\n", "a = 1\n"])
+    (tmp_path / "src" / "c.txt").unlink()
+    with pytest.raises(ValueError, match=r"of its 3 other file\(s\) --as_text '\*' takes those like LICENSE"):
+        find_sources([str(tmp_path / "src")])
+
+
+def test_addresses_are_read_in_place(tmp_path, plan_of, tokenizer):
+    """fsspec's own address of a local folder stands for the hub's."""
+    write_any(tmp_path, ".jsonl.gz", DOCUMENTS)
+    write_any(tmp_path, ".parquet", DOCUMENTS)
+    source = f"file://{tmp_path}"
+    plan = plan_of(source)
+    assert [one.name for one in plan.sources] == ["text.jsonl.gz", "text.parquet"]
+    run_plan(plan)
+    assert packed_tokens(plan.destination) == expected_tokens(tokenizer, DOCUMENTS * 2)
+    with pytest.raises(
+        FileNotFoundError, match="no such file or folder.*nor could the hub give a data set of that name"
+    ):
+        find_sources(["nobody/nothing"])
+
+
 def test_subset_that_tinyllama_leaves_out(tmp_path, plan_of, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", ["code"], meta={"redpajama_set_name": "RedPajamaGithub"})
     write_jsonl(tmp_path / "b.jsonl", ["prose"], meta={"redpajama_set_name": "RedPajamaBook"})
@@ -168,7 +209,7 @@ def test_training_finds_data_padding_and_tokenizer(tmp_path, plan_of, tokenizer)
 def test_positions_go_on_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_gpt.data.text_sources._BATCH_BYTES", 64)
     monkeypatch.setattr("lit_gpt.data.text_sources._PARQUET_ROWS", 2)
-    for suffix in (".jsonl", ".jsonl.zst", ".parquet"):
+    for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"):
         write_any(tmp_path, suffix, [f"{suffix} {i}" for i in range(9)])
     (tmp_path / "plain.txt").write_text("whole")
     sources, rules = find_sources([str(tmp_path)]), DocumentRules()
@@ -395,6 +436,16 @@ def test_truncated_zstd_file_is_not_taken_for_a_shorter_one(tmp_path, plan_of, c
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(
         ValueError, match=r"text\.jsonl\.zst: cannot be read \(truncated zstd data: it ends at byte \d+"
+    ):
+        run_plan(plan_of(path))
+
+
+@pytest.mark.parametrize(("suffix", "cut"), [(".jsonl.gz", 1), (".jsonl.gz", 30), (".parquet", 1), (".parquet", 200)])
+def test_other_truncated_files_are_no_shorter_corpora(tmp_path, plan_of, suffix, cut):
+    path = write_any(tmp_path, suffix, DOCUMENTS)
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(
+        ValueError, match=r"text\.(jsonl\.gz: cannot be read|parquet: not a readable parquet file).*again"
     ):
         run_plan(plan_of(path))
 

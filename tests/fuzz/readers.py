@@ -27,7 +27,8 @@ from lit_gpt.data.packed_dataset import open_mixture, recorded_tokenizer
 from lit_gpt.data.packed_format import PackedDatasetBuilder
 from lit_gpt.data.pickled_tokens import read_token_list
 from lit_gpt.data.sft_formats import SFT_FORMATS, Unusable
-from lit_gpt.data.text_sources import DocumentRules, ReadPosition, find_sources, read_raw_records
+from lit_gpt.data.text_files import find_sources
+from lit_gpt.data.text_sources import DocumentRules, ReadPosition, read_raw_records
 from lit_gpt.evaluation.generated_answers import AnswerFile, accuracy_line, read_json_questions
 from lit_gpt.evaluation.mt_bench.benchmark_files import read_answers, read_mt_bench_questions
 from lit_gpt.evaluation.mt_bench.judging import read_judge_prompts, read_judgments

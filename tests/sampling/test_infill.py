@@ -15,7 +15,14 @@ from lit_gpt.data.sft_formats import CHAT_TEMPLATE
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.layers import Transformer
-from lit_gpt.sampling.infill import has_gaps, infill_row, infill_states, split_gaps
+from lit_gpt.sampling.infill import (
+    has_gaps,
+    infill_row,
+    infill_states,
+    spaced_positions,
+    split_gaps,
+    with_typed_spaces,
+)
 from lit_gpt.sampling.sample import sample_states
 from lit_gpt.sampling.settings import ALGORITHMS, Sampling
 from lit_gpt.tokenizer import Tokenizer
@@ -83,6 +90,22 @@ def test_a_filled_gap_is_the_text_itself(tokenizer, text):
         row = infill_row(f"{before} ___{size}{after}", tokenizer, MASK, 64)
         assert row.count(MASK) == size
         assert [own if token == MASK else token for token, own in zip(row, whole, strict=True)] == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "spaced"), [("To ___2 be ___", 2), ("___2 be ___3", 1), ("To___2 be", 0), (" ___", 0)]
+)
+def test_a_typed_space_is_in_the_text_whatever_fills_the_gap(tokenizer, text, spaced):
+    """One space where one was typed, whether the gap's first token has one or not; none where none was."""
+    row, positions = infill_row(text, tokenizer, MASK, 64), spaced_positions(text, tokenizer)
+    assert len(positions) == spaced and all(row[place] == MASK and row[place - 1] != MASK for place in positions)
+    for word in ("a king", "king"):
+        tokens = tokenizer.encode_ids(word)[-1:] if word == "king" else tokenizer.encode_ids("a king")[1:2]
+        ids = [tokens[0] if token == MASK else token for token in row]
+        plain, kept = tokenizer.decode(ids), with_typed_spaces(ids, positions, tokenizer)
+        assert kept.replace(" ", "") == plain.replace(" ", "")
+        own = tokenizer.decode([*tokenizer.encode_ids("a"), *tokens]).startswith("a ")
+        assert len(kept) - len(plain) == (0 if own else spaced)
 
 
 def test_a_text_without_gaps_is_a_prompt(tokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from scipy import optimize
 
+from lit_gpt.cli import parse
 from lit_gpt.config import Config
 from lit_gpt.studies import scaling_fits, scaling_pages, scaling_plan, scaling_summary, scaling_sweep
 from lit_gpt.studies.scaling_fits import SweptRuns
@@ -151,7 +153,7 @@ def test_the_gap_is_the_factor_between_two_shifted_curves():
 def test_a_plan_spends_its_budgets_on_shapes_of_the_family():
     flags = ScalingFlags()
     runs = scaling_plan.planned_runs(flags)
-    assert len(runs) == 4 * 3 * 2 + 2 * 2
+    assert len(runs) == 4 * 3 * 3 + 2 * 3
     for run in runs:
         assert 0.97 * run.budget < run.flops <= run.budget
         assert run.config.intermediate_size == 4 * run.config.n_embd and run.config.head_size in (16, 32, 64)
@@ -168,13 +170,17 @@ def test_flags_reach_the_kind_they_name():
     flags = ScalingFlags(kind_flags=["mdm:loss_weight=cross_entropy", "compile=off"])
     by_kind = {run.kind: run.script_flags(flags) for run in scaling_plan.planned_runs(flags)}
     assert by_kind["mdm"]["loss_weight"] == "cross_entropy" and "loss_weight" not in by_kind["arm"]
+    best, plain = by_kind["mdm_best"], by_kind["mdm"]
+    assert best["loss_weight"] == "cross_entropy" and best["row_lengths"].startswith("16:")
+    assert best["max_steps"] * best["batch_size"] == plain["max_steps"] * plain["batch_size"]
     assert by_kind["arm"]["compile"] == by_kind["mdm"]["compile"] == "off"
 
 
 def small_flags(out, **others):
     return ScalingFlags(
         text=str(ROOT / "data" / "tinyshakespeare" / "input.txt"), out=str(out), sizes=[0.03, 0.11, 0.2],
-        budgets=[2e9, 2e10], check_factors=[2.0], bootstrap_draws=40, vocab_size=512, block_size=64, **others,
+        kinds=["arm", "mdm"], budgets=[2e9, 2e10], check_factors=[2.0], bootstrap_draws=40, vocab_size=512,
+        block_size=64, **others,
     )  # fmt: skip
 
 
@@ -241,7 +247,9 @@ def test_mistakes_are_one_line(tmp_path, words, said):
 def test_an_array_script_runs_each_run_of_the_plan(tmp_path):
     flags = small_flags(tmp_path)
     runs = scaling_plan.planned_runs(flags)
-    script = scaling_sweep.slurm_script(flags, runs, "python scripts/scaling_laws.py sweep --out x")
+    command = scaling_sweep.typed_command(flags, "sweep")
+    assert parse(ScalingFlags, shlex.split(command)[3:], "") == flags
+    script = scaling_sweep.slurm_script(flags, runs, command)
     assert f"--array=0-{len(runs) - 1}" in script and "--only $SLURM_ARRAY_TASK_ID" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
 
@@ -249,6 +257,7 @@ def test_an_array_script_runs_each_run_of_the_plan(tmp_path):
 @pytest.mark.slow
 def test_a_sweep_trains_skips_what_is_done_and_writes_its_page(tmp_path):
     words = ["all", "--text", ROOT / "data" / "tinyshakespeare" / "input.txt", "--sizes", "[0.03,0.11,0.2]"]
+    words += ["--kinds", "[arm,mdm]"]
     words += [
         "--budgets",
         "[2e9,6e9]",

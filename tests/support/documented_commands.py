@@ -37,7 +37,7 @@ _BLOCK = re.compile(
 )
 _STARTS_A_PROGRAM = re.compile(r"(?:\w+=\S+ )*(?:python|\./\w+\.sh|torchrun|lightning run|fabric run|sbatch)\b")
 _LAUNCHERS = {"lightning", "fabric", "torchrun", "sbatch", "srun"}
-_MACHINE = {"conda", "pip", "source", "git", "nvidia-smi"}
+_MACHINE = {"apt-get", "conda", "pip", "source", "git", "nvidia-smi"}
 _ENDS = {"&&", "||", "|", ";", ">", ">>", "<", "&"}
 
 

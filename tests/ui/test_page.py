@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import http.client
+import itertools
 import json
 import re
 import shutil
@@ -23,8 +24,10 @@ import torch
 from safetensors.torch import save_file
 
 from lit_gpt import cli
+from lit_gpt.checkpoints.export import export_weights
 from lit_gpt.checkpoints.weights import read_model
 from lit_gpt.config import Config
+from lit_gpt.files import write_json
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.sample import sample_states
 from lit_gpt.sampling.settings import ALGORITHMS, Sampling
@@ -32,6 +35,7 @@ from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.ui import page_server
 from lit_gpt.ui.page import PageModels, find_checkpoints
 from scripts import web
+from tests.support.checkpoint_files import make_model, run_record, write_run_checkpoint
 from tests.support.small_models import export_arm_and_mdm
 from tests.support.training_runs import restore_interrupts
 
@@ -160,6 +164,7 @@ def test_the_form_has_every_setting(server, models):
     assert names["use_cache"]["only"] == "arm" and names["temperature"]["only"] is None
     assert (names["threshold"]["only"], names["threshold"]["with"]) == ("mdm", "threshold")
     assert names["cache"]["only"] == "mdm" and "dual" in names["cache"]["choices"]
+    assert all(control["group"] != "others" for control in names.values()), "each setting is in a group"
     assert all(control["help"] and not re.match("MDM|ARM", control["help"]) for control in names.values())
 
 
@@ -182,6 +187,31 @@ def test_gaps_are_filled(server, models):
     states, last = read(server.generate(models["mdm"], "My ___5 lord", steps=7))
     assert states[0]["masked"] == 5 and states[-1]["masked"] == 0 and 1 < len(states) <= 8
     assert last["text"].startswith("My") and last["text"].endswith(" lord")
+
+
+def test_gaps_have_as_many_steps_as_tokens_unless_told(server, models):
+    for settings, steps in (({}, 5), ({"steps_per_token": 0}, 5), ({"steps": 9}, 9), ({"steps_per_token": 2}, 10)):
+        states, _ = read(server.generate(models["mdm"], "My ___5 lord", algorithm="greedy", **settings))
+        assert states[-1]["step"] == steps, settings
+
+
+def test_a_space_typed_before_a_gap_is_kept(server, models):
+    """Whatever the model begins the gap with; one typed space is one space, and none is none."""
+    for prompt, seed in (("My ___2 lord", 3), ("My lord, ___1", 4), ("My___2 lord", 3), ("My ___2 lord ___2", 5)):
+        states, last = read(server.generate(models["mdm"], prompt, seed=seed))
+        shown = {change[0]: change[1] for state in states for change in state["changes"]}
+        tokens = {change[0]: change[3] for state in states for change in state["changes"]}
+        tokenizer = Tokenizer(read_model(models["mdm"])[1].tokenizer["source"])
+        plain = tokenizer.decode([tokens[position] for position in sorted(tokens)])
+        assert "".join(shown[position] for position in sorted(shown)) == last["text"]
+        before = prompt[: prompt.index("___")]
+        assert last["text"].startswith(before) and (before.endswith(" ") or last["text"] == plain)
+
+
+def test_a_small_probability_keeps_its_digits(server, models):
+    states, _ = read(server.generate(models["mdm"], "My lord", context_length=40))
+    seen = [value for state in states for _, text, value, _ in state["changes"] if text is not None]
+    assert any(0 < value < 0.01 and round(value, 4) != value for value in seen)
 
 
 def test_an_mdm_may_stop_at_its_tokenizers_end_token(server, models):
@@ -344,6 +374,21 @@ def test_a_taken_port_is_one_line(server, models, monkeypatch, capsys):
     assert "Address already in use" in capsys.readouterr().err
 
 
+def test_run_folders_are_listed_unless_their_export_is(tmp_path):
+    model = make_model(TransEncoder)
+    for name, finished in (("going_on", False), ("done", True), ("done_elsewhere", True)):
+        (folder := tmp_path / "workdir" / name).mkdir(parents=True)
+        write_run_checkpoint(folder, model, 4)
+        write_json(folder / "run.json", {**run_record(model), "run_id": name, "finished": finished})
+    (tmp_path / "workdir" / "without a checkpoint").mkdir()
+    write_json(tmp_path / "workdir" / "without a checkpoint" / "run.json", run_record(model))
+    export_weights(tmp_path / "models", "done", model.state_dict(), {**run_record(model), "run_id": "done"})
+    listed = PageModels(find_checkpoints([str(tmp_path)])).listing()
+    found = {str(Path(one["name"]).relative_to(tmp_path)): (one["kind"], one["is_run"]) for one in listed}
+    runs = {f"workdir/{name}": ("mdm", True) for name in ("going_on", "done_elsewhere")}
+    assert found == {"models/done.safetensors": ("mdm", False)} | runs
+
+
 def test_files_without_a_record_are_known_by_their_shapes(tmp_path):
     with torch.device("meta"):
         model = TransEncoder(Config.from_name(6, vocab_size=512))
@@ -422,6 +467,42 @@ def test_a_visit(page, models):
     assert page.locator("#control-steps").is_hidden()
     generate(page)
     assert page.inner_text("#text").startswith("My lord,") and page.locator("#text .mask").count() == 0
+
+
+def test_the_form_says_whole_names_and_fitting_steps_and_the_text_has_its_own_height(page, models):
+    assert page.inner_text("#whole-name") == str(models["mdm"])
+    assert page.get_attribute("#control-steps", "placeholder") == "128" and page.input_value("#control-steps") == ""
+    page.fill("#prompt", "My ___5 lord, ___ and")
+    assert page.get_attribute("#control-steps", "placeholder") == "13"
+    page.select_option("#control-algorithm", "greedy")
+    generate(page)
+    assert "step 13 of 13" in page.inner_text("#status")
+    assert page.locator("#text").bounding_box()["height"] < 200
+    page.fill("#prompt", "My lord")
+    assert page.get_attribute("#control-steps", "placeholder") == "128"
+    page.check("#mono")
+    assert "mono" in page.evaluate("getComputedStyle(document.getElementById('text')).fontFamily").lower()
+    page.click("summary")
+    labels = page.locator("#more label").all_inner_texts()
+    assert "block_length" in labels and "cfg_scale" in labels
+    groups = [one for one in page.locator("#more legend").all() if one.is_visible()]
+    assert len(groups) >= 5
+
+
+def test_colours_tell_small_probabilities_apart(page):
+    """A factor of ten between two probabilities is a difference that an eye sees, all over the scale."""
+    colors = page.evaluate("""() => {
+        spans = []; row = []; document.getElementById("text").replaceChildren();
+        const canvas = document.createElement("canvas").getContext("2d");
+        return [0.0001, 0.001, 0.01, 0.1, 1].map((confidence, position) => {
+            row[position] = { text: "x", confidence, id: 1, step: 1 };
+            canvas.fillStyle = getComputedStyle(paint(position)).backgroundColor;
+            canvas.fillRect(0, 0, 1, 1);
+            return [...canvas.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+        });
+    }""")
+    for one, other in itertools.pairwise(colors):
+        assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) > 40, colors
 
 
 def test_a_mistake_is_shown_and_goes_away(page):
