@@ -34,7 +34,8 @@ is {val_loss:.3f} nats per token. At scale w the logits are un + (w + 1) (cond -
 - next_line: which of four lines comes next, 180 questions of the bundled task, by `evaluate_diff.py`.
 - Continuations: which of four pieces of {target} tokens follows {prefix} tokens of the validation text; the wrong ones are from
   elsewhere in it; {questions} questions. Loss: the bound on the true piece given what stands before it.
-- LAMBADA: bound on a passage's last word, {passages} passages, by `evaluate_diff.py`. The model has read no prose.
+- LAMBADA: bound on a passage's last word, {passages} passages, by `evaluate_diff.py`.
+  Not the kind of text that the model was trained on.
 
 ± is one standard error, over the questions. The same as differences to w = 0, question by question:
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.evaluation.versions import commit
 from lit_gpt.files import write_file, write_json
 from lit_gpt.studies.scaling_plan import SCALING_KINDS, PlannedRun, kind_label
 from lit_gpt.studies.scaling_settings import ScalingFlags
 from lit_gpt.studies.scaling_summary import summarised, swept_runs
-from lit_gpt.studies.scaling_sweep import ROWS_NAME, collect_rows
-from lit_gpt.studies.study_pages import markdown_table, report_folder, with_error, write_csv, written_by
+from lit_gpt.studies.scaling_sweep import ROWS_NAME, collect_rows, typed_command
+from lit_gpt.studies.study_pages import markdown_table, processor_name, report_folder, with_error, write_csv
 from lit_gpt.ui.scaling_figures import IsoflopKind, draw_isoflops, draw_scaling
 
 PAGE_NAME = "scaling_laws.md"
@@ -23,7 +26,7 @@ _ROUNDING = 1e-9
 _FACTORS = (1e-3, 1e6)
 _PAGE = """# Scaling laws in miniature
 
-Written by {written}. Training took {minutes:.0f} minutes{machine}.
+Written by `{command}` on {day}, commit {commit}. Training took {minutes:.0f} minutes on {machine}; {done}.
 
 Kinds: {kinds}.
 
@@ -135,11 +138,12 @@ def _page_parts(
     budgets = sorted(flags.budgets)
     laws = {kind: found["law"] for kind, found in summary["kinds"].items() if "law" in found}
     return {
-        "written": written_by("scripts/scaling_laws.py all", flags),
+        "command": typed_command(flags, "all"),
+        "day": time.strftime("%Y-%m-%d"),
+        "commit": (commit() or "unknown")[:8],
         "minutes": sum(float(row["minutes"]) for row in rows),
-        "machine": ""
-        if summary["runs"] == summary["planned_runs"]
-        else f"; {summary['runs']} of {len(runs)} runs are done",
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {processor_name()}",
+        "done": f"{summary['runs']} of {len(runs)} runs are done",
         "kinds": "; ".join(f"{kind_label(kind)} ({SCALING_KINDS[kind].what})" for kind in flags.kinds),
         "sizes": len(flags.sizes),
         "budgets": len(budgets),

@@ -23,7 +23,7 @@ class ScalingFlags:
     """Objectives: arm, mdm, mdm_rl, and mdm_NAME for each recipe of docs/results/mdm_recipes.md, such as mdm_best."""
     sizes: list[float] = field(default_factory=lambda: [0.11, 0.3, 0.6, 1.6])
     """Millions of non-embedding parameters: published sizes from 6 on; below it the nearest shape of the family."""
-    budgets: list[float] = field(default_factory=lambda: [5e11, 3e12, 1.5e13])
+    budgets: list[float] = field(default_factory=lambda: [3.3e11, 1.8e12, 1e13])
     """FLOPs of a run: 6 N D, N non-embedding parameters and D tokens."""
     check_factors: list[float] = field(default_factory=lambda: [0.5, 2.0])
     """The rule for the learning rate is checked at the middle budget and size with these factors; [] checks nothing."""

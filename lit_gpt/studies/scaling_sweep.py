@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt.evaluation.result_pages import command_line
+from lit_gpt.evaluation.result_pages import changed_flags
 from lit_gpt.files import make_folder, read_json_object, write_file
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
@@ -110,10 +111,20 @@ def sweep(flags: ScalingFlags, runs: Sequence[PlannedRun], console: Console) -> 
         run_sweep(flags, runs, pipeline)
         return
     prepare_text(flags, pipeline)
-    command = command_line("scripts/scaling_laws.py sweep", flags, but=("slurm",)).replace("'", "")
-    text = slurm_script(flags, runs, command)
+    text = slurm_script(flags, runs, typed_command(flags, "sweep"))
     write_file(out / "sweep.sbatch", lambda file: file.write(text.encode()))
     console.print(f"{len(runs)} runs; start them with: sbatch {out / 'sweep.sbatch'}")
+
+
+def typed_command(flags: ScalingFlags, action: str) -> str:
+    """The command with these flags, as a user types it."""
+    words = ["python", "scripts/scaling_laws.py", action]
+    for name, value in changed_flags(flags, but=("slurm", "only")).items():
+        values = (
+            [f"{one:g}" if isinstance(one, float) else str(one) for one in value] if isinstance(value, list) else []
+        )
+        words += [f"--{name}", f"[{','.join(values)}]" if isinstance(value, list) else str(value)]
+    return shlex.join(words)
 
 
 def run_sweep(flags: ScalingFlags, runs: Sequence[PlannedRun], pipeline: Pipeline) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from scipy import optimize
 
+from lit_gpt.cli import parse
 from lit_gpt.config import Config
 from lit_gpt.studies import scaling_fits, scaling_pages, scaling_plan, scaling_summary, scaling_sweep
 from lit_gpt.studies.scaling_fits import SweptRuns
@@ -245,7 +247,9 @@ def test_mistakes_are_one_line(tmp_path, words, said):
 def test_an_array_script_runs_each_run_of_the_plan(tmp_path):
     flags = small_flags(tmp_path)
     runs = scaling_plan.planned_runs(flags)
-    script = scaling_sweep.slurm_script(flags, runs, "python scripts/scaling_laws.py sweep --out x")
+    command = scaling_sweep.typed_command(flags, "sweep")
+    assert parse(ScalingFlags, shlex.split(command)[3:], "") == flags
+    script = scaling_sweep.slurm_script(flags, runs, command)
     assert f"--array=0-{len(runs) - 1}" in script and "--only $SLURM_ARRAY_TASK_ID" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
 
