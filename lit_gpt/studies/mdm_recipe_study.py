@@ -88,7 +88,6 @@ def _csv_row(run: RecipeRun) -> dict[str, Any]:
         "recipe": run.recipe,
         "seed": run.seed,
         **{name: run.result.get(name) for name in names},
-        "minutes": round(run.result["minutes"], 2),
     }
 
 
