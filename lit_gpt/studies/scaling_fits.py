@@ -1,9 +1,11 @@
 """Fits of a scaling study: parabolas over size, power laws over compute, and L = E + A / M^a + B / D^b by a Huber loss.
 
 Everything runs over many sets of losses at once (first axis), because every interval is a bootstrap: from a fit, sweeps are
-simulated and fitted anew. A simulated loss is the fitted one plus normal noise of the run's own standard error and of what
-the fit's residuals show beyond it; that part's variance is drawn from its own uncertainty (scaled inverse chi-squared, as
-few residuals know it badly). Resampling runs instead would leave budgets of four sizes without a parabola.
+simulated and fitted anew. A simulated loss is the fitted one plus two kinds of noise. One is the standard error of the
+loss: all runs of a kind are validated on the same sequences with the same draws, so it moves all of them together, by one
+normal number a sweep. The other is each run's own, with the variance of the fit's residuals, itself drawn from its
+uncertainty (scaled inverse chi-squared, as few residuals know it badly). Resampling runs instead would leave budgets of four
+sizes without a parabola.
 
 K sets of losses, n runs, G budgets.
 """
@@ -228,23 +230,25 @@ def fit_one_law(runs: SweptRuns, huber: float | None) -> tuple[Array, Array, flo
 
 
 def simulated_losses(runs: SweptRuns, fitted: Array, free: int, draws: int, random: np.random.Generator) -> Array:
-    """Sweeps (draws, n) about fitted losses (n,), with each run's standard error and the residuals' further variance.
+    """Sweeps (draws, n) about fitted losses (n,): errors that all runs share, and scatter that the residuals show.
+
+    How much of the standard errors is shared is not known. As residuals hold what is not, taking all of it as shared counts
+    some of it twice: intervals may be too wide, not too narrow.
 
     Args:
         runs: for the losses and their errors.
         fitted: by a fit with n - free parameters.
-        free: degrees of freedom that the residuals have; 0 where they tell nothing, and the errors stand alone.
+        free: degrees of freedom that the residuals have; 0 where they tell nothing, and the errors stand for the scatter, too.
         draws: how many.
         random: for all draws.
     """
-    known = (runs.errors**2).mean()
-    further = np.zeros(draws)
+    shared = runs.errors * random.standard_normal((draws, 1))
+    scatter = np.broadcast_to(runs.errors**2, (draws, len(fitted)))
     if free > 0:
-        variance = ((runs.losses - fitted) ** 2).sum() / free
-        further = np.maximum(0, variance * free / random.chisquare(free, draws) - known)
-    deviations = np.sqrt(runs.errors**2 + further[:, None])
+        squares = ((runs.losses - fitted) ** 2).sum()
+        scatter = (squares / random.chisquare(free, draws))[:, None]
     # A loss is above 0.
-    return np.maximum(fitted + deviations * random.standard_normal((draws, len(fitted))), 1e-3)
+    return np.maximum(fitted + shared + np.sqrt(scatter) * random.standard_normal((draws, len(fitted))), 1e-3)
 
 
 def bootstrapped_law(

@@ -81,8 +81,8 @@ It can show that the method runs end to end, how losses, optima and intervals co
 text at these budgets. It cannot show the exponents of large models: models this small learn the frequencies of words and of
 pairs of words, an MDM of the smallest budgets little more than the former; warm-up and the start of training are a large
 share of each run. There is one seed a point, so that the spread over seeds is seen only through the residuals, of which a
-parabola leaves few for each budget. All runs are validated with the same draws, so that their errors are not independent:
-differences between runs are known better than the intervals say.
+parabola leaves few for each budget. All runs of a kind are validated with the same draws, so the error of the draws moves a
+kind's whole curve: it is in the interval of the gap, and hardly in those of exponents.
 
 ## All runs
 

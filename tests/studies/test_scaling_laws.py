@@ -134,6 +134,28 @@ def test_intervals_carry_the_standard_errors_of_the_losses():
     assert widths[0] < 1e-6 and widths[1] > 1e-3
 
 
+def test_the_gap_carries_an_error_that_all_runs_of_a_kind_share():
+    """Studies whose bounds are all off by one number, as told: told intervals of the gap are as wide as gaps scatter."""
+    random = np.random.default_rng(6)
+    budgets, sizes = np.repeat([3.3e11, 1.8e12, 1e13], 4), np.tile([1.1e5, 3e5, 6e5, 1.6e6], 3)
+    tokens, told = budgets / 6 / sizes, 0.02
+    true = 3.5 + 50 / (6 * sizes) ** 0.3 + 60 / tokens**0.33
+
+    def runs(losses, error):
+        return SweptRuns(budgets, sizes, 6 * sizes, tokens, losses, np.full(12, error))
+
+    gaps, widths = [], []
+    for study in range(12):
+        arm = runs(0.93 * true + 0.002 * random.standard_normal(12), 0.0)
+        mdm = runs(true + told * random.standard_normal() + 0.002 * random.standard_normal(12), told)
+        found = scaling_summary.summarised({"arm": arm, "mdm": mdm}, 100, None, study)
+        value, low, high = np.log(found["compute_gaps"]["mdm"]["factor"])
+        gaps.append(value)
+        widths.append(high - low)
+    assert np.median(widths) == pytest.approx(3.92 * np.std(gaps, ddof=1), rel=0.5)
+    assert found["kinds"]["mdm"]["size_exponent"][2] - found["kinds"]["mdm"]["size_exponent"][1] < 0.2
+
+
 def test_the_gap_is_the_factor_between_two_shifted_curves():
     """The second kind's losses are the first's at a fourteenth of the compute, of a law that is a power of compute."""
     budgets = np.repeat(np.geomspace(1e12, 1e14, 3), 4)
