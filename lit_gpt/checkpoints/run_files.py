@@ -231,7 +231,7 @@ def remove_replaced(newest: Path, keep: int | None) -> None:
     Args:
         newest: the checkpoint.
         keep: how many up to and including it stay; None or 0 keeps all. Later ones are left alone: they are what a resumed
-            run skipped as broken and will write again.
+            run skipped as broken and will write again. So is the last one of a finished run that was then extended.
     """
     other = checkpoint_path(newest.parent, iter_num_of(newest), sharded=not is_sharded(newest))
     if other.exists():
@@ -239,12 +239,21 @@ def remove_replaced(newest: Path, keep: int | None) -> None:
     if not keep:
         return
     older = [path for path in list_checkpoints(newest.parent) if iter_num_of(path) < iter_num_of(newest)]
-    ours = [path for path in older if marker_path(path).exists()]
+    ours = [path for path in older if marker_path(path).exists() and not _ends_a_run(path)]
     whole = [path for path in ours if _has_right_size(path)]
     kept = set(whole[len(whole) - (keep - 1) :]) if keep > 1 else set()
     for path in ours:
         if path not in kept:
             _remove(path)
+
+
+def _ends_a_run(path: Path) -> bool:
+    """Whether a checkpoint's marker says that it was the last one of a run."""
+    try:
+        markers = read_marker(path)
+    except (OSError, BrokenError):
+        return False
+    return any(marker["step"] == (marker["record"].get("settings") or {}).get("max_steps") for marker in markers)
 
 
 def _remove(path: Path) -> None:

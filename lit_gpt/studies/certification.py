@@ -229,10 +229,10 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
     place, _, function = name.rpartition(":")
     if not place or not function:
         raise ValueError(f"--{flag} {name}: expected file.py:function or package.module:function")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ValueError(f"--{flag} {name}: no such file")
     try:
         if place.endswith(".py"):
-            if not Path(place).is_file():
-                raise ValueError(f"--{flag} {name}: no such file")
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
@@ -240,8 +240,9 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
         else:
             module = importlib.import_module(place)
         found = getattr(module, function)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"--{flag} {name}: {error}") from error
+    # Whatever a user's file raises.
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--{flag} {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not callable(found):
         raise ValueError(f"--{flag} {name}: not a function")
     return found  # type: ignore[no-any-return]

@@ -131,7 +131,7 @@ def check_estimates(
         found = list(_groups(estimates, toy, toy.inexact_model, count))
         yield _mean_finding(subject, "mean is the bound under another model", toy, found, claimed=is_bound)
         told = [error for group in found for error in group.errors if error is not None]
-        if any(told):
+        if told:
             ratios = [_error_ratio(group) for group in found]
             evidence = "told over true, by text: " + " ".join(f"{ratio:.2f}" for ratio in ratios)
             honest = all(1 / _FACTOR <= ratio <= _FACTOR for ratio in ratios)

@@ -147,6 +147,8 @@ def text_nll(
     nll = -log_p.gather(2, text.expand(masked.shape)[..., None]).squeeze(2)
     per_size = torch.full((draws,), 1.0) if mistake == "size" else length / sizes
     values = (nll * masked).sum(1) * per_size
+    if mistake == "no error":
+        return float(values.mean()), 0.0
     error = values.std() / (1 if mistake == "error" else math.sqrt(draws))
     return float(values.mean()), float(error)
 
@@ -172,7 +174,11 @@ def _function_mistakes(toys: list[ToyDistribution]) -> Iterator[Mistake]:
     }
     for key, name in losses.items():
         yield Mistake(f"loss: {name}", partial(check_loss, partial(masked_loss, mistake=key), name, toys[:1]))
-    errors = {"size": "weight L/k is missing", "error": "the standard error of one draw is told"}
+    errors = {
+        "size": "weight L/k is missing",
+        "error": "the standard error of one draw is told",
+        "no error": "a standard error of 0 is told",
+    }
     for key, name in errors.items():
         yield Mistake(f"likelihood: {name}", partial(check_likelihood, partial(text_nll, mistake=key), name, toys[:1]))
     counts = {

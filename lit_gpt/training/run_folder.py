@@ -76,6 +76,8 @@ class RunFolder:
         self._shorter: Path | None = None
         self.extended_from: int | None = None
         """The step at which the run had been finished before it was extended, or None."""
+        # The shorter run's exported model, which the extension's replaces.
+        self._replaced_export: Path | None = None
         # Checkpoints of later micro steps than this one are not this run's any more; the first save deletes them.
         self._valid_until: int | None = None
         self._loggers: loggers.RunLoggers | None = None
@@ -113,14 +115,17 @@ class RunFolder:
         return {**self.experiment.settings, **extended}
 
     def extension_lines(self) -> list[str]:
-        """What an extension does to the schedule, in at most one line."""
+        """What an extension does to the schedule and to the finished model; none where nothing is extended now."""
         start, config, experiment = self.extended_from, self.config, self.experiment
         if start is None or self.start is None or self.start.step != start:
             return []
-        return [
+        lines = [
             f"extended: the run had ended at step {start}; from {config.min_lr:g} the learning rate rises again within "
             f"{experiment.warmup_steps} steps to the cosine of {experiment.max_steps} steps, so the loss may rise at first"
         ]
+        if (path := self._replaced_export) is not None:
+            lines.append(f"{path} will be replaced at the end; the model of step {start} stays in {self.start.path}")
+        return lines
 
     @property
     def log_path(self) -> Path:
@@ -184,8 +189,20 @@ class RunFolder:
             cli.warn(
                 f"{experiment.export_name}{target.suffix} is there and no run's: this one will be exported as {target}"
             )
+        if start is not None and start.step == self.extended_from and target.exists():
+            self._replace_export(target, start)
         self._write_record(record)
         return record, start, None
+
+    def _replace_export(self, path: Path, start: run_files.CheckpointInfo) -> None:
+        """An extension is to replace the finished run's export: asked for, unless the run was named by its user."""
+        if self.config.name is None and not self.config.overwrite:
+            raise ValueError(
+                f"{path} is the model of step {start.step} of this run, which {self.experiment.max_steps} steps would "
+                f"replace: --overwrite true extends the run (that model's weights stay in {start.path}), another --name "
+                "starts one beside it"
+            )
+        self._replaced_export = path
 
     def _choose_start(self) -> run_files.CheckpointInfo | None:
         """The checkpoint to start from; also decides which ones the first save deletes (`_valid_until`)."""

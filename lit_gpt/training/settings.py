@@ -91,7 +91,7 @@ class TrainConfig:
     save_interval: int = 5000
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
-    """How many checkpoints of a run are kept beside the final one; 0 keeps all."""
+    """How many checkpoints of a run are kept beside the final one (of an extended run, each end's); 0 keeps all."""
     shard_checkpoints_gb: float = 10.0
     """Checkpoints of more GB than this (12 bytes a parameter, optimizer included) are folders, of which each process writes
     its part while training goes on; smaller ones are single files, for which training waits."""
@@ -110,7 +110,8 @@ class TrainConfig:
     resume: str = "auto"
     """auto (the run's newest complete checkpoint, if any), never, or a checkpoint's path."""
     overwrite: bool = False
-    """Allow the export to replace another run's file of the same name, and --resume never to replace a run."""
+    """Allow the export to replace another run's file of the same name, or that of this run with fewer steps where the run has
+    no --name, and --resume never to replace a run."""
 
     def settings(self) -> dict[str, Any]:
         """The flags that change numbers, for the run's record."""

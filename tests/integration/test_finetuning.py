@@ -115,7 +115,11 @@ def test_a_fine_tuning_learns_and_exports(tmp_path, start_weights, examples, scr
     again, _ = run_script_main(command(script, start_weights, examples, epoch=5), tmp_path)
     assert "is finished" in again
     if script == "finetune_mdm":  # more epochs go on from its end, under its name
-        out, _ = run_script_main(command(script, start_weights, examples, epoch=6), tmp_path)
+        longer = command(script, start_weights, examples, epoch=6)
+        _, err = run_script_main(longer, tmp_path, code=2)
+        assert f"models/mdm-small-sharegpt.safetensors is the model of step {max(curve)} of this run" in err
+        assert "--overwrite true" in err and "--name" in err
+        out, _ = run_script_main([*longer, "--overwrite=true"], tmp_path)
         assert f"resumed at step {max(curve)} of {examples_used * 6 // 16}" in out
         assert f"extended: the run had ended at step {max(curve)};" in out
     evaluate(script, alone, examples[script].parent, tmp_path)

@@ -353,6 +353,21 @@ def test_a_wrong_name_is_said(name: str, words: str) -> None:
         load_function(name, "likelihood")
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("x = undefined_name", "NameError: name 'undefined_name' is not defined"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_what_a_users_file_raises_at_import_is_said_in_one_line(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "bad.py").write_text(f"{line}\n\ndef nll(*given): ...\n")
+    with pytest.raises(ValueError) as error:
+        load_function(f"{tmp_path}/bad.py:nll", "likelihood")
+    assert str(error.value) == f"--likelihood {tmp_path}/bad.py:nll: {words}"
+
+
 def test_the_level_is_shared() -> None:
     chance = Finding("sampler", "a", "law", "toy", "", p_value=4e-4)
     assert chance.verdict(level_of([chance])) == "FAIL" and chance.verdict(level_of([chance] * 3)) == "pass"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lit_gpt.checkpoints.torch_files import open_torch_file
 from lit_gpt.training import schedule
 from tests.support.training_runs import (
     assert_same_run,
@@ -120,6 +121,23 @@ def test_an_interrupted_extension_goes_on_bit_for_bit(folder: Path, tmp_path_fac
     run_pretraining("train_mdm.py", folder, **flags, max_steps=18)
     assert record_of(folder)["settings"]["extended_from"] == 15
     assert list(read_losses(folder)) == list(range(1, 19))
+
+
+def test_what_was_finished_stays_when_it_is_extended(folder: Path):
+    """The export is the longer run's in the end; the shorter run's last checkpoint is there however few are kept."""
+    flags = FLAGS | {"save_interval": 1, "keep_checkpoints": 1}
+    run_pretraining("train_mdm.py", folder, **flags, max_steps=3)
+    first = load_file(folder / "models/mine.safetensors")
+    out, _ = run_pretraining("train_mdm.py", folder, **flags, max_steps=6)
+    run_dir = Path("workdir/scaling_debug/mine")
+    kept = run_dir / "iter-000003-ckpt.pth"
+    assert f"models/mine.safetensors will be replaced at the end; the model of step 3 stays in {kept}" in out
+    out, _ = run_pretraining("train_mdm.py", folder, **flags, max_steps=8)
+    assert f"the model of step 6 stays in {run_dir / 'iter-000006-ckpt.pth'}" in out
+    found = sorted(path.name for path in (folder / run_dir).glob("*.pth"))
+    assert found == [f"iter-00000{step}-ckpt.pth" for step in (3, 6, 7, 8)]
+    weights = open_torch_file(folder / kept)["model"]
+    assert all(torch.equal(weights[name].float(), tensor) for name, tensor in first.items())
 
 
 def test_only_a_finished_run_is_extended_and_only_its_length(folder: Path):
