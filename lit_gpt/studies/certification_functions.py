@@ -48,51 +48,89 @@ class _LearningTable(TableModel):
         super().__init__(model.mask_id, model.length, model.probabilities)
         self._logits.requires_grad_()
 
-    def coefficients(self, text: Tensor) -> tuple[Tensor, float]:
-        """The weights (2^L, L) of a text's cross-entropies in the gradient, and the largest part that has no such weight."""
+    def coefficients(self, texts: Tensor) -> tuple[list[Tensor], float]:
+        """How the gradient is made of cross-entropies of texts (N, L) that differ from each other at every position.
+
+        Returns:
+            For each text the weights (2^L, L) of its cross-entropies, and the largest part of the gradient that has no such
+            weight. Of several texts the row in which everything is masked, which they share, is left out of that part.
+        """
         assert self._logits.grad is not None
-        masked = position_sets(len(text))
-        states, _ = self._read(torch.where(masked, self.mask_id, text), None, None)
-        with torch.no_grad():
-            p = self._logits.softmax(2)
-            own = p[states].gather(2, text.expand(masked.shape)[..., None]).squeeze(2)
-            gradient = self._logits.grad[states]
-            weight = -gradient.gather(2, text.expand(masked.shape)[..., None]).squeeze(2) / (1 - own)
-            told = torch.nn.functional.one_hot(text, self.mask_id + 1).expand_as(gradient)
-            rest = self._logits.grad.clone()
-            rest[states] -= (masked * weight)[..., None] * (p[states] - told)
-        return masked * weight, float(rest.abs().max())
+        masked, found = position_sets(texts.size(1)), []
+        rest = self._logits.grad.clone()
+        for text in texts:
+            states, _ = self._read(torch.where(masked, self.mask_id, text), None, None)
+            with torch.no_grad():
+                p = self._logits.softmax(2)
+                own = p[states].gather(2, text.expand(masked.shape)[..., None]).squeeze(2)
+                gradient = self._logits.grad[states]
+                weight = -gradient.gather(2, text.expand(masked.shape)[..., None]).squeeze(2) / (1 - own)
+                told = torch.nn.functional.one_hot(text, self.mask_id + 1).expand_as(gradient)
+                rest[states] -= (masked * weight)[..., None] * (p[states] - told)
+            found.append(masked * weight)
+        if len(texts) > 1:
+            rest[states[-1]] = 0.0
+        return found, float(rest.abs().max())
 
 
 def check_loss(loss: LossFunction, name: str, toys: list[ToyDistribution]) -> Iterator[Finding]:
-    """The loss's gradient and value, on one text of each toy distribution."""
+    """The loss's gradient and value, of rows of one text and of rows of two texts, from each toy distribution."""
     for toy in toys:
-        yield from guarded("loss", name, [lambda toy=toy: _loss_findings(loss, name, toy)])  # type: ignore[misc]
+        checks = [lambda toy=toy: _loss_findings(loss, name, toy), lambda toy=toy: _rows_findings(loss, name, toy)]  # type: ignore[misc]
+        yield from guarded("loss", name, checks)
 
 
 def _loss_findings(loss: LossFunction, name: str, toy: ToyDistribution) -> Iterator[Finding]:
-    text, length = toy.texts[toy.nll.argsort()[1]], toy.length
-    model = _LearningTable(toy.inexact_model)
-    tables, values, rest = [], [], 0.0
-    for seed in range(_LOSS_BATCHES):
-        model._logits.grad = torch.zeros_like(model._logits)
-        value = loss(model, text.repeat(_LOSS_ROWS, 1), toy.words, seed) * length
-        value.backward()  # type: ignore[no-untyped-call]
-        found, outside = model.coefficients(text)
-        tables.append(found)
-        values.append(float(value.detach()))
-        rest = max(rest, outside)
+    """All rows are one text, whose every coefficient can be told."""
+    text = toy.texts[toy.nll.argsort()[1]]
+    tables, values, rest = _loss_batches(loss, toy, text[None], text.repeat(_LOSS_ROWS, 1))
 
     def finding(check: str, evidence: str, **result: Any) -> Finding:
         return Finding("loss", name, check, toy.name, evidence, **result)
 
     evidence = f"gradient at other words or rows: at most {rest:.1e}"
     yield finding("reads and predicts the text alone", evidence, holds=rest < _ROUNDING)
-    yield from coefficient_findings(finding, torch.stack(tables), 0, (True, True))
-    expected = toy_bound(toy.inexact_model, text)
-    found_values = torch.tensor(values, dtype=torch.float64)
-    evidence = f"{float(found_values.mean()):.4f} nats a text, enumerated {expected:.4f}"
-    yield finding("loss is the bound", evidence, p_value=mean_p_value(found_values, expected, _ROUNDING * length))
+    yield from coefficient_findings(finding, tables, 0, (True, True))
+    yield finding("loss is the bound", **_compared(values, toy_bound(toy.inexact_model, text), toy.length))
+
+
+def _rows_findings(loss: LossFunction, name: str, toy: ToyDistribution) -> Iterator[Finding]:
+    """Rows of two texts in no order: what a row takes from another one is not its own."""
+    text = toy.texts[toy.nll.argsort()[1]]
+    apart = (toy.texts != text).all(1)
+    texts = torch.stack((text, toy.texts[apart][toy.nll[apart].argmin()]))
+    chosen = torch.randint(0, 2, (_LOSS_ROWS,), generator=torch.Generator().manual_seed(5))
+    _, values, rest = _loss_batches(loss, toy, texts, texts[chosen])
+    evidence = f"gradient at words or rows of neither text's own: at most {rest:.1e}"
+    yield Finding("loss", name, "each row reads and predicts its own text", toy.name, evidence, holds=rest < _ROUNDING)
+    bounds = [toy_bound(toy.inexact_model, one) for one in texts]
+    expected = sum(bounds[number] for number in chosen.tolist()) / _LOSS_ROWS
+    yield Finding("loss", name, "loss of two texts is their mean bound", toy.name,
+                  **_compared(values, expected, toy.length))  # fmt: skip
+
+
+def _loss_batches(
+    loss: LossFunction, toy: ToyDistribution, texts: Tensor, rows: Tensor
+) -> tuple[Tensor, list[float], float]:
+    """The first text's coefficients (n, 2^L, L) and the loss of a row, nats, with each seed; the gradient's largest rest."""
+    model = _LearningTable(toy.inexact_model)
+    tables, values, rest = [], [], 0.0
+    for seed in range(_LOSS_BATCHES):
+        model._logits.grad = torch.zeros_like(model._logits)
+        value = loss(model, rows, toy.words, seed) * toy.length
+        value.backward()  # type: ignore[no-untyped-call]
+        found, outside = model.coefficients(texts)
+        tables.append(found[0])
+        values.append(float(value.detach()))
+        rest = max(rest, outside)
+    return torch.stack(tables), values, rest
+
+
+def _compared(values: Sequence[float], expected: float, length: int) -> dict[str, Any]:
+    """Evidence and p-value of a mean loss, nats a text."""
+    found = torch.tensor(values, dtype=torch.float64)
+    evidence = f"{float(found.mean()):.4f} nats a text, enumerated {expected:.4f}"
+    return {"evidence": evidence, "p_value": mean_p_value(found, expected, _ROUNDING * length)}
 
 
 def check_likelihood(function: LikelihoodFunction, name: str, toys: list[ToyDistribution]) -> Iterator[Finding]:

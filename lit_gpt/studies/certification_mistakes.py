@@ -128,7 +128,8 @@ def masked_loss(model: ModelFunction, tokens: Tensor, mask_id: int, seed: int, m
     log_p = model(torch.where(masked, mask_id, tokens)).log_softmax(2)
     if mistake == "shift":
         log_p = log_p.roll(-1, 1)
-    nll = -log_p.gather(2, tokens[..., None]).squeeze(2)
+    targets = tokens.roll(1, 0) if mistake == "row" else tokens
+    nll = -log_p.gather(2, targets[..., None]).squeeze(2)
     scored = torch.ones_like(masked) if mistake == "unmasked" else masked
     # Masks that come at the rate sin(pi t / 2) need the weight p'(t) / p(t).
     return (nll * scored / p).mean()
@@ -171,6 +172,7 @@ def _function_mistakes(toys: list[ToyDistribution]) -> Iterator[Mistake]:
         "shift": "logits of the next position are scored",
         "time": "weight 1/p for masks that come at the rate sin(pi t / 2)",
         "unmasked": "tokens that are not masked are scored",
+        "row": "another row's tokens are predicted",
     }
     for key, name in losses.items():
         yield Mistake(f"loss: {name}", partial(check_loss, partial(masked_loss, mistake=key), name, toys[:1]))

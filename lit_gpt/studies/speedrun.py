@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.config import Config
+from lit_gpt.data.batching import largest_group
 from lit_gpt.evaluation.versions import commit
 from lit_gpt.files import write_file
 from lit_gpt.pipeline import Pipeline, Stage
@@ -24,6 +25,8 @@ from lit_gpt.studies.mdm_recipes import RECIPES, StepBudget
 from lit_gpt.studies.study_pages import markdown_table, processor_name, with_error
 from lit_gpt.studies.trained_models import ModelShape, TrainedModel, train_model
 from lit_gpt.training import schedule
+from lit_gpt.training.group_sizes import group_size
+from lit_gpt.training.objectives import MaskedDiffusion
 
 BATCH_SIZE, VOCAB_SIZE, DRAWS = 16, 2048, 4
 """Of the registered entries, and the noise draws of a bound's validation: the quickstart's."""
@@ -103,9 +106,8 @@ def run_entry(
     # An entry of one's own may have a shape of its own.
     named = {name: value for name, value in entry.flags(1, shape, seed).items() if name in shape.flags()}
     config = Config.from_name(6, **named, vocab_size=VOCAB_SIZE)
-    length = schedule.mean_random_length(shape.block_size, entry.ssl_ratio)
     if budget.flops is not None:
-        steps = schedule.budget_steps(budget.flops / 1e18, config.size_in_millions, BATCH_SIZE, length)
+        steps = _steps_of_flops(budget.flops, config, entry, seed)
         name = f"{entry.name}-{budget.flops:g}-{seed}"
     else:
         assert budget.minutes is not None
@@ -137,6 +139,24 @@ def run_entry(
         "machine": f"{os.cpu_count()} cores, {processor_name()}",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _steps_of_flops(flops: float, config: Config, entry: SpeedrunEntry, seed: int) -> int:
+    """The most steps of 16 rows that the budget pays for; of random lengths those that this seed's run will read."""
+    steps = schedule.budget_steps(flops / 1e18, config.size_in_millions, BATCH_SIZE, config.block_size)
+    if not entry.ssl_ratio:
+        return steps
+    objective = MaskedDiffusion(config.block_size, config.mask_id, seed, BATCH_SIZE, entry.ssl_ratio)
+    rows = largest_group(BATCH_SIZE, group_size("train_mdm_rl", config.size_in_millions))
+
+    def tokens(step: int) -> int:
+        return rows * sum(objective.group(step, group, []).length for group in range(BATCH_SIZE // rows))
+
+    per_token = 6 * config.non_embedding_params
+    read = sum(map(tokens, range(steps)))
+    while per_token * (read := read + tokens(steps)) <= flops:
+        steps += 1
+    return steps
 
 
 def _steps_of_minutes(

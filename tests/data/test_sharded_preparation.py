@@ -139,13 +139,14 @@ QUEUE = """#!/bin/bash
 here=$(dirname "$0")
 case $(basename "$0") in
 sbatch) echo "$*" >> "$here/submitted"; touch "$here/queued"; echo "Submitted batch job 7" ;;
-squeue) if [ -e "$here/queued" ]; then echo "7_0 cpu"; else echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi ;;
+squeue) [ -e "$here/queued" ] && echo "7_0 cpu" && exit
+        echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1 ;;
 esac
 """
 
 
 def test_a_submitted_slurm_job_is_not_submitted_again(tmp_path, corpus, tokenizer_folder):
-    """The same command tells how far the job is, as it says; only what a job left undone is submitted, with a log of its own."""
+    """The same command tells how far the job is, as it says; what a job left undone gets another one with its own log."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name in ("sbatch", "squeue"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import subprocess
@@ -10,10 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from lit_gpt.config import Config
+from lit_gpt.pipeline import Pipeline, Stage
 from lit_gpt.studies import speedrun
 from lit_gpt.studies.mdm_recipes import RECIPES, MdmRecipe, StepBudget
+from lit_gpt.studies.text_corpus import packed_text
 from lit_gpt.studies.trained_models import ModelShape
+from lit_gpt.training.objectives import MaskedDiffusion
 from tests.support.training_runs import ROOT, one_thread_environment
 
 BUDGET = StepBudget(steps=1200, batch_size=16, block_size=128, learning_rate=2e-3)
@@ -45,6 +51,40 @@ def test_an_own_batch_leaves_the_tokens_and_own_steps_are_kept():
     assert entry.flags(100, shape, 1)["max_steps"] == 400
     entry = speedrun.SpeedrunEntry("mine", "pretrain/train_mdm.py", extra=(("batch_size", 4), ("max_steps", 7)))
     assert entry.flags(100, shape, 1)["max_steps"] == 7
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Pipeline, Stage, ModelShape]:
+    """The bundled text for rows of 32 tokens, and a shape that trains in seconds."""
+    out = tmp_path_factory.mktemp("speedrun")
+    pipeline = Pipeline(out, Console(file=io.StringIO()), lambda line: False)
+    text = ROOT / "data" / "tinyshakespeare" / "input.txt"
+    return pipeline, packed_text(pipeline, text, speedrun.VOCAB_SIZE, 32, 3), ModelShape(32, 1, 32)
+
+
+def run_small(small: tuple[Pipeline, Stage, ModelShape], entry: speedrun.SpeedrunEntry, seed: int, flops: float = 3e9):
+    pipeline, packed, shape = small
+    return speedrun.run_entry(pipeline, packed, entry, speedrun.SpeedrunBudget(flops, None), (shape, seed))
+
+
+def test_steps_of_random_lengths_are_as_many_as_fit_whatever_the_seed():
+    shape, entry = ModelShape(128, 4, 128), speedrun.ENTRIES["mdm-random-lengths"]
+    config = Config.from_name(6, **shape.flags(), vocab_size=speedrun.VOCAB_SIZE)
+    step_tokens = 6 * config.non_embedding_params * 16 * 128
+    for seed in range(3407, 3427):
+        steps = speedrun._steps_of_flops(1.55e13, config, entry, seed)
+        objective = MaskedDiffusion(128, 2048, seed, 16, ssl_ratio=0.01)
+        lengths = [objective.group(step, 0, []).length for step in range(steps + 1)]
+        spent = [6 * config.non_embedding_params * 16 * sum(lengths[:count]) for count in (steps, steps + 1)]
+        assert spent[0] <= 1.55e13 < spent[1] and 1.55e13 - spent[0] < step_tokens
+
+
+def test_a_run_of_random_lengths_stays_within_its_budget(small, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    # Steps by the mean length took 3.109e9 with this seed.
+    entry = speedrun.SpeedrunEntry("lengths", "pretrain/train_mdm_rl.py", extra=(("ssl_ratio", 0.5),), ssl_ratio=0.5)
+    line = run_small(small, entry, seed=7)
+    assert 0.95 * 3e9 < line["flops"] <= 3e9
 
 
 def line(name: str, bits: float, flops: float = 1e15, is_bound: bool = False) -> dict:
