@@ -22,7 +22,10 @@ from typing import Any
 from lit_gpt.data.packed_format import index_path
 from lit_gpt.data.preparation import pack_texts
 from lit_gpt.data.preparation_plan import SHARDS_FOLDER, PackingPlan
-from lit_gpt.files import folder_lock, make_folder
+from lit_gpt.files import folder_lock, make_folder, read_json_object, write_json
+
+# Beside the logs: the Slurm job that makes the shards, and what of.
+_JOB_NAME = "job.json"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def pack_shards(
     Args:
         plan: of the whole corpus.
         count: shards; decides which files lie together.
-        executor: who works. On Slurm this returns when the job is submitted.
+        executor: who works. On Slurm this returns when the job is submitted; while it is queued or runs, at once.
         overwrite: replace other shards of the same prefix.
         report: told (finished shards, all shards, packed files) every few seconds.
 
@@ -93,18 +96,56 @@ def pack_shards(
     plans = plan.split(count)
     folder = plan.destination / SHARDS_FOLDER / plan.prefix
     make_folder(folder)
+    asked = {**plan.identity, "shards": count}
     with folder_lock(folder):
-        _check_destination(plan, plans, overwrite)
-        plan.copy_tokenizer(overwrite)
-        todo = [index for index, one in enumerate(plans) if overwrite or one.finished() is None]
+        job = folder / _JOB_NAME
+        was_submitted = executor.name == "slurm" and job.is_file()
+        todo: list[int] = []
+        if not (was_submitted and _is_queued(job, asked)):
+            _check_destination(plan, plans, overwrite)
+            plan.copy_tokenizer(overwrite)
+            # What a submitted job was to replace, it has replaced.
+            anew = overwrite and not was_submitted
+            todo = [index for index, one in enumerate(plans) if anew or one.finished() is None]
+            job.unlink(missing_ok=True)
         if todo:
-            _run([plans[index] for index in todo], executor, overwrite, folder / "log", report)
+            job_id = _run([plans[index] for index in todo], executor, overwrite, folder / "log", report)
+            if job_id is not None:
+                write_json(job, {"job_id": job_id, "made_from": asked})
         manifests = [one.finished() for one in plans]
     unfinished = [index for index, made in enumerate(manifests) if made is None]
     flat = [manifest for made in manifests if made for manifest in made.values()]
     if not unfinished and not any(manifest["documents"] for manifest in flat):
         raise ValueError(f"the {len(plan.sources)} source file(s), from {plan.sources[0].path} on, hold no documents")
     return ShardedResult(flat, unfinished, was_finished=not todo)
+
+
+def _is_queued(job: Path, asked: dict[str, Any]) -> bool:
+    """Whether Slurm still has the job that was submitted for these shards.
+
+    Raises:
+        ValueError: it has, but the job makes something else than what is asked for; it cannot be asked.
+    """
+    submitted = read_json_object(job)
+    number = str(submitted.get("job_id"))
+    try:
+        answer = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, text=True)
+    except OSError as error:
+        raise ValueError(
+            f"job {number} was submitted for these shards, and whether it runs cannot be asked ({error}): run this where "
+            f"squeue is, or delete {job} if it does not"
+        ) from error
+    # Slurm forgets a job some minutes after its end.
+    forgotten = "invalid job id" in answer.stderr.lower()
+    if answer.returncode and not forgotten:
+        raise ValueError(f"job {number} was submitted for these shards; squeue: {answer.stderr.strip()[:200]}")
+    if forgotten or not answer.stdout.strip():
+        return False
+    if submitted.get("made_from") != asked:
+        raise ValueError(
+            f"job {number} makes these files from other sources or settings: wait for it, or scancel {number}"
+        )
+    return True
 
 
 def _check_destination(plan: PackingPlan, plans: list[PackingPlan], overwrite: bool) -> None:
@@ -132,7 +173,12 @@ def _run(
     overwrite: bool,
     log: Path,
     report: Callable[[int, int, int], object],
-) -> None:
+) -> str | None:
+    """Make shards, or submit them; returns the number of the Slurm job, if it is one."""
+    if choice.name == "slurm":
+        # An earlier job's tasks may still read which shards are theirs.
+        number = sum(1 for _ in log.parent.glob(f"{log.name}*"))
+        log = log.with_name(f"{log.name}-{number + 1}") if number else log
     # datatrove's marks of finished tasks may outlive the files, which alone are asked.
     shutil.rmtree(log / "completions", ignore_errors=True)
     executor = _executor(plans, choice, overwrite, log)
@@ -155,6 +201,7 @@ def _run(
     finally:
         stop.set()
         watcher.join()
+    return str(executor.job_id) if choice.name == "slurm" else None
 
 
 def _watch(plans: list[PackingPlan], report: Callable[[int, int, int], object], stop: threading.Event) -> None:

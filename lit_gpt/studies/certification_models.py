@@ -90,7 +90,6 @@ def check_shift(model: CheckedModel, text: Sequence[int]) -> Iterator[Finding]:
     Every third token is masked, in three rows. Compared are the means over equal tokens, by Student's t: a model fails if
     its neighbours' logits are better beyond chance, and passes if they are worse beyond chance.
     """
-
     check, where = "logits stand at their tokens", f"{len(text)} tokens"
     words = len(set(text[1:-1]))
 

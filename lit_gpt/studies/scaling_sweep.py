@@ -6,6 +6,7 @@ the stages, so that runs of several machines that share the folder need no other
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import re
@@ -30,7 +31,7 @@ from lit_gpt.studies.scaling_plan import SCALING_KINDS, PlannedRun, plan_rows
 from lit_gpt.studies.scaling_settings import ScalingFlags
 from lit_gpt.studies.study_pages import write_csv
 from lit_gpt.studies.text_corpus import packed_text
-from lit_gpt.studies.trained_models import train_model
+from lit_gpt.studies.trained_models import stage_settings, train_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,13 +52,7 @@ def prepare_text(flags: ScalingFlags, pipeline: Pipeline) -> Stage:
         FileNotFoundError, ValueError: there is no such text, it is damaged, or a script's own message.
     """
     path = Path(flags.text)
-    if not path.is_file():
-        default = flags.text == ScalingFlags().text
-        remedy = "apt-get install dict-gcide, or name a text with --text" if default else "name a text file"
-        raise FileNotFoundError(f"--text {path}: no such file; {remedy}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    stage = pipeline.begin("pieces", "deal out the text's pieces", {"text": digest, "piece": _PIECE_CHARACTERS})
+    stage = pipeline.begin("pieces", "deal out the text's pieces", _pieces_settings(flags))
     dealt = stage.folder / "text.txt"
     if stage.result is None:
         content = path.read_bytes()
@@ -71,6 +66,46 @@ def prepare_text(flags: ScalingFlags, pipeline: Pipeline) -> Stage:
         dealt.write_bytes("\n\n".join(pieces[number] for number in order).encode())
         stage.finish({"characters": sum(map(len, pieces)), "pieces": len(pieces)})
     return packed_text(pipeline, dealt, flags.vocab_size, flags.block_size, 3)
+
+
+def _pieces_settings(flags: ScalingFlags) -> dict[str, Any]:
+    path = Path(flags.text)
+    if not path.is_file():
+        default = flags.text == ScalingFlags().text
+        remedy = "apt-get install dict-gcide, or name a text with --text" if default else "name a text file"
+        raise FileNotFoundError(f"--text {path}: no such file; {remedy}")
+    return {"text": _file_digest(path), "piece": _PIECE_CHARACTERS}
+
+
+def _file_digest(path: Path) -> str:
+    found = path.stat()
+    return _digest_of_version(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _digest_of_version(path: Path, size: int, changed_ns: int) -> str:
+    """Size and time of the last change tell versions of the file apart: every run of a plan asks for the same ones."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def packed_settings(flags: ScalingFlags) -> dict[str, Any] | None:
+    """The settings of the packed text as `prepare_text` gave them; None where it was not prepared, or from other flags.
+
+    Raises:
+        FileNotFoundError: there is a prepared text, and the one that it was made from is missing.
+    """
+    out = Path(flags.out)
+    dealt, pieces, packed = out / "pieces" / "text.txt", _stage(out / "pieces"), _stage(out / "packed")
+    if None in (pieces.get("result"), packed.get("result")) or pieces["settings"] != _pieces_settings(flags):
+        return None
+    wanted = {"text": _file_digest(dealt), "vocab_size": flags.vocab_size, "block_size": flags.block_size}
+    return wanted if packed["settings"] == wanted else None
+
+
+def _stage(folder: Path) -> dict[str, Any]:
+    path = folder / "stage.json"
+    return read_json_object(path) if path.exists() else {}
 
 
 def text_pieces(text: str) -> list[str]:
@@ -164,15 +199,15 @@ def _chosen(runs: Sequence[PlannedRun], number: int) -> PlannedRun:
 
 
 def finished_record(flags: ScalingFlags, run: PlannedRun) -> dict[str, Any] | None:
-    """What a finished run's stage holds; None where it is not finished, or was run with other flags."""
-    path = Path(flags.out) / "runs" / run.name / "stage.json"
-    if not path.exists():
+    """What a finished run's stage holds; None where it is not finished, or was run with other flags or on another text."""
+    packed, stage = packed_settings(flags), _stage(Path(flags.out) / "runs" / run.name)
+    if packed is None or "settings" not in stage:
         return None
-    stage = read_json_object(path)
-    wanted = {key: str(value) for key, value in run.script_flags(flags).items()}
-    found = {key: str(value) for key, value in stage.get("settings", {}).items()}
-    result = stage.get("result")
-    return result if isinstance(result, dict) and wanted.items() <= found.items() else None
+    result, wanted = (
+        stage.get("result"),
+        stage_settings(packed, (SCALING_KINDS[run.kind].script, run.script_flags(flags))),
+    )
+    return result if isinstance(result, dict) and stage["settings"] == wanted else None
 
 
 def collect_rows(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:

@@ -60,6 +60,12 @@ class TrainedModel:
         return 6e6 * millions * self.result["total_tokens"]
 
 
+def stage_settings(packed: Mapping[str, Any], command: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a model's stage records: the settings of the packed data, the script and its flags."""
+    script, flags = command
+    return {**packed, "script": script, **flags}
+
+
 def train_model(
     pipeline: Pipeline, name: str, title: str, packed: Stage, command: tuple[str, Mapping[str, Any]]
 ) -> TrainedModel:
@@ -78,7 +84,7 @@ def train_model(
     from lit_gpt.ui.training_progress import TrainingProgress
 
     script, flags = command
-    stage = pipeline.begin(name, title, {**packed.settings, "script": script, **flags})
+    stage = pipeline.begin(name, title, stage_settings(packed.settings, command))
     folder = stage.folder
     places = {
         "model": 6,

@@ -134,6 +134,45 @@ def test_a_slurm_array_makes_the_same(tmp_path, corpus, plan_in, tokenizer_folde
     assert "#SBATCH --partition=cpu" in script and "#SBATCH --account=mine" in script
 
 
+# Submits nothing; what it was given is kept, and squeue knows the job until the test takes it away.
+QUEUE = """#!/bin/bash
+here=$(dirname "$0")
+case $(basename "$0") in
+sbatch) echo "$*" >> "$here/submitted"; touch "$here/queued"; echo "Submitted batch job 7" ;;
+squeue) [ -e "$here/queued" ] && echo "7_0 cpu" && exit
+        echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1 ;;
+esac
+"""
+
+
+def test_a_submitted_slurm_job_is_not_submitted_again(tmp_path, corpus, tokenizer_folder):
+    """The same command tells how far the job is, as it says; what a job left undone gets another one with its own log."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name in ("sbatch", "squeue"):
+        (bin_folder / name).write_text(QUEUE)
+        (bin_folder / name).chmod(0o755)
+    flags = ("--executor", "slurm", "--slurm_partition", "cpu", "--overwrite", "true")
+
+    def run(*more):
+        return slimpajama(corpus, tmp_path / "out", tokenizer_folder, *flags, *more, path=bin_folder)
+
+    def submitted():
+        return len((bin_folder / "submitted").read_text().splitlines())
+
+    assert run().returncode == 0
+    first = submitted()
+    log = tmp_path / "out/.shards/train_slimpajama/log"
+    ranks = (log / "ranks_to_run.json").read_text()
+    again = run()
+    assert again.returncode == 0 and f"0 of {SHARDS} shards are finished" in again.stdout and submitted() == first
+    other = run("--chunk_size", "800")
+    assert other.returncode == 2 and "job 7 makes these files from other sources or settings" in other.stderr
+    (bin_folder / "queued").unlink()
+    assert run().returncode == 0 and submitted() == 2 * first
+    assert (log / "ranks_to_run.json").read_text() == ranks and (log.parent / "log-2/ranks_to_run.json").is_file()
+
+
 def test_slurm_without_sbatch_is_one_line(tmp_path, corpus, tokenizer_folder):
     flags = ("--executor", "slurm", "--slurm_partition", "cpu")
     done = slimpajama(corpus, tmp_path / "out", tokenizer_folder, *flags)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 import shlex
@@ -206,17 +208,27 @@ def small_flags(out, **others):
     )  # fmt: skip
 
 
+def write_stage(folder, settings, result):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stage.json").write_text(json.dumps({"settings": settings, "result": result}))
+
+
 def finish_all(flags):
-    """Every run as its stage leaves it, its loss from a law."""
-    runs = scaling_plan.planned_runs(flags)
+    """The packed text and every run as their stages leave them, the losses from a law."""
+    runs, out = scaling_plan.planned_runs(flags), Path(flags.out)
+    digest = hashlib.sha256(Path(flags.text).read_bytes()).hexdigest()
+    write_stage(out / "pieces", {"text": digest, "piece": 20_000}, {})
+    (out / "pieces" / "text.txt").write_text("dealt out")
+    packed = {"text": hashlib.sha256(b"dealt out").hexdigest(), "vocab_size": flags.vocab_size}
+    packed["block_size"] = flags.block_size
+    write_stage(out / "packed", packed, {})
     for run in runs:
         scale = {"arm": 1.0, "mdm": 1.2}[run.kind]
         loss = scale * law_loss(run.config.non_embedding_params, run.tokens, (1.5, 20, 30, 0.3, 0.3))
-        folder = Path(flags.out) / "runs" / run.name
-        folder.mkdir(parents=True)
         result = {"val_loss": loss, "val_loss_se": 0.03, "val_loss_draws_se": 0.01 if run.kind == "mdm" else 0.0}
-        record = {"settings": run.script_flags(flags), "result": {**result, "minutes": 0.1 + run.computed_flops / 6e11}}
-        (folder / "stage.json").write_text(json.dumps(record))
+        result |= {"minutes": 0.1 + run.computed_flops / 6e11}
+        script = {"arm": "pretrain/train_ar.py", "mdm": "pretrain/train_mdm.py"}[run.kind]
+        write_stage(out / "runs" / run.name, {**packed, "script": script, **run.script_flags(flags)}, result)
     return runs
 
 
@@ -238,6 +250,25 @@ def test_finished_runs_become_rows_fits_figures_and_a_page(tmp_path):
     # Other flags are other runs.
     other = small_flags(tmp_path, seed=4)
     assert all(scaling_sweep.finished_record(other, run) is None for run in scaling_plan.planned_runs(other))
+
+
+@pytest.mark.parametrize(
+    "trained,asked",
+    [
+        ({"kind_flags": ["mdm:loss_weight=cross_entropy"]}, {"kind_flags": []}),
+        ({}, {"kind_flags": ["mdm:loss_weight=cross_entropy"]}),
+        ({}, {"vocab_size": 1024}),
+        ({}, {"text": str(ROOT / "README.md")}),
+    ],
+)
+def test_runs_of_other_flags_or_of_another_text_are_not_of_this_study(tmp_path, trained, asked):
+    flags = small_flags(tmp_path, **trained)
+    finish_all(flags)
+    other = dataclasses.replace(flags, **asked)
+    runs = [run for run in scaling_plan.planned_runs(other) if run.kind == "mdm"]
+    assert all(scaling_sweep.finished_record(flags, run) is not None for run in runs)
+    assert all(scaling_sweep.finished_record(other, run) is None for run in runs)
+    assert not any(row["kind"] == "mdm" for row in scaling_sweep.collect_rows(other, runs))
 
 
 def test_text_is_dealt_out_whole():
