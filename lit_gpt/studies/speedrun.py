@@ -175,7 +175,10 @@ def _steps_of_minutes(
 
 def _train_seconds(folder: Path) -> float:
     """Training time from a run's log, over all its starts: validation and saving not counted."""
-    (path,) = folder.glob("log/*/version_*/metrics.csv")
+    (record,) = folder.glob("run/*/run.json")
+    # A run that was killed before its first checkpoint began anew, with a log of its own.
+    version = Path(json.loads(record.read_text())["log_path"]).parent.name
+    (path,) = folder.glob(f"log/*/{version}/metrics.csv")
     with path.open(newline="") as file:
         times = [float(row["time/train"]) for row in csv.DictReader(file) if row["time/train"]]
     # The clock begins anew when an interrupted run goes on.
