@@ -19,7 +19,7 @@ from typing import Any
 from lit_gpt.config import Config
 from lit_gpt.data.batching import largest_group
 from lit_gpt.evaluation.versions import commit
-from lit_gpt.files import write_file
+from lit_gpt.files import parse_json, write_file
 from lit_gpt.pipeline import Pipeline, Stage
 from lit_gpt.studies.mdm_recipes import RECIPES, StepBudget
 from lit_gpt.studies.study_pages import markdown_table, processor_name, with_error
@@ -221,7 +221,7 @@ def add_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> list[dict[str, 
     Returns:
         All lines of the file.
     """
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = [parse_json(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def key(line: Mapping[str, Any]) -> tuple[Any, ...]:
         return line["name"], line["hash"], json.dumps(line["budget"]), line["machine"]
