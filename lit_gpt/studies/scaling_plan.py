@@ -31,6 +31,8 @@ class TrainedKind:
     """In words."""
     recipe: str | None = None
     """Key of `mdm_recipes.RECIPES`, where the script takes one."""
+    ssl_ratio: float = 0.0
+    """Share of the groups with a random length, unless `--kind_flags` says another."""
 
     def flags(self, budget: StepBudget) -> dict[str, Any]:
         """Of the script, beyond the common ones or instead of them."""
@@ -40,7 +42,9 @@ class TrainedKind:
 SCALING_KINDS = {
     "arm": TrainedKind("pretrain/train_ar.py", True, "next token"),
     "mdm": TrainedKind("pretrain/train_mdm.py", False, "masked diffusion by the published recipe"),
-    "mdm_rl": TrainedKind("pretrain/train_mdm_rl.py", False, "masked diffusion with stochastic lengths"),
+    "mdm_rl": TrainedKind(
+        "pretrain/train_mdm_rl.py", False, "masked diffusion with stochastic lengths", ssl_ratio=0.01
+    ),
 } | {
     f"mdm_{name}": TrainedKind("pretrain/train_mdm.py", False, f"masked diffusion: {recipe.what}", name)
     for name, recipe in RECIPES.items()
@@ -99,6 +103,8 @@ class PlannedRun:
     """Optimizer steps."""
     learning_rate: float
     """Peak."""
+    mean_length: float
+    """Tokens of a sequence that are read: the block, but where lengths are random."""
     rate_factor: float = 1.0
     """Of the learning rate over that of the rule: 1 except where the rule is checked."""
 
@@ -110,8 +116,8 @@ class PlannedRun:
 
     @property
     def tokens(self) -> int:
-        """D."""
-        return self.steps * self.batch_size * self.config.block_size
+        """D, the expected one where lengths are random; the rows of finished runs say what was read."""
+        return round(self.steps * self.batch_size * self.mean_length)
 
     @property
     def flops(self) -> float:
@@ -139,8 +145,6 @@ class PlannedRun:
         """Of the training script, without the places where things lie."""
         config = self.config
         shape = ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups")
-        words = [text.rpartition(":") if ":" in text.split("=")[0] else ("", "", text) for text in flags.kind_flags]
-        extra = dict(word.split("=", 1) for kind, _, word in words if kind in ("", self.kind))
         return {
             **{name: getattr(config, name) for name in shape},
             "batch_size": self.batch_size,
@@ -154,7 +158,7 @@ class PlannedRun:
             **SCALING_KINDS[self.kind].flags(
                 StepBudget(self.steps, self.batch_size, config.block_size, self.learning_rate)
             ),
-            **extra,
+            **flags.extra_flags(self.kind),
         }
 
 
@@ -186,19 +190,23 @@ def planned_runs(flags: ScalingFlags) -> list[PlannedRun]:
         raise ValueError(f"--kinds {', '.join(unknown)}: choose from {', '.join(SCALING_KINDS)}")
     configs = [family_config(size, flags.block_size, flags.vocab_size) for size in sorted(flags.sizes)]
     budgets = sorted(flags.budgets)
-    runs = [_run(kind, config, budget) for budget in budgets for config in configs for kind in flags.kinds]
+    runs = [_run(flags, kind, config, budget) for budget in budgets for config in configs for kind in flags.kinds]
     middle, budget = configs[(len(configs) - 1) // 2], budgets[(len(budgets) - 1) // 2]
-    runs += [_run(kind, middle, budget, factor) for factor in flags.check_factors for kind in flags.kinds]
+    runs += [_run(flags, kind, middle, budget, factor) for factor in flags.check_factors for kind in flags.kinds]
     if len({run.name for run in runs}) < len(runs):
         raise ValueError("--sizes, --budgets, --kinds or --check_factors name the same run twice")
     return runs
 
 
-def _run(kind: str, config: Config, budget: float, factor: float = 1.0) -> PlannedRun:
+def _run(flags: ScalingFlags, kind: str, config: Config, budget: float, factor: float = 1.0) -> PlannedRun:
     batch_size = ruled_batch(budget / (6 * config.non_embedding_params), config.block_size)
-    steps = schedule.budget_steps(budget / 1e18, config.size_in_millions, batch_size, config.block_size)
+    ratio = SCALING_KINDS[kind].ssl_ratio
+    if ratio:
+        ratio = float(flags.extra_flags(kind).get("ssl_ratio", ratio))
+    length = schedule.mean_random_length(config.block_size, ratio)
+    steps = schedule.budget_steps(budget / 1e18, config.size_in_millions, batch_size, length)
     rate = float(f"{ruled_rate(config.non_embedding_params) * factor:.3g}")
-    return PlannedRun(kind, config, budget, batch_size, steps, rate, factor)
+    return PlannedRun(kind, config, budget, batch_size, steps, rate, length, factor)
 
 
 def plan_rows(flags: ScalingFlags, runs: Sequence[PlannedRun], flops_per_s: float, start_s: float) -> list[list[str]]:

@@ -5,12 +5,50 @@ Plain values and nothing heavy to import, so that `--help` is quick.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 ACTIONS = ("plan", "sweep", "fit", "plot", "all")
 SIZE_MEASURES = ("M", "N")
 # `apt-get install dict-gcide`: 40 MB of Webster's dictionary of 1913 and its successors, GPL 2 or later, as gzip.
 _INSTALLABLE_TEXT = "/usr/share/dictd/gcide.dict.dz"
+_PLANNED = frozenset(
+    (
+        *("block_size", "n_layer", "n_head", "n_embd", "intermediate_size", "n_query_groups", "model"),
+        *(
+            "batch_size",
+            "max_steps",
+            "flops",
+            "learning_rate",
+            "min_lr",
+            "warmup_steps",
+            "val_samples",
+            "val_draws",
+            "seed",
+        ),
+        *("data_dir", "out_dir", "log_dir", "models_dir", "save_interval", "keep_checkpoints"),
+    )
+)
+"""Flags of the training scripts that the plan decides, or the sweep: what it says of tokens and FLOPs rests on them."""
+
+
+@dataclass(frozen=True)
+class KindFlag:
+    """One of `--kind_flags`."""
+
+    kind: str
+    """The objective that it is for; empty: all."""
+    name: str
+    """Of the training script's flag."""
+    value: str
+    """As it is typed."""
+
+    @classmethod
+    def read(cls, text: str) -> KindFlag:
+        """From `kind:flag=value` or `flag=value`; the value may hold colons and commas."""
+        names, _, value = text.partition("=")
+        kind, _, name = names.rpartition(":")
+        return cls(kind, name, value)
 
 
 @dataclass
@@ -32,7 +70,8 @@ class ScalingFlags:
     vocab_size: int = 1024
     """Pieces of the tokenizer that is trained on the text."""
     kind_flags: list[str] = field(default_factory=list)
-    """More flags of the training scripts, for one kind such as mdm:loss_weight=cross_entropy, or for all: compile=off."""
+    """More flags of the training scripts, for one kind such as mdm:loss_weight=cross_entropy, or for all: compile=off. None
+    that the plan decides (shape, batch, steps, rate, seed, validation)."""
     val_samples: int = 256
     """Validation sequences, the same for all runs."""
     val_draws: int = 8
@@ -73,4 +112,21 @@ class ScalingFlags:
             found.append(f"--size_measure {self.size_measure}: expected {' or '.join(SIZE_MEASURES)}")
         found += [f"--kind_flags {text}: expected kind:flag=value or flag=value"
                   for text in self.kind_flags if "=" not in text]  # fmt: skip
+        return found + self._kind_flag_problems()
+
+    def _kind_flag_problems(self) -> list[str]:
+        found = []
+        for text in self.kind_flags:
+            flag = KindFlag.read(text)
+            if "=" in text and flag.kind and flag.kind not in self.kinds:
+                found.append(f"--kind_flags {text}: {flag.kind} is none of --kinds {', '.join(self.kinds)}")
+            if flag.name in _PLANNED:
+                found.append(f"--kind_flags {text}: {flag.name} is decided by the plan")
+            if flag.name == "ssl_ratio" and not re.fullmatch(r"0?\.\d+|[01](\.0*)?", flag.value):
+                found.append(f"--kind_flags {text}: expected a number between 0 and 1")
         return found
+
+    def extra_flags(self, kind: str) -> dict[str, str]:
+        """`--kind_flags` of one kind."""
+        flags = map(KindFlag.read, self.kind_flags)
+        return {flag.name: flag.value for flag in flags if flag.kind in ("", kind)}

@@ -155,11 +155,15 @@ def typed_command(flags: ScalingFlags, action: str) -> str:
     """The command with these flags, as a user types it."""
     words = ["python", "scripts/scaling_laws.py", action]
     for name, value in changed_flags(flags, but=("slurm", "only")).items():
-        values = (
-            [f"{one:g}" if isinstance(one, float) else str(one) for one in value] if isinstance(value, list) else []
-        )
-        words += [f"--{name}", f"[{','.join(values)}]" if isinstance(value, list) else str(value)]
+        words += [f"--{name}", f"[{','.join(map(_typed, value))}]" if isinstance(value, list) else str(value)]
     return shlex.join(words)
+
+
+def _typed(value: float | str) -> str:
+    """An item of a list, as short as it can be read back."""
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return f"'{value}'" if "," in value else value
 
 
 def run_sweep(flags: ScalingFlags, runs: Sequence[PlannedRun], pipeline: Pipeline) -> None:
@@ -224,9 +228,9 @@ def collect_rows(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> list[dict[s
                 "layers": run.config.n_layer,
                 "width": run.config.n_embd,
                 "budget": run.budget,
-                "flops": run.flops,
+                "flops": 6.0 * run.config.non_embedding_params * record["total_tokens"],
                 "flops_per_token": run.flops_per_token,
-                "tokens": run.tokens,
+                "tokens": record["total_tokens"],
                 "steps": given["max_steps"],
                 "batch_size": given["batch_size"],
                 "learning_rate": given["learning_rate"],

@@ -19,7 +19,7 @@ from typing import Any
 from lit_gpt.config import Config
 from lit_gpt.data.batching import largest_group
 from lit_gpt.evaluation.versions import commit
-from lit_gpt.files import write_file
+from lit_gpt.files import parse_json, write_file
 from lit_gpt.pipeline import Pipeline, Stage
 from lit_gpt.studies.mdm_recipes import RECIPES, StepBudget
 from lit_gpt.studies.study_pages import markdown_table, processor_name, with_error
@@ -175,7 +175,10 @@ def _steps_of_minutes(
 
 def _train_seconds(folder: Path) -> float:
     """Training time from a run's log, over all its starts: validation and saving not counted."""
-    (path,) = folder.glob("log/*/version_*/metrics.csv")
+    (record,) = folder.glob("run/*/run.json")
+    # A run that was killed before its first checkpoint began anew, with a log of its own.
+    version = Path(json.loads(record.read_text())["log_path"]).parent.name
+    (path,) = folder.glob(f"log/*/{version}/metrics.csv")
     with path.open(newline="") as file:
         times = [float(row["time/train"]) for row in csv.DictReader(file) if row["time/train"]]
     # The clock begins anew when an interrupted run goes on.
@@ -188,7 +191,7 @@ def add_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> list[dict[str, 
     Returns:
         All lines of the file.
     """
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = [parse_json(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def key(line: Mapping[str, Any]) -> tuple[Any, ...]:
         return line["name"], line["hash"], json.dumps(line["budget"]), line["machine"]

@@ -200,6 +200,52 @@ def test_flags_reach_the_kind_they_name():
     assert by_kind["arm"]["compile"] == by_kind["mdm"]["compile"] == "off"
 
 
+def test_values_of_kind_flags_hold_colons_and_commas(tmp_path):
+    given = ["mdm:row_lengths=16:300,32:600", "compile=off"]
+    flags = ScalingFlags(kind_flags=given, budgets=[3.3e11, 1234567.8e6])
+    assert flags.problems() == []
+    by_kind = {run.kind: run.script_flags(flags) for run in scaling_plan.planned_runs(flags)}
+    assert by_kind["mdm"]["row_lengths"] == "16:300,32:600" and "row_lengths" not in by_kind["arm"]
+    assert parse(ScalingFlags, shlex.split(scaling_sweep.typed_command(flags, "fit"))[3:], "") == flags
+
+
+@pytest.mark.parametrize(
+    "text,said",
+    [
+        ("mdmm:loss_weight=cross_entropy", "mdmm is none of --kinds arm, mdm, mdm_best"),
+        ("mdm_rl:ssl_ratio=1", "mdm_rl is none of --kinds arm, mdm, mdm_best"),
+        ("mdm:batch_size=2", "batch_size is decided by the plan"),
+        ("max_steps=2", "max_steps is decided by the plan"),
+        ("n_layer=2", "n_layer is decided by the plan"),
+        ("ssl_ratio=half", "expected a number between 0 and 1"),
+        ("val_draws=2", "val_draws is decided by the plan"),
+    ],
+)
+def test_kind_flags_of_no_kind_and_those_of_the_plan_are_refused(text, said):
+    assert ScalingFlags(kind_flags=[text]).problems() == [f"--kind_flags {text}: {said}"]
+
+
+def test_random_lengths_get_the_steps_that_their_mean_pays_for(tmp_path):
+    flags = ScalingFlags(kinds=["mdm", "mdm_rl"], kind_flags=["mdm_rl:ssl_ratio=1"])
+    runs = scaling_plan.planned_runs(flags)
+    for whole, cut in zip(runs[::2], runs[1::2], strict=True):
+        assert (whole.kind, cut.kind) == ("mdm", "mdm_rl")
+        assert cut.steps == pytest.approx(whole.steps * 128 / 64.5, abs=2)
+        assert 0.97 * cut.budget < cut.flops <= cut.budget
+
+
+def test_rows_say_the_tokens_that_were_read(tmp_path):
+    flags = small_flags(tmp_path)
+    runs = finish_all(flags)
+    path = tmp_path / "runs" / runs[1].name / "stage.json"
+    stage = json.loads(path.read_text())
+    stage["result"]["total_tokens"] -= 1000
+    path.write_text(json.dumps(stage))
+    row = scaling_sweep.collect_rows(flags, runs)[1]
+    assert row["tokens"] == runs[1].tokens - 1000
+    assert row["flops"] == 6 * row["size"] * row["tokens"]
+
+
 def small_flags(out, **others):
     return ScalingFlags(
         text=str(ROOT / "data" / "tinyshakespeare" / "input.txt"), out=str(out), sizes=[0.03, 0.11, 0.2],
@@ -226,7 +272,7 @@ def finish_all(flags):
         scale = {"arm": 1.0, "mdm": 1.2}[run.kind]
         loss = scale * law_loss(run.config.non_embedding_params, run.tokens, (1.5, 20, 30, 0.3, 0.3))
         result = {"val_loss": loss, "val_loss_se": 0.03, "val_loss_draws_se": 0.01 if run.kind == "mdm" else 0.0}
-        result |= {"minutes": 0.1 + run.computed_flops / 6e11}
+        result |= {"total_tokens": run.tokens, "minutes": 0.1 + run.computed_flops / 6e11}
         script = {"arm": "pretrain/train_ar.py", "mdm": "pretrain/train_mdm.py"}[run.kind]
         write_stage(out / "runs" / run.name, {**packed, "script": script, **run.script_flags(flags)}, result)
     return runs

@@ -20,6 +20,7 @@ from lit_gpt.studies.mdm_recipes import RECIPES, MdmRecipe, StepBudget
 from lit_gpt.studies.text_corpus import packed_text
 from lit_gpt.studies.trained_models import ModelShape
 from lit_gpt.training.objectives import MaskedDiffusion
+from lit_gpt.training.schedule import parse_row_lengths
 from tests.support.training_runs import ROOT, one_thread_environment
 
 BUDGET = StepBudget(steps=1200, batch_size=16, block_size=128, learning_rate=2e-3)
@@ -42,6 +43,7 @@ def test_rows_that_a_block_or_a_run_is_too_small_for_are_left_out():
     recipe = MdmRecipe("", pieces=((8, 0.25), (4, 0.5), (3, 0.75)))
     assert recipe.flags(BUDGET)["row_lengths"] == "16:300,32:600"
     assert recipe.flags(StepBudget(3, 16, 128, 2e-3))["row_lengths"] == "32:1"
+    assert recipe.flags(StepBudget(4, 16, 128, 2e-3))["row_lengths"] == "16:1,32:2"
     assert "row_lengths" not in recipe.flags(StepBudget(1, 16, 128, 2e-3))
 
 
@@ -51,6 +53,14 @@ def test_an_own_batch_leaves_the_tokens_and_own_steps_are_kept():
     assert entry.flags(100, shape, 1)["max_steps"] == 400
     entry = speedrun.SpeedrunEntry("mine", "pretrain/train_mdm.py", extra=(("batch_size", 4), ("max_steps", 7)))
     assert entry.flags(100, shape, 1)["max_steps"] == 7
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_row_lengths_of_few_steps_are_those_that_training_takes(name):
+    for steps in range(1, 9):
+        words = RECIPES[name].flags(StepBudget(steps, 16, 128, 2e-3)).get("row_lengths")
+        parse_row_lengths([words] if words else [])
+    assert RECIPES["short_rows"].flags(StepBudget(2, 16, 128, 2e-3))["row_lengths"] == "64:1"
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +130,15 @@ def test_the_table_has_the_best_entry_of_a_budget_first(tmp_path):
 
 
 def test_training_time_is_summed_over_the_starts_of_a_run(tmp_path):
-    folder = tmp_path / "log" / "x" / "version_0"
-    folder.mkdir(parents=True)
-    with (folder / "metrics.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerows([["step", "time/train"], [1, 2.0], [2, 5.0], [2, ""], [3, 1.0], [4, 4.0]])
+    folder = tmp_path / "log" / "x" / "version_1"
+    for log in (folder, folder.with_name("version_0")):
+        log.mkdir(parents=True)
+        with (log / "metrics.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerows([["step", "time/train"], [1, 2.0], [2, 5.0], [2, ""], [3, 1.0], [4, 4.0]])
+    # Version 0 is that of a start that was killed before its first checkpoint: the run began anew.
+    (tmp_path / "run" / "x").mkdir(parents=True)
+    (tmp_path / "run" / "x" / "run.json").write_text(json.dumps({"log_path": str(folder / "metrics.csv")}))
     assert speedrun._train_seconds(tmp_path) == 9.0
 
 
