@@ -210,7 +210,7 @@ def _run(flags: ScalingFlags, kind: str, config: Config, budget: float, factor: 
 
 
 def plan_rows(flags: ScalingFlags, runs: Sequence[PlannedRun], flops_per_s: float, start_s: float) -> list[list[str]]:
-    """A table: its heads, then a row for each run.
+    """A table: its heads, then a row for each run, with its number for `--only` first.
 
     Args:
         flags: of the study.
@@ -218,12 +218,12 @@ def plan_rows(flags: ScalingFlags, runs: Sequence[PlannedRun], flops_per_s: floa
         flops_per_s: speed in computed FLOPs.
         start_s: seconds of a run beside its steps.
     """
-    heads = ["run", "layers", "width", "N", "tokens", "steps", "batch", "rate", "6ND", "seconds"]
+    heads = ["no.", "run", "layers", "width", "N", "tokens", "steps", "batch", "rate", "6ND", "seconds"]
     rows = []
     for number, run in enumerate(runs):
         config, given = run.config, run.script_flags(flags)
         seconds = run.computed_flops / flops_per_s + start_s
-        cells = [f"{number} {run.name}", config.n_layer, config.n_embd, f"{config.size_in_millions:.3g}M"]
+        cells = [number, run.name, config.n_layer, config.n_embd, f"{config.size_in_millions:.3g}M"]
         cells += [f"{run.tokens / 1e6:.3g}M", given["max_steps"], given["batch_size"], f"{given['learning_rate']:.2g}"]
         rows.append([str(cell) for cell in [*cells, f"{run.flops:.3g}", f"{seconds:.0f}"]])
     return [heads, *rows]

@@ -6,10 +6,10 @@ the stages, so that runs of several machines that share the folder need no other
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gzip
 import hashlib
-import re
 import shlex
 import statistics
 import sys
@@ -25,7 +25,7 @@ from lit_gpt.files import make_folder, read_json_object, write_file
 from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.model.causal import GPT
 from lit_gpt.model.loss_terms import LossTerms
-from lit_gpt.pipeline import Pipeline, Stage
+from lit_gpt.pipeline import ROOT, Pipeline, Stage
 from lit_gpt.randomness import hash_int
 from lit_gpt.studies.scaling_plan import SCALING_KINDS, PlannedRun, plan_rows
 from lit_gpt.studies.scaling_settings import ScalingFlags
@@ -125,7 +125,10 @@ def plan_lines(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> list[str]:
     speed, start_s, source = machine_speed(flags, runs)
     table = plan_rows(flags, runs, speed, start_s)
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    lines = []
+    for row in table:
+        number, name, *numbers = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([number, name.strip().ljust(widths[1]), *numbers]))
     hours = sum(run.computed_flops / speed + start_s for run in runs) / 3600
     price = "" if flags.price_per_hour is None else f", price {hours * flags.price_per_hour:,.2f}"
     done = sum(finished_record(flags, run) is not None for run in runs)
@@ -146,7 +149,9 @@ def sweep(flags: ScalingFlags, runs: Sequence[PlannedRun], console: Console) -> 
         run_sweep(flags, runs, pipeline)
         return
     prepare_text(flags, pipeline)
-    text = slurm_script(flags, runs, typed_command(flags, "sweep"))
+    # The array's tasks start in this project's folder, whatever this command's is.
+    absolute = dataclasses.replace(flags, text=str(Path(flags.text).resolve()), out=str(out.resolve()))
+    text = slurm_script(flags, runs, typed_command(absolute, "sweep"))
     write_file(out / "sweep.sbatch", lambda file: file.write(text.encode()))
     console.print(f"{len(runs)} runs; start them with: sbatch {out / 'sweep.sbatch'}")
 
@@ -285,12 +290,11 @@ def timed_speed(run: PlannedRun) -> float:
 def slurm_script(flags: ScalingFlags, runs: Sequence[PlannedRun], command: str) -> str:
     """A job array with one run a task; Slurm's own limits (partition, time, account) are added by hand or by sbatch's flags."""
     out = Path(flags.out).resolve()
-    root = Path(__file__).resolve().parents[2]
-    script = re.sub(r"^python", re.escape(sys.executable).replace("\\", ""), command)
+    script = shlex.quote(sys.executable) + command.removeprefix("python")
     return (
         "#!/bin/bash\n"
         f"#SBATCH --job-name=scaling_laws\n#SBATCH --array=0-{len(runs) - 1}\n"
         "#SBATCH --ntasks=1\n#SBATCH --cpus-per-task=8\n#SBATCH --gpus-per-task=1\n#SBATCH --requeue\n"
         f"#SBATCH --output={out}/slurm-%a.log\n"
-        f"cd {root}\nexec {script} --only $SLURM_ARRAY_TASK_ID\n"
+        f"cd {shlex.quote(str(ROOT))}\nexec {script} --only $SLURM_ARRAY_TASK_ID\n"
     )

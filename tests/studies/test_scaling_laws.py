@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from scipy import optimize
 
 from lit_gpt.cli import parse
@@ -265,7 +266,10 @@ def finish_all(flags):
     digest = hashlib.sha256(Path(flags.text).read_bytes()).hexdigest()
     write_stage(out / "pieces", {"text": digest, "piece": 20_000}, {})
     (out / "pieces" / "text.txt").write_text("dealt out")
-    packed = {"text": hashlib.sha256(b"dealt out").hexdigest(), "vocab_size": flags.vocab_size}
+    packed = {"text": hashlib.sha256(b"dealt out").hexdigest()}
+    write_stage(out / "text", packed, {})
+    packed["vocab_size"] = flags.vocab_size
+    write_stage(out / "tokenizer", packed, {})
     packed["block_size"] = flags.block_size
     write_stage(out / "packed", packed, {})
     for run in runs:
@@ -293,6 +297,10 @@ def test_finished_runs_become_rows_fits_figures_and_a_page(tmp_path):
     lines = scaling_sweep.plan_lines(flags, runs)
     assert f"{len(runs)} runs, {len(runs)} of them done" in lines[-3] and "finished runs" in lines[-1]
     assert "speed: 1e+10 FLOPs/s" in lines[-1] and "and 6 s a run" in lines[-1]
+    table = [line.split() for line in lines[: 1 + len(runs)]]
+    assert {len(row) for row in table} == {len(table[0])} and [row[0] for row in table] == ["no.", *map(str, range(14))]
+    assert len({len(line) for line in lines[: 1 + len(runs)]}) == 1
+    assert {line.index(row[1]) for line, row in zip(lines, table, strict=False)} == {lines[0].index("run")}
     # Other flags are other runs.
     other = small_flags(tmp_path, seed=4)
     assert all(scaling_sweep.finished_record(other, run) is None for run in scaling_plan.planned_runs(other))
@@ -351,6 +359,20 @@ def test_an_array_script_runs_each_run_of_the_plan(tmp_path):
     script = scaling_sweep.slurm_script(flags, runs, command)
     assert f"--array=0-{len(runs) - 1}" in script and "--only $SLURM_ARRAY_TASK_ID" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
+
+
+def test_an_array_trains_in_the_folder_that_it_was_written_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a text")
+    flags = dataclasses.replace(small_flags("mine", slurm=True), text="text.txt", budgets=[2e9, 12345678901.0])
+    runs = finish_all(flags)
+    scaling_sweep.sweep(flags, runs, Console(quiet=True))
+    *_, line = (tmp_path / "mine" / "sweep.sbatch").read_text().splitlines()
+    words = shlex.split(line.removesuffix(" --only $SLURM_ARRAY_TASK_ID"))
+    told = parse(ScalingFlags, words[4:], "")
+    assert words[:4] == ["exec", sys.executable, "scripts/scaling_laws.py", "sweep"]
+    assert (told.text, told.out) == (str(tmp_path / "text.txt"), str(tmp_path / "mine"))
+    assert dataclasses.replace(told, text="text.txt", out="mine", slurm=True) == flags
 
 
 @pytest.mark.slow
