@@ -19,7 +19,7 @@ from typing import Any
 from lit_gpt.config import Config
 from lit_gpt.data.batching import largest_group
 from lit_gpt.evaluation.versions import commit
-from lit_gpt.files import parse_json, write_file
+from lit_gpt.files import parse_json, read_json_object, write_file
 from lit_gpt.pipeline import Pipeline, Stage
 from lit_gpt.studies.mdm_recipes import RECIPES, StepBudget
 from lit_gpt.studies.study_pages import markdown_table, processor_name, with_error
