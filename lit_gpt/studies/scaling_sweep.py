@@ -22,9 +22,6 @@ import torch
 
 from lit_gpt.evaluation.result_pages import changed_flags
 from lit_gpt.files import make_folder, read_json_object, write_file
-from lit_gpt.model.bidirectional import TransEncoder
-from lit_gpt.model.causal import GPT
-from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.pipeline import ROOT, Pipeline, Stage
 from lit_gpt.randomness import hash_int
 from lit_gpt.studies.scaling_plan import SCALING_KINDS, PlannedRun, plan_rows
@@ -32,6 +29,7 @@ from lit_gpt.studies.scaling_settings import ScalingFlags
 from lit_gpt.studies.study_pages import write_csv
 from lit_gpt.studies.text_corpus import packed_text
 from lit_gpt.studies.trained_models import stage_settings, train_model
+from lit_gpt.training.measured_speed import STEPS, probe_rows, tokens_per_second
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +39,8 @@ ROWS_NAME = "scaling_laws.csv"
 _PIECE_CHARACTERS = 20_000
 # Start of Python, compilation and validation of a small run on 2 cores; replaced by what finished runs say.
 _START_S = 20.0
-_TIMED_STEPS = 3
+# Some seconds: of one core, and of a GPU.
+_MOST_TIMED_FLOPS = {"cpu": 1e12, "cuda": 1e15}
 _NUMBERS = ("val_loss", "val_loss_se", "val_loss_draws_se", "val_bits_per_byte", "minutes")
 
 
@@ -260,31 +259,21 @@ def machine_speed(flags: ScalingFlags, runs: Sequence[PlannedRun]) -> tuple[floa
         slope, start = statistics.linear_regression(flops, seconds)
         if slope > 0:
             return 1 / slope, max(0.0, start), f"{len(timed)} finished runs"
-    run = max(runs, key=lambda one: one.computed_flops)
-    return timed_speed(run), _START_S, f"{_TIMED_STEPS} timed steps of {run.name}, uncompiled"
+    run = timed_run(runs)
+    print(f"measuring the speed on {STEPS} steps of the model of {run.name}", file=sys.stderr, flush=True)
+    speed = tokens_per_second(run.config, SCALING_KINDS[run.kind].causal) * run.computed_flops / run.tokens
+    return speed, _START_S, f"steps of the model of {run.name}, uncompiled"
 
 
-def timed_speed(run: PlannedRun) -> float:
-    """Computed FLOPs a second of a few forward and backward passes, on the device that there is, in bf16."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    causal, config = SCALING_KINDS[run.kind].causal, run.config
-    model = (GPT if causal else TransEncoder)(config)
-    model.init_weights(0)
-    model.to(device)
-    ids = torch.randint(0, config.vocab_size, (run.batch_size, config.block_size))
-    weights = torch.ones(ids.shape) if causal else (torch.rand(ids.shape) < 0.5).float()
-    terms = LossTerms(ids, ids, weights, torch.ones_like(ids, dtype=torch.bool)).prepared_for(device).to(device)
-    seconds = []
-    for _ in range(_TIMED_STEPS + 1):
-        started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model.weighted_nll(terms)[0]
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    # The first one allocates.
-    return run.computed_flops / run.steps / min(seconds[1:])
+def timed_run(runs: Sequence[PlannedRun]) -> PlannedRun:
+    """The run with the largest model of which some steps take seconds; the smallest one where none does."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def cost(run: PlannedRun) -> float:
+        block_size = run.config.block_size
+        return STEPS * probe_rows(block_size) * block_size * run.computed_flops / run.tokens
+
+    return max((run for run in runs if cost(run) <= _MOST_TIMED_FLOPS[device]), key=cost, default=min(runs, key=cost))
 
 
 def slurm_script(flags: ScalingFlags, runs: Sequence[PlannedRun], command: str) -> str:

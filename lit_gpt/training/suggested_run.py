@@ -8,16 +8,11 @@ small corpus the smallest of the family, which then reads as much as 10 epochs a
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
-import torch
-
-from lit_gpt import devices
 from lit_gpt.config import Config
-from lit_gpt.model.bidirectional import TransEncoder
-from lit_gpt.model.loss_terms import LossTerms
 from lit_gpt.training import schedule
+from lit_gpt.training.measured_speed import tokens_per_second
 
 # Layers and widths by size: two below the published ones, the first the quickstart's.
 _SHAPES = (
@@ -42,12 +37,8 @@ _BLOCK_SIZES = (2048, 1024, 512, 256, 128)
 # Steps that a schedule with a warmup and a cosine wants, and the sequences of a step.
 _STEPS = 1000
 _BATCH_SIZES = (16, 32, 64, 128, 256)
-_SCORED_SHARE = 0.5
 # The quickstart's peak at 1M parameters and the published one at 170M, with a power law between.
 _SMALL_PEAK, _LEAST_PEAK, _PEAK_EXPONENT = 2e-3, 2e-4, 0.45
-_PROBE_TOKENS = 1024
-# Two cores against one (docs/results/processes.md).
-_SHARED_CORES = 0.85
 
 
 @dataclass(frozen=True)
@@ -113,37 +104,3 @@ def suggest_run(tokens: int, vocab_size: int, largest_block: int) -> SuggestedRu
     steps = max(1, round(run_tokens / (batch_size * block_size)))
     used = steps * batch_size * block_size
     return SuggestedRun(config, batch_size, steps, used / tokens, used / speed / 60)
-
-
-def tokens_per_second(config: Config) -> float:
-    """Training speed of a masked diffusion model on this machine, measured on two steps.
-
-    Of a GPU's the first is measured. On CPUs one core's own time is, so that other programs do not count, and all cores are
-    taken to train as much as that many of it, less what they lose together.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = max(1, _PROBE_TOKENS // config.block_size)
-    with torch.random.fork_rng(devices=[]):
-        model = TransEncoder(config).to(device)
-        ids = torch.randint(config.vocab_size, (rows, config.block_size), device=device)
-        scored = torch.rand(ids.shape, device=device) < _SCORED_SHARE
-    terms = LossTerms(ids.masked_fill(scored, config.mask_id), ids, scored.float(), scored)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    threads = torch.get_num_threads()
-    clock, gain = (time.perf_counter, 1.0) if device.type == "cuda" else (time.process_time, threads * _SHARED_CORES)
-    torch.set_num_threads(1)
-    seconds = []
-    try:
-        for _ in range(3):
-            start_s = clock()
-            with torch.autocast(device.type, torch.bfloat16, enabled=devices.has_native_bf16(device.type)):
-                model.weighted_nll(terms)[0].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(clock() - start_s)
-    finally:
-        torch.set_num_threads(threads)
-    # The first step makes the optimizer's state and warms the kernels up.
-    return gain * ids.numel() / min(seconds[1:])

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from scipy import optimize
 
 from lit_gpt.cli import parse
 from lit_gpt.config import Config
+from lit_gpt.model.causal import GPT
 from lit_gpt.studies import scaling_fits, scaling_pages, scaling_plan, scaling_summary, scaling_sweep
 from lit_gpt.studies.scaling_fits import SweptRuns
 from lit_gpt.studies.scaling_settings import ScalingFlags
@@ -323,6 +325,29 @@ def test_runs_of_other_flags_or_of_another_text_are_not_of_this_study(tmp_path, 
     assert all(scaling_sweep.finished_record(flags, run) is not None for run in runs)
     assert all(scaling_sweep.finished_record(other, run) is None for run in runs)
     assert not any(row["kind"] == "mdm" for row in scaling_sweep.collect_rows(other, runs))
+
+
+def test_a_plan_measures_small_steps_whatever_the_batch(tmp_path, monkeypatch):
+    flags = dataclasses.replace(small_flags(tmp_path), kinds=["arm"], sizes=[0.03], budgets=[2e13], check_factors=[])
+    runs = scaling_plan.planned_runs(flags)
+    assert runs[0].batch_size * runs[0].config.block_size == 16384
+    seen, real = [], GPT.weighted_nll
+
+    def counted(self, terms):
+        seen.append(terms.targets.numel())
+        return real(self, terms)
+
+    monkeypatch.setattr(GPT, "weighted_nll", counted)
+    speed, _, source = scaling_sweep.machine_speed(flags, runs)
+    assert speed > 0 and runs[0].name in source and seen and max(seen) <= 8192
+    assert torch.cuda.is_available() or max(seen) <= 1024
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU measures larger models")
+@pytest.mark.parametrize("sizes,timed", [([0.03, 6, 170], 6.29), ([170, 1028], 170)])
+def test_a_plan_measures_no_model_that_takes_minutes(sizes, timed):
+    runs = scaling_plan.planned_runs(ScalingFlags(sizes=sizes, budgets=[1e20], block_size=2048, kinds=["mdm"]))
+    assert scaling_sweep.timed_run(runs).config.size_in_millions == pytest.approx(timed, rel=0.01)
 
 
 def test_text_is_dealt_out_whole():
