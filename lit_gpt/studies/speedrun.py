@@ -123,12 +123,12 @@ def run_entry(
     config = Config.from_name(6, **named, vocab_size=VOCAB_SIZE)
     if budget.flops is not None:
         steps = _steps_of_flops(budget.flops, config, entry, seed)
-        name = f"{entry.name}-{budget.flops:g}-{seed}"
     else:
         assert budget.minutes is not None
         steps = _steps_of_minutes(pipeline, packed, entry, budget.minutes, model)
-        name = f"{entry.name}-{budget.minutes:g}min-{seed}"
     flags = entry.flags(steps, shape, seed)
+    described = {"script": entry.script, **flags, "text": packed.settings["text"], "vocab_size": VOCAB_SIZE}
+    name = f"{entry.name}-{_settings_hash(described)}"
     trained = train_model(pipeline, name, f"{entry.name}, seed {seed}", packed, (entry.script, flags))
     if "val_bits_per_byte" not in trained.result:
         raise ValueError(f"{entry.name}: the run has no validation loss; the held-out text is shorter than a row")
@@ -141,7 +141,6 @@ def run_entry(
             f"{entry.name}: took {spent:.4g} FLOPs of a budget of {budget.flops:.4g} with {config.non_embedding_params:,} "
             "parameters: name the shape, or fewer max_steps, in --script_flags"
         )
-    described = {"script": entry.script, **flags, "text": packed.settings["text"], "vocab_size": VOCAB_SIZE}
     result = trained.result
     return {
         "name": entry.name,
@@ -155,11 +154,16 @@ def run_entry(
         "tokens": result["total_tokens"],
         "non_embedding_params": config.non_embedding_params,
         "settings": described,
-        "hash": hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16],
+        "hash": _settings_hash(described),
         "commit": commit(),
         "machine": f"{os.cpu_count()} cores, {processor_name()}",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _settings_hash(described: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of a run's settings: of its line, and of its folder, so that no other run takes its place."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_validation(name: str, result: Mapping[str, Any], shape: ModelShape) -> None:
@@ -195,7 +199,7 @@ def _steps_of_minutes(
     """Steps of 16 rows that the time pays for, by the speed of a short run of the same flags."""
     shape, seed = model
     flags = {**entry.flags(_CALIBRATION_STEPS, shape, seed), "val_samples": 0}
-    name = f"{entry.name}-calibration-{seed}"
+    name = f"{entry.name}-calibration-{_settings_hash({'script': entry.script, **flags})}"
     trained: TrainedModel = train_model(
         pipeline, name, f"{entry.name}: {_CALIBRATION_STEPS} steps for the speed", packed, (entry.script, flags)
     )

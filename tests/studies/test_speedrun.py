@@ -110,6 +110,16 @@ def test_the_flops_are_those_of_the_model_that_was_trained(small, monkeypatch, t
         run_small(small, speedrun.SpeedrunEntry("deeper", str(script)), seed=1)
 
 
+def test_runs_of_other_flags_or_shapes_leave_each_other_alone(small, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    pipeline = small[0]
+    for rate in (0.001, 0.002):
+        run_small(
+            small, speedrun.SpeedrunEntry("mine", "pretrain/train_mdm.py", extra=(("learning_rate", rate),)), 1, 1e9
+        )
+    assert len(list(pipeline.out.glob("mine-*/model/*.safetensors"))) == 2
+
+
 @pytest.mark.parametrize(
     "name", ["val_samples", "val_draws", "block_size", "seed", "data_dir", "data_weights", "tokenizer", "init_from"]
 )
