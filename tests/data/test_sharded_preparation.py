@@ -348,3 +348,33 @@ def test_a_copy_is_checked_by_its_hashes(tmp_path, plan_in):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and f"{path}: differs from its manifest" in done.stdout
     assert "files differ: make or copy them again" in done.stderr
+
+
+def check_data(folder):
+    command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_nothing_that_was_not_compared_counts_as_whole(tmp_path, plan_in):
+    plan = replace(plan_in(tmp_path / "out"), prefix="train_slim")
+    pack_texts(plan, 1, False, lambda progress: None, lambda line: None)
+    assert check_data(plan.destination).returncode == 0
+    path, manifest = plan.destination / "train_slim_0000000001.bin", plan.destination / "train_slim.manifest.json"
+    index = path.with_name(f"{path.name}.index")
+    raw = index.read_bytes()
+    for content, message in ((None, f"{index}: missing"), (b"", "the indexes of its files"), (raw[:-8], "documents")):
+        index.unlink() if content is None else index.write_bytes(content)
+        done = check_data(plan.destination)
+        assert done.returncode == 2 and message in done.stdout and "all " not in done.stdout
+    index.write_bytes(raw)
+    stale = plan.destination / "train_slim_0000000999.bin"
+    shutil.copy(path, stale)
+    done = check_data(plan.destination)
+    assert done.returncode == 2 and f"{stale}: in no manifest, and training reads it" in done.stdout
+    stale.unlink()
+    values = json.loads(manifest.read_text())
+    values["files"] = {name: {"tokens": entry["tokens"]} for name, entry in values["files"].items()}
+    values["files"][path.name] = None  # which training takes
+    manifest.write_text(json.dumps(values))
+    done = check_data(plan.destination)
+    assert done.returncode == 2 and "nothing could be compared" in done.stderr and done.stderr.count("\n") == 1
