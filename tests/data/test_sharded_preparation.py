@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,23 @@ def test_other_numbers_of_shards_are_refused_or_replaced(tmp_path, plan_in):
     assert content(plan.destination) == content(tmp_path / "fresh")
     with pytest.raises(ValueError, match=r"--shards 8: the corpus has 7 file\(s\)"):
         pack_shards(plan, 8, ExecutorChoice(), False, lambda *counts: None)
+
+
+def test_a_second_series_of_the_same_data_set_is_refused(tmp_path, corpus, plan_in):
+    """Training would read both, and so every text twice: between shards and a series of one piece, whoever came first."""
+    whole = replace(plan_in(tmp_path / "one"), prefix="train_slim")
+    pack_texts(whole, 1, False, lambda progress: None, lambda line: None)
+    before = content(whole.destination)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"train_slim[_0-9a-z.]*: training would read this as part of train_slim;"):
+            pack(plan_in(tmp_path / "one"), overwrite=overwrite)
+    pack(replace(whole, destination=tmp_path / "two", prefix="validation_slimpajama"))
+    pack(plan_in(tmp_path / "two"))
+    for prefix in ("train_slim", "validation"):
+        with pytest.raises(ValueError, match=f"training would read this file as part of {prefix}"):
+            one = replace(whole, destination=tmp_path / "two", prefix=prefix)
+            pack_texts(one, 1, False, lambda progress: None, lambda line: None)
+    assert content(whole.destination) == before
 
 
 def test_a_damaged_source_is_one_line(tmp_path, corpus, tokenizer_folder):
