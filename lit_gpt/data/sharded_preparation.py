@@ -117,6 +117,12 @@ def pack_shards(
     flat = [manifest for made in manifests if made for manifest in made.values()]
     if not unfinished and not any(manifest["documents"] for manifest in flat):
         raise ValueError(f"the {len(plan.sources)} source file(s), from {plan.sources[0].path} on, hold no documents")
+    full = any(made[one.prefix]["files"] for one, made in zip(plans, manifests, strict=True) if made)
+    if plan.drop_last and not unfinished and not full:
+        raise ValueError(
+            f"--drop_last drops all {sum(manifest.get('dropped_tokens', 0) for manifest in flat):,} tokens: those of no shard "
+            "fill a file; leave it out, or give fewer --shards or a smaller --chunk_size (and --overwrite)"
+        )
     return ShardedResult(flat, unfinished, was_finished=not todo)
 
 

@@ -126,15 +126,17 @@ class _Display:
 def _total(manifests: list[dict[str, Any]]) -> dict[str, Any]:
     """The sums over shards, in a manifest's form."""
     sums = {name: sum(one[name] for one in manifests) for name in ("tokens", "documents", "text_bytes")}
+    sums["dropped_tokens"] = sum(one.get("dropped_tokens", 0) for one in manifests)
     return {**sums, "files": {name: entry for one in manifests for name, entry in one["files"].items()}}
 
 
 def _summary(plan: PackingPlan, manifests: Iterable[tuple[str, dict[str, Any]]], was_finished: bool) -> None:
     for prefix, manifest in manifests:
-        mib = manifest["text_bytes"] / 2**20
+        mib, dropped = manifest["text_bytes"] / 2**20, manifest.get("dropped_tokens", 0)
         print(
             f"{prefix}: {len(manifest['files'])} file(s), {manifest['documents']:,} documents ({mib:.1f} MiB of text), "
             f"{manifest['tokens']:,} tokens in {plan.destination}"
+            + (f"; {dropped:,} tokens dropped (--drop_last)" if dropped else "")
         )
     if was_finished:
         print("an earlier run had made exactly this: nothing to do (--overwrite makes it again)")

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -251,6 +252,25 @@ def test_the_last_file_is_dropped_only_where_asked(tmp_path, plan_in):
         full = [name for name, entry in manifest["files"].items() if entry["tokens"] == CHUNK]
         assert list(dropped[number]["files"]) == full and len(full) < len(manifest["files"])
         assert dropped[number]["tokens"] + dropped[number]["dropped_tokens"] == manifest["tokens"]
+
+
+def test_drop_last_never_drops_a_whole_corpus(tmp_path, corpus, plan_in, tokenizer_folder):
+    """Each shard drops a rest of its own, which the summary counts; nothing at all is no corpus."""
+    made = slimpajama(corpus, tmp_path / "out", tokenizer_folder, "--drop_last", "true")
+    assert made.returncode == 0 and re.search(r"tokens in .*; [\d,]+ tokens dropped \(--drop_last\)", made.stdout)
+    large = replace(plan_in(tmp_path / "none", drop_last=True), chunk_size=1 << 20)
+    with pytest.raises(ValueError, match=r"--drop_last drops all [\d,]{6,} tokens: those of no shard fill a file"):
+        pack(large)
+
+
+def test_a_cluster_is_not_given_a_single_task(tmp_path, corpus, tokenizer_folder):
+    one = tmp_path / "one" / "train"
+    one.mkdir(parents=True)
+    shutil.copy(corpus / "train" / "chunk1" / "example_0.jsonl.zst", one)
+    flags = ("--executor", "slurm", "--slurm_partition", "cpu")
+    done = slimpajama(one.parent, tmp_path / "out", tokenizer_folder, *flags)
+    assert done.returncode == 2 and done.stderr.startswith("error: --executor slurm needs several source files")
+    assert not list(tmp_path.glob("out/*.bin"))
 
 
 def test_other_numbers_of_shards_are_refused_or_replaced(tmp_path, plan_in):
