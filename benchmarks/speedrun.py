@@ -47,7 +47,7 @@ class Flags:
     """Of an entry of your own."""
     script: str = "pretrain/train_mdm.py"
     """Its training script, which takes the flags of those in pretrain/."""
-    script_flags: dict[str, str] = field(default_factory=dict)
+    script_flags: dict[str, int | float | str] = field(default_factory=dict)
     """Its flags, as JSON; they replace the published recipe's."""
     text: str = str(ROOT / "data" / "tinyshakespeare" / "input.txt")
     """The text, of which the last tenth is held out. Another text is another speedrun."""
@@ -71,6 +71,8 @@ def main() -> None:
         return
     if (flags.budget is None) == (flags.minutes is None):
         raise ValueError("give either --budget (FLOPs) or --minutes, not " + ("both" if flags.budget else "neither"))
+    if flags.script_flags and not flags.name:
+        raise ValueError("--script_flags are those of an entry of your own: give its --name")
     amount = flags.minutes if flags.budget is None else flags.budget
     if amount is None or not 0 < amount < float("inf"):
         raise ValueError(f"--budget or --minutes {amount}: expected more than 0")

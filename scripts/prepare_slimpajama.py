@@ -51,7 +51,7 @@ def main() -> None:
     from lit_gpt.ui.preparation_display import prepare
 
     sources = find_sources([f"{path.rstrip('/')}/{flags.split}" for path in flags.source_path], flags.percentage)
-    flags.shards = min(flags.shards, len(sources))
+    flags.limit_shards(len(sources))
     plan = PackingPlan(
         sources=sources,
         rules=DocumentRules(skip_subsets=("RedPajamaGithub",)),

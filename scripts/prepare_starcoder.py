@@ -49,7 +49,7 @@ def main() -> None:
     from lit_gpt.ui.preparation_display import prepare
 
     sources = find_sources(flags.source_path, flags.percentage)
-    flags.shards = min(flags.shards, len(sources))
+    flags.limit_shards(len(sources))
     plan = PackingPlan(
         sources=sources,
         rules=DocumentRules(text_field="content"),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lit_gpt.cli import parse, run
+from lit_gpt.cli import Interrupted, parse, run
 from lit_gpt.data.preparation_settings import PreparationFlags
 
 
@@ -40,6 +40,8 @@ class PrepareFlags(PreparationFlags):
     """SlimPajama records of these subsets are left out, as TinyLlama does (its code comes from StarCoder)."""
     validation_fraction: float = 0.0
     """Share of the documents, chosen by their hash, that goes to the prefix validation."""
+    suggest: bool = True
+    """Print a training command that fits, at the end; a few training steps are timed for it."""
 
     def problems(self) -> list[str]:
         """What is impossible about these values, one line each."""
@@ -78,14 +80,26 @@ def main() -> None:
         drop_last=flags.drop_last,
     )
     manifests = prepare(flags, plan)
-    if manifests and not flags.prefix.startswith("validation"):
+    if flags.suggest and manifests and not flags.prefix.startswith("validation"):
+        tokens = sum(made["tokens"] for made in manifests if next(iter(made["files"]), "").startswith(flags.prefix))
+        suggest(flags, tokens, plan.tokenizer.vocab_size)
+
+
+def suggest(flags: PrepareFlags, tokens: int, vocab_size: int) -> None:
+    """Print a training command; the data is finished whatever becomes of this."""
+    try:
         from lit_gpt.training.suggested_run import suggest_run
 
-        tokens = sum(made["tokens"] for made in manifests if next(iter(made["files"]), "").startswith(flags.prefix))
-        suggested = suggest_run(tokens, plan.tokenizer.vocab_size, flags.chunk_size)
-        weights = "" if flags.prefix.startswith("train_slim") else f" --data_weights '{{{flags.prefix}: 1}}'"
-        print(f"train with: {suggested.command} --data_dir {plan.destination}{weights}")
-        print(f"that is {suggested.reason}")
+        suggested = suggest_run(tokens, vocab_size, flags.chunk_size)
+    except Interrupted as error:
+        error.args = ("interrupted: the data is finished; a training command was not chosen",)
+        raise
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:  # such as no memory on the GPU
+        print(f"the data is finished; no training command could be chosen: {' '.join(str(error).split())[:200]}")
+        return
+    weights = "" if flags.prefix.startswith("train_slim") else f" --data_weights '{{{flags.prefix}: 1}}'"
+    print(f"train with: {suggested.command} --data_dir {flags.destination_path}{weights}")
+    print(f"that is {suggested.reason}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ _KINDS = (*_TOKEN_FILES, MEGATRON_SUFFIX, MANIFEST_SUFFIX, _PROGRESS, _INDEX)
 # Bytes at a file's start and end that tell whether its content changed.
 _FINGERPRINT_BYTES = 4096
 # Changes whenever a kept scan would be read in another way.
-_VERSION = 1
+_VERSION = 2
 # The coarsest times of a file system (FAT): two changes within them can look like one.
 _TIME_RESOLUTION_NS = 2 * 10**9
 # Threads of a scan, the files that one of them opens at a time, and the files whose ends are in memory at once.
@@ -228,7 +228,8 @@ def _scan(folder: Path, listing: _Listing, block_length: int) -> PackedFiles:
                 f"with --chunk_size of at least {block_length}, or train with a smaller --block_size"
             )
         if name in recorded:
-            real = min(recorded[name], chunk.size)
+            recorded[name].check(chunk.path, chunk.size, chunk.dtype)
+            real = recorded[name].tokens
         else:
             is_last = not following or _series_name(following) != _series_name(name)
             real = _tokens_before_padding(chunk) if is_last and offset else chunk.size

@@ -35,15 +35,14 @@ def datatrove_chunk(path: Path, size: int) -> Chunk:
         ends = document_ends(path)
         tokens = int(ends[-1]) if ends is not None and len(ends) else 0
         token_bytes = size // tokens if tokens else 2
-        if token_bytes not in _BYTES_TO_CODE or tokens * token_bytes != size:
+        # A file of 4-byte tokens that was cut in half fits its index, but not its metadata.
+        contradicted = metadata.is_file() and _metadata(metadata)[0] in ({2, 4} - {token_bytes})
+        if token_bytes not in _BYTES_TO_CODE or tokens * token_bytes != size or contradicted:
             raise ValueError(
                 f"{path}: {size} bytes, but {index.name} counts {tokens} tokens: truncated, or of another file; copy both"
             )
     elif metadata.is_file():
-        with open_regular(metadata) as file:
-            first = file.read(1 << 12).decode(errors="replace").splitlines()[:2]
-        found = first[0].rpartition("|")[2] if first else ""
-        token_bytes = int(found) if found in ("2", "4") else 0
+        token_bytes, first = _metadata(metadata)
         if not token_bytes or len(first) < 2 or first[1] != str(size // token_bytes) or size % token_bytes:
             raise ValueError(
                 f"{path}: {size} bytes do not fit what {metadata.name} says ({' '.join(first)[:80]!r}); copy both"
@@ -53,6 +52,14 @@ def datatrove_chunk(path: Path, size: int) -> Chunk:
             f"{path}: without {index.name} or {metadata.name} the size of its tokens is unknown; copy one of them"
         )
     return Chunk(path, _BYTES_TO_CODE[token_bytes], size // token_bytes)
+
+
+def _metadata(path: Path) -> tuple[int, list[str]]:
+    """Bytes of a token by a `.metadata` file, 0 where it does not say; its first two lines."""
+    with open_regular(path) as file:
+        first = file.read(1 << 12).decode(errors="replace").splitlines()[:2]
+    found = first[0].rpartition("|")[2] if first else ""
+    return int(found) if found in ("2", "4") else 0, first
 
 
 def megatron_chunk(path: Path, size: int) -> Chunk:

@@ -20,6 +20,8 @@ from lit_gpt.files import open_regular
 
 VALIDATION_PREFIX = "validation"
 """What the names of validation's files begin with."""
+DATA_SETS = ("train_slim", "train_star", VALIDATION_PREFIX)
+"""What the names of the files that training reads as one begin with, by its settings' defaults."""
 MAGIC = b"LITPKDS"
 _VERSION = 1
 _HEADER = struct.Struct("<7sQBQ")
@@ -65,6 +67,11 @@ class Chunk:
     def open(self) -> np.memmap:
         """The tokens (size,) as a read-only memory map."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.size,))
+
+
+def data_set(prefix: str) -> str:
+    """What training reads the files of a series as part of: one of `DATA_SETS`, or the series itself."""
+    return next((name for name in DATA_SETS if prefix.startswith(name)), prefix)
 
 
 def read_header(path: Path) -> Chunk:

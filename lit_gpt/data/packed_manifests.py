@@ -10,13 +10,37 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from lit_gpt.files import read_json_object
 
 MANIFEST_SUFFIX = ".manifest.json"
 
 
-def recorded_tokens(folder: Path, manifests: Iterable[str], files: Collection[str]) -> dict[str, int]:
-    """Real tokens of the files that manifests name (`files: {name: {tokens: n}}`).
+class RecordedFile(NamedTuple):
+    """What a manifest says of a packed file."""
+
+    tokens: int
+    """Real ones."""
+    size: int | None
+    """Tokens, padding included; None where it does not say."""
+    dtype: str | None
+    """NumPy's name of the tokens' type; None where it does not say."""
+
+    def check(self, path: Path, size: int, dtype: np.dtype) -> None:
+        """Refuse a file of other size or type with ValueError."""
+        if self.tokens > size or self.size not in (None, size) or self.dtype not in (None, dtype.name):
+            expected = (
+                f"{self.tokens if self.size is None else self.size} tokens{f' of {self.dtype}' if self.dtype else ''}"
+            )
+            raise ValueError(
+                f"{path}: {size} tokens of {dtype.name}, but its manifest says {expected}: not the file that was made; make or "
+                "copy it again"
+            )
+
+
+def recorded_tokens(folder: Path, manifests: Iterable[str], files: Collection[str]) -> dict[str, RecordedFile]:
+    """What manifests say of the files that they name (`files: {name: {tokens: n}}`).
 
     Args:
         folder: where all lie.
@@ -26,17 +50,17 @@ def recorded_tokens(folder: Path, manifests: Iterable[str], files: Collection[st
     Raises:
         ValueError: a broken manifest, a file that is not there, a shard that is not; says what to do.
     """
-    recorded: dict[str, int] = {}
+    recorded: dict[str, RecordedFile] = {}
     shards: dict[str, tuple[int, set[int]]] = {}
     for manifest in manifests:
         values = _manifest_values(folder / manifest)
-        missing = sorted(values.tokens.keys() - set(files))
+        missing = sorted(values.files.keys() - set(files))
         if missing:
             raise ValueError(
                 f"{folder / manifest}: names {len(missing)} file(s) that are not there, such as {missing[0]}: make or copy "
                 "them again (deleting the manifest leaves what there is)"
             )
-        recorded |= values.tokens
+        recorded |= values.files
         if values.shard is not None:
             shards.setdefault(manifest.rpartition("_")[0], (values.shard[1], set()))[1].add(values.shard[0])
     for series, (count, made) in shards.items():
@@ -52,8 +76,8 @@ def recorded_tokens(folder: Path, manifests: Iterable[str], files: Collection[st
 class _ManifestValues(NamedTuple):
     """What training needs of a manifest."""
 
-    tokens: dict[str, int]
-    """Real tokens by file."""
+    files: dict[str, RecordedFile]
+    """By name."""
     shard: tuple[int, int] | None
     """Number and count of the shards, if it is one of several."""
 
@@ -61,9 +85,15 @@ class _ManifestValues(NamedTuple):
 def _manifest_values(manifest: Path) -> _ManifestValues:
     try:
         values = read_json_object(manifest)
-        found = {name: int(entry["tokens"]) for name, entry in values.get("files", {}).items() if entry is not None}
+        size, dtype = values.get("chunk_size"), values.get("dtype")
+        size = None if size is None else int(size)
+        found = {
+            name: RecordedFile(int(entry["tokens"]), size, dtype)
+            for name, entry in values.get("files", {}).items()
+            if entry is not None
+        }
         shard = values.get("shard")
-        if any(tokens < 0 for tokens in found.values()):
+        if any(file.tokens < 0 for file in found.values()):
             raise ValueError("it counts fewer than 0 tokens")
         return _ManifestValues(found, None if shard is None else (int(shard["index"]), int(shard["count"])))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

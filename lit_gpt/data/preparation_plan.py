@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.data.packed_format import VALIDATION_PREFIX, index_path
+from lit_gpt.data.packed_format import VALIDATION_PREFIX, data_set, index_path
 from lit_gpt.data.text_files import TextFile
 from lit_gpt.data.text_sources import DocumentRules
 from lit_gpt.files import HashingFile, make_folder, read_json_object, write_file
@@ -200,14 +200,13 @@ class PackingPlan:
     def _own_files(self, prefix: str) -> list[Path]:
         """The packed files of a series; a file that only looks like one of them is refused."""
         own = re.compile(re.escape(prefix) + r"_\d{10}\.bin")
-        found = sorted(path for path in self.destination.glob("*.bin") if path.name.startswith(prefix))
-        if self.shard is not None:
-            return [path for path in found if own.fullmatch(path.name)]
-        files = found
-        foreign = next((path for path in files if not own.fullmatch(path.name)), None)
-        if foreign is not None:
+        read_as = data_set(prefix)
+        found = sorted(path for path in self.destination.glob("*.bin") if path.name.startswith(read_as))
+        files = [path for path in found if own.fullmatch(path.name)]
+        foreign = next((path for path in found if not own.fullmatch(path.name)), None)
+        if foreign is not None and self.shard is None:
             raise ValueError(
-                f"{foreign}: training would read this file as part of {prefix}; move it, or give another "
+                f"{foreign}: training would read this file as part of {read_as}, beside {prefix}; move it, or give another "
                 "--destination_path or --prefix"
             )
         return files

@@ -25,7 +25,8 @@ class PreparationFlags:
     chunk_size: int = 2049 * 1024
     """Tokens per file; blocks do not cross files."""
     drop_last: bool = False
-    """Leave out the last file of a series if tokens do not fill it; else it is padded, which is never trained on."""
+    """Leave out the last file of a series, of each shard's too, if tokens do not fill it; else it is padded, which is never
+    trained on."""
     shards: int = 1
     """Parts that are made apart, each of whole source files; decides the files. With 1, all cores work on one series."""
     executor: str = "local"
@@ -40,6 +41,16 @@ class PreparationFlags:
     """Other options of sbatch, such as {account: mine, qos: long}."""
     overwrite: bool = False
     """Replace another result in the destination."""
+
+    def limit_shards(self, files: int) -> None:
+        """Lower the shards to the number of source files; ValueError where that leaves a cluster a single task."""
+        if files == 1 and self.executor != "local":
+            raise ValueError(
+                f"--executor {self.executor} needs several source files, each shard is a task of its own; found 1: leave it out"
+            )
+        if files < self.shards:
+            print(f"{files} shard(s) instead of --shards {self.shards}: the corpus has {files} file(s)")
+            self.shards = files
 
     def problems(self) -> list[str]:
         """What is impossible about these values, one line each."""

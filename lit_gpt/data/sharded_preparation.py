@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.data.packed_format import index_path
+from lit_gpt.data.packed_format import data_set, index_path
 from lit_gpt.data.preparation import pack_texts
 from lit_gpt.data.preparation_plan import SHARDS_FOLDER, PackingPlan
 from lit_gpt.files import folder_lock, make_folder, read_json_object, write_json
@@ -117,6 +117,12 @@ def pack_shards(
     flat = [manifest for made in manifests if made for manifest in made.values()]
     if not unfinished and not any(manifest["documents"] for manifest in flat):
         raise ValueError(f"the {len(plan.sources)} source file(s), from {plan.sources[0].path} on, hold no documents")
+    full = any(made[one.prefix]["files"] for one, made in zip(plans, manifests, strict=True) if made)
+    if plan.drop_last and not unfinished and not full:
+        raise ValueError(
+            f"--drop_last drops all {sum(manifest.get('dropped_tokens', 0) for manifest in flat):,} tokens: those of no shard "
+            "fill a file; leave it out, or give fewer --shards or a smaller --chunk_size (and --overwrite)"
+        )
     return ShardedResult(flat, unfinished, was_finished=not todo)
 
 
@@ -151,16 +157,18 @@ def _is_queued(job: Path, asked: dict[str, Any]) -> bool:
 def _check_destination(plan: PackingPlan, plans: list[PackingPlan], overwrite: bool) -> None:
     """Refuse, or with `overwrite` remove, what training would read beside these shards."""
     prefixes = plan.prefixes
+    read_as = tuple(map(data_set, prefixes))
     allowed = {prefix for one in plans for prefix in one.prefixes}
     series = re.compile(r"(.*)(?:_\d{10}\.bin|\.manifest\.json|\.progress\.json)")
     for path in sorted(plan.destination.glob("*")):
         found = series.fullmatch(path.name)
-        if found is None or not path.name.startswith(tuple(prefixes)) or found[1] in allowed:
+        if found is None or not path.name.startswith(read_as) or found[1] in allowed:
             continue
         is_shard = re.fullmatch(rf"({'|'.join(map(re.escape, prefixes))})_\d+", found[1])
         if not (overwrite and is_shard):
+            part = plan.prefix if path.name.startswith(plan.prefix) else data_set(found[1])
             raise ValueError(
-                f"{path}: training would read this as part of {plan.prefix}; move it, or give another --destination_path"
+                f"{path}: training would read this as part of {part}; move it, or give another --destination_path"
                 + (", or --overwrite" if is_shard else "")
             )
         path.unlink()

@@ -91,10 +91,8 @@ def run_verdict(findings: Sequence[Finding], seconds: float) -> str:
     failed, level = len(failures(findings)), level_of(findings)
     chances = sum(finding.p_value is not None for finding in findings)
     found = f"{failed} of {len(findings)} checks FAIL" if failed else f"all {len(findings)} checks pass"
-    return (
-        f"{found} ({chances} of chance, each fails at p < {level:.1e}: a false alarm in {FALSE_ALARMS:g} of runs; "
-        f"{seconds:.0f} s)"
-    )
+    alarms = f"{chances} of chance, each fails at p < {level:.1e}: a false alarm in {FALSE_ALARMS:g} of runs"
+    return f"{found} ({alarms if chances else 'none is of chance'}; {seconds:.0f} s)"
 
 
 def findings_table(findings: Sequence[Finding]) -> list[str]:
@@ -218,6 +216,8 @@ def _report(flags: Any, lines: list[str], findings: Sequence[Finding], seconds: 
 _DISTRIBUTIONS = {"dependent": 0, "rule": 1, "copy": 2}
 # Of a run of everything: what mistakes must be worse than.
 _CHECKS_OF_CHANCE = 100
+# Of a text that a checkpoint is asked about.
+_TEXT_TOKENS = 64
 
 
 def load_function(name: str, flag: str) -> Callable[..., Any]:
@@ -263,7 +263,7 @@ def _model_checks(flags: Any) -> Iterator[Finding]:
         loaded = load_model(flags.model)
         model, text = network_model(loaded.model, Path(flags.model).name), []
         if flags.text:
-            text = loaded.tokenizer.encode_ids(flags.text)[: model.length]
+            text = loaded.tokenizer.encode_ids(flags.text)[: min(_TEXT_TOKENS, loaded.model.config.block_size)]
     yield from check_model(model)
     if text and not model.is_causal:
         yield from check_shift(model, text)

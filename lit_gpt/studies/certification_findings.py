@@ -42,15 +42,19 @@ class Finding:
     """Where it is none: whether it holds."""
     claimed: bool = True
     """Whether the thing says of itself that this holds; else it fails nothing."""
+    told: bool = True
+    """Whether what was found is enough to say that it holds."""
 
     def verdict(self, level: float) -> str:
-        """`pass`, `FAIL`, or `no` where a thing does not have what it does not claim.
+        """`pass`, `FAIL`, or `no` where a thing does not have what it does not claim, or it cannot be told.
 
         Args:
             level: p-values below it fail.
         """
         holds = self.holds and (self.p_value is None or self.p_value >= level)
-        return "pass" if holds else "FAIL" if self.claimed else "no"
+        if holds:
+            return "pass" if self.told else "no"
+        return "FAIL" if self.claimed else "no"
 
 
 def level_of(findings: Sequence[Finding]) -> float:

@@ -16,7 +16,14 @@ from lit_gpt.likelihood.exact import ExactBound
 from lit_gpt.likelihood.loglikelihood import LikelihoodRequest, LikelihoodSettings
 from lit_gpt.randomness import hash_int
 from lit_gpt.studies.context_lengths import even_positions
-from lit_gpt.studies.study_pages import markdown_table, mean_and_error, with_error, write_csv
+from lit_gpt.studies.study_pages import (
+    FALSE_VERDICTS,
+    markdown_table,
+    mean_and_error,
+    tell_apart,
+    with_error,
+    write_csv,
+)
 from lit_gpt.ui.plots import SeriesPanel, plot_series
 
 CHOICES = 4
@@ -46,6 +53,9 @@ is {val_loss:.3f} nats per token. At scale w the logits are un + (w + 1) (cond -
 ## What this shows, and what not
 
 {verdict}
+
+"Better" and "worse" are differences to w = 0 that Student's t over the questions tells from none, by Holm's procedure over all
+{comparisons} comparisons of this page: in {false_verdicts:.0%} of such pages without any effect there would be such a word.
 
 A guided model is still a distribution at each position, so its bound is a bound; but nothing in the training made it a good
 one. The paper's claim is about models of up to 1.1 billion parameters, this one has {parameters} million.
@@ -188,6 +198,8 @@ def write_guidance_page(
         questions=len(found[0.0]["loss"]),
         paired=markdown_table(heads, paired),
         verdict=guidance_verdict(found),
+        comparisons=len(_MEASURED) * (len(found) - 1),
+        false_verdicts=FALSE_VERDICTS,
         commands="\n".join(commands),
     )
     write_file(page, lambda file: file.write(text.encode()))
@@ -212,15 +224,20 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, f
 
 
 def guidance_verdict(found: Mapping[float, Mapping[str, Any]]) -> str:
-    """What the differences to no guidance say: where they are beyond two standard errors."""
+    """What the differences to no guidance say, of all quantities and scales together."""
+    compared = [(name, scale) for name in _MEASURED for scale in found if scale]
+    differences = {}
+    for name, scale in compared:
+        difference, error = _measured(found[scale], found[0.0])[_MEASURED[name] + _DIFFERENCE]
+        differences[name, scale] = difference, error, len(found[scale][name]) - 1
+    told = dict(zip(compared, tell_apart(list(differences.values())), strict=True))
     sentences = []
     for name, title in _MEASURED.items():
-        told: dict[str, list[str]] = {"better": [], "worse": []}
-        for scale, one in found.items():
-            mean, error = _measured(one, found[0.0])[title + _DIFFERENCE]
-            if scale and abs(mean) > 2 * error:
-                is_better = (mean > 0) == (name in _HIGHER_IS_BETTER)
-                told["better" if is_better else "worse"].append(f"{scale:g}")
-        said = [f"{word} at w = {', '.join(scales)}" for word, scales in told.items() if scales]
+        scales: dict[str, list[str]] = {"better": [], "worse": []}
+        for scale in found:
+            if told.get((name, scale)):
+                is_better = (differences[name, scale][0] > 0) == (name in _HIGHER_IS_BETTER)
+                scales["better" if is_better else "worse"].append(f"{scale:g}")
+        said = [f"{word} at w = {', '.join(those)}" for word, those in scales.items() if those]
         sentences.append(f"- {title}: {' and '.join(said) or 'no effect that can be told from none'}.")
     return "\n".join(sentences)

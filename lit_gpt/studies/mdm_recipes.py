@@ -58,14 +58,15 @@ class MdmRecipe:
         }
         if self.loss_weight != "elbo":
             found["loss_weight"] = self.loss_weight
-        # A block that does not divide by the pieces, or a run without a step for them, goes without.
-        lengths = [
-            f"{budget.block_size // pieces}:{int(share * steps)}"
+        # A block that does not divide by the pieces, or a run without a step for them, goes without; of few steps the last
+        # length for a step is taken, which is the longest.
+        lengths = {
+            int(share * steps): budget.block_size // pieces
             for pieces, share in self.pieces
             if budget.block_size % pieces == 0 and int(share * steps)
-        ]
+        }
         if lengths:
-            found["row_lengths"] = ",".join(lengths)
+            found["row_lengths"] = ",".join(f"{length}:{step}" for step, length in lengths.items())
         if self.weight_decay != MdmRecipe.weight_decay:
             found["weight_decay"] = self.weight_decay
         return found

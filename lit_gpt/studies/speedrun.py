@@ -19,7 +19,7 @@ from typing import Any
 from lit_gpt.config import Config
 from lit_gpt.data.batching import largest_group
 from lit_gpt.evaluation.versions import commit
-from lit_gpt.files import write_file
+from lit_gpt.files import parse_json, read_json_object, write_file
 from lit_gpt.pipeline import Pipeline, Stage
 from lit_gpt.studies.mdm_recipes import RECIPES, StepBudget
 from lit_gpt.studies.study_pages import markdown_table, processor_name, with_error
@@ -28,12 +28,19 @@ from lit_gpt.training import schedule
 from lit_gpt.training.group_sizes import group_size
 from lit_gpt.training.objectives import MaskedDiffusion
 
-BATCH_SIZE, VOCAB_SIZE, DRAWS = 16, 2048, 4
-"""Of the registered entries, and the noise draws of a bound's validation: the quickstart's."""
+BATCH_SIZE, VOCAB_SIZE, DRAWS, HELD_OUT_ROWS = 16, 2048, 4, 512
+"""Of the registered entries; the noise draws of a bound's validation, and at most how many rows: the quickstart's."""
+_RULED = (
+    *("seed", "block_size", "vocab_size", "tokenizer", "data_dir", "data_weights", "val_samples", "val_draws"),
+    *("init_from", "resume", "name", "model", "out_dir", "log_dir", "models_dir"),
+)
+"""Flags of the training scripts that are the speedrun's own: data, start and validation are the same for all."""
 _RATE = 2e-3
 # Steps by which the speed of an entry is measured before a run of fixed time, and the share of that time that is planned
 # with: the rest is for what a short run does not show.
 _CALIBRATION_STEPS, _PLANNED_SHARE = 40, 0.9
+# Tokens of a held-out row in the table.
+_TABLE_ROW = 128
 _TABLE_START, _TABLE_END = "<!-- table -->\n", "\n<!-- end of table -->"
 
 
@@ -51,11 +58,18 @@ class SpeedrunEntry:
     ssl_ratio: float = 0.0
     """Share of rows that are cut to a random length, so cost less."""
 
+    def __post_init__(self) -> None:
+        if ruled := [name for name, _ in self.extra if name in _RULED]:
+            raise ValueError(
+                f"{self.name}: {', '.join(ruled)} cannot be an entry's own; see the rules in docs/speedrun.md "
+                "(--block_size and --seed are flags of the speedrun)"
+            )
+
     def flags(self, steps: int, shape: ModelShape, seed: int) -> dict[str, Any]:
         """Of a run that reads as many tokens as `steps` of 16 rows."""
         budget = StepBudget(steps, BATCH_SIZE, shape.block_size, _RATE)
-        flags = {**shape.flags(), "seed": seed, "val_draws": DRAWS, **RECIPES[self.recipe].flags(budget)}
-        flags |= dict(self.extra)
+        flags = {**shape.flags(), "seed": seed, "val_samples": HELD_OUT_ROWS, "val_draws": DRAWS}
+        flags |= RECIPES[self.recipe].flags(budget) | dict(self.extra)
         if "batch_size" in dict(self.extra) and "max_steps" not in dict(self.extra):
             flags["max_steps"] = max(1, steps * BATCH_SIZE // int(flags["batch_size"]))
         return flags
@@ -100,7 +114,8 @@ def run_entry(
         model: its shape, and the seed.
 
     Raises:
-        ValueError: the budget does not pay for one step; the script's own message.
+        ValueError: the budget does not pay for one step, or for what was read; the script validated in another way than
+            the rules say; the script's own message.
     """
     shape, seed = model
     # An entry of one's own may have a shape of its own.
@@ -117,9 +132,15 @@ def run_entry(
     trained = train_model(pipeline, name, f"{entry.name}, seed {seed}", packed, (entry.script, flags))
     if "val_bits_per_byte" not in trained.result:
         raise ValueError(f"{entry.name}: the run has no validation loss; the held-out text is shorter than a row")
+    _check_validation(entry.name, trained.result, shape)
+    # Of the model that was trained: a script may have a shape of its own, whatever its flags say.
+    config = Config.from_dict(trained.result["config"])
     spent = 6 * config.non_embedding_params * trained.result["total_tokens"]
     if budget.flops is not None and spent > budget.flops:
-        raise ValueError(f"{entry.name}: took {spent:.4g} FLOPs of a budget of {budget.flops:.4g}")
+        raise ValueError(
+            f"{entry.name}: took {spent:.4g} FLOPs of a budget of {budget.flops:.4g} with {config.non_embedding_params:,} "
+            "parameters: name the shape, or fewer max_steps, in --script_flags"
+        )
     described = {"script": entry.script, **flags, "text": packed.settings["text"], "vocab_size": VOCAB_SIZE}
     result = trained.result
     return {
@@ -139,6 +160,15 @@ def run_entry(
         "machine": f"{os.cpu_count()} cores, {processor_name()}",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _check_validation(name: str, result: Mapping[str, Any], shape: ModelShape) -> None:
+    """Refuse a run of a script that did not validate as its flags said."""
+    rows, draws = result["config"]["block_size"], result["val_draws"]
+    if rows != shape.block_size or (result["val_is_bound"] and draws != DRAWS):
+        raise ValueError(
+            f"{name}: validated on rows of {rows} tokens, {draws} draws; expected {shape.block_size} tokens, {DRAWS} draws"
+        )
 
 
 def _steps_of_flops(flops: float, config: Config, entry: SpeedrunEntry, seed: int) -> int:
@@ -175,7 +205,10 @@ def _steps_of_minutes(
 
 def _train_seconds(folder: Path) -> float:
     """Training time from a run's log, over all its starts: validation and saving not counted."""
-    (path,) = folder.glob("log/*/version_*/metrics.csv")
+    (record,) = folder.glob("run/*/run.json")
+    # A run that was killed before its first checkpoint began anew, with a log of its own.
+    version = Path(read_json_object(record)["log_path"]).parent.name
+    (path,) = folder.glob(f"log/*/{version}/metrics.csv")
     with path.open(newline="") as file:
         times = [float(row["time/train"]) for row in csv.DictReader(file) if row["time/train"]]
     # The clock begins anew when an interrupted run goes on.
@@ -188,7 +221,7 @@ def add_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> list[dict[str, 
     Returns:
         All lines of the file.
     """
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = [parse_json(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def key(line: Mapping[str, Any]) -> tuple[Any, ...]:
         return line["name"], line["hash"], json.dumps(line["budget"]), line["machine"]
@@ -200,10 +233,15 @@ def add_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> list[dict[str, 
 
 
 def speedrun_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Entries by budget, the best first; one that took longer than its time is left out."""
+    """Entries by budget, the best first; one that took longer than its time, or of other rows, is left out; words for none."""
     rows = []
-    in_time = [line for line in lines if line["train_s"] <= 60 * line["budget"].get("minutes", float("inf"))]
-    for line in sorted(in_time, key=lambda line: (json.dumps(line["budget"]), line["bits_per_byte"])):
+    counted = [
+        line
+        for line in lines
+        if line["train_s"] <= 60 * line["budget"].get("minutes", float("inf"))
+        and line["settings"].get("block_size", _TABLE_ROW) == _TABLE_ROW
+    ]
+    for line in sorted(counted, key=lambda line: (json.dumps(line["budget"]), line["bits_per_byte"])):
         ((unit, amount),) = line["budget"].items()
         bound = "<= " if line["is_bound"] else ""
         error = line["bits_per_byte_se"] or float("nan")
@@ -213,6 +251,8 @@ def speedrun_table(lines: Sequence[Mapping[str, Any]]) -> str:
             f"{line['flops']:.3g}", f"{line['train_s'] / 60:.1f}", f"`{line['hash']}`", f"`{(line['commit'] or '')[:8]}`",
             str(line["settings"].get("seed", "")), line["date"],
         ])  # fmt: skip
+    if not rows:
+        return "Not yet measured."
     heads = ["budget", "entry", "bits per byte", "nats per token", "FLOPs", "minutes", "hash", "commit", "seed", "date"]
     return markdown_table(heads, rows)
 

@@ -1,11 +1,13 @@
 """The study of stochastic lengths: what is measured on each model, and the page.
 
 All differences are to the models that were trained on rows of one length, on the same tokens under the same masks and with
-the same seed: their standard error is that of the text, and the seeds' own differences stand beside it.
+the same seed: the standard error beside them is that of the text, with the seeds' own differences; what the verdict says
+holds over the text and over runs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,14 @@ from typing import Any
 
 from lit_gpt.config import Config
 from lit_gpt.files import make_folder, write_file
-from lit_gpt.studies.study_pages import markdown_table, mean_and_error, with_error, write_csv
+from lit_gpt.studies.study_pages import (
+    FALSE_VERDICTS,
+    markdown_table,
+    mean_and_error,
+    tell_apart,
+    with_error,
+    write_csv,
+)
 from lit_gpt.studies.trained_models import TrainedModel
 from lit_gpt.ui.plots import SeriesPanel, plot_series
 
@@ -52,6 +61,10 @@ Nats of the same predictions:
 
 {verdict}
 
+"Better" and "worse" are differences that Student's t tells from none. Their error is that of the text and of the runs (the
+spread over seeds, {freedom} degrees of freedom) together; by Holm's procedure over all {comparisons} comparisons, in
+{false_verdicts:.0%} of such pages without any effect there would be such a word. A few seeds find large effects only.
+
 The paper's models read 2,048 tokens, its tasks have a few dozen, and its share of random lengths is 0.01. Here the ratio
 of the lengths is at most {ratio:.0f}, the models are a thousand times smaller, and a share of 0.01 is {cut} steps.
 All numbers: [stochastic_lengths.csv](stochastic_lengths.csv).
@@ -62,6 +75,9 @@ All numbers: [stochastic_lengths.csv](stochastic_lengths.csv).
 {commands}
 ```
 """
+
+_JUDGED = {"loss": (-1, "loss"), "correct": (1, "accuracy of the next token")}
+"""Quantities of a verdict: the sign of what is better, and their names."""
 
 
 @dataclass(frozen=True)
@@ -168,14 +184,14 @@ def _length_table(study: LengthStudy, kinds: Sequence[str], name: str) -> str:
 
 def verdict(study: LengthStudy, kind: str) -> str:
     """What the measured differences of a kind say, in a sentence or two."""
-    parts = []
-    for name, better, what in (("loss", -1, "loss"), ("correct", 1, "accuracy of the next token")):
+    if len(study.measured[study.plain]) < 2:
+        return f"{kind}, against {study.plain} - not tested: one run of each does not say how much runs differ."
+    told, parts = _told_apart(study), []
+    for name, (better, what) in _JUDGED.items():
         found = {True: [], False: []}  # type: dict[bool, list[str]]
         for index, length in enumerate(study.lengths):
-            one = _compare(study, kind, name, index)
-            # Two standard errors, and all seeds alike: what the text and what the runs leave open.
-            if abs(one.difference) > 2 * one.error and all(value * one.difference > 0 for value in one.by_seed):
-                found[one.difference * better > 0].append(str(length))
+            if told[kind, name, index]:
+                found[_compare(study, kind, name, index).difference * better > 0].append(str(length))
         said = [
             f"{word} at {', '.join(found[good])} tokens"
             for good, word in ((True, "better"), (False, "worse"))
@@ -183,6 +199,21 @@ def verdict(study: LengthStudy, kind: str) -> str:
         ]
         parts.append(f"{what}: {' and '.join(said) or 'no difference that can be told from none at any length'}")
     return f"{kind}, against {study.plain} - {'; '.join(parts)}."
+
+
+def _told_apart(study: LengthStudy) -> dict[tuple[str, str, int], bool]:
+    """By kind, quantity and number of a length, whether the difference to the plain models is not 0.
+
+    The error is that of the text and of the runs together, with the degrees of freedom of the runs, which are fewer.
+    """
+    kinds = [kind for kind in study.measured if kind not in (study.plain, study.padded)]
+    keys = [(kind, name, index) for kind in kinds for name in _JUDGED for index in range(len(study.lengths))]
+    differences = []
+    for key in keys:
+        one = _compare(study, *key)
+        _, of_runs = mean_and_error(one.by_seed)
+        differences.append((one.difference, math.hypot(one.error, of_runs), len(one.by_seed) - 1))
+    return dict(zip(keys, tell_apart(differences), strict=True))
 
 
 def write_length_page(study: LengthStudy, page: Path, written: str, commands: Sequence[str]) -> str:
@@ -228,6 +259,9 @@ def write_length_page(study: LengthStudy, page: Path, written: str, commands: Se
         accuracies=_length_table(study, padded, "correct"),
         next_nll=_length_table(study, padded, "nll"),
         verdict="\n".join(f"- {verdict(study, kind)}" for kind in kinds),
+        freedom=len(study.trained[study.plain]) - 1,
+        comparisons=len(_told_apart(study)),
+        false_verdicts=FALSE_VERDICTS,
         ratio=study.lengths[-1] / study.lengths[0],
         cut=f"about {0.01 * first['step']:.0f}",
         commands="\n".join(commands),

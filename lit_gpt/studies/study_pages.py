@@ -15,8 +15,11 @@ from typing import Any
 from lit_gpt.evaluation.result_pages import changed_flags, check_page, command_line
 from lit_gpt.evaluation.versions import commit
 from lit_gpt.files import write_file
+from lit_gpt.likelihood.decision import student_tail
 from lit_gpt.pipeline import ROOT
 
+FALSE_VERDICTS = 0.05
+"""Chance that a page whose comparisons all have no effect says that there is one."""
 _NOT_SETTINGS = ("out", "docs")
 
 
@@ -75,6 +78,33 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     if count < 2:
         return mean, math.nan
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
+def tell_apart(differences: Sequence[tuple[float, float, int]], level: float = FALSE_VERDICTS) -> list[bool]:
+    """Which of several differences are not 0, by Student's t and Holm's procedure.
+
+    Args:
+        differences: each with its standard error and the error's degrees of freedom; one whose error is not known, by NaN
+            or by no degree of freedom, is not told from 0.
+        level: chance that any difference is told from 0 where none is.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    chances = [_difference_by_chance(*one) for one in differences]
+    order = sorted(range(len(chances)), key=chances.__getitem__)
+    told = [False] * len(chances)
+    for rank, number in enumerate(order):
+        if chances[number] > level / (len(chances) - rank):
+            break
+        told[number] = True
+    return told
+
+
+def _difference_by_chance(difference: float, error: float, freedom: int) -> float:
+    """Two-sided p-value."""
+    if difference == 0 or math.isnan(error) or freedom < 1:
+        return 1.0
+    return 2 * student_tail(abs(difference) / error, freedom) if error > 0 else 0.0
 
 
 def with_error(mean: float, error: float, digits: int = 3, sign: bool = False) -> str:

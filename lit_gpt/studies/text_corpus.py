@@ -35,7 +35,7 @@ def packed_text(pipeline: Pipeline, text: Path, vocab_size: int, block_size: int
     for name, prefix in (("train", "train_slim"), ("validation", "validation")):
         command = ["scripts/prepare_text.py", "--source_path", split.folder / f"{name}.txt", "--prefix", prefix]
         command += ["--destination_path", stage.folder, "--tokenizer_path", tokenizer.folder]
-        pipeline.run([*command, "--chunk_size", 1024 * (block_size + 1)])
+        pipeline.run([*command, "--chunk_size", 1024 * (block_size + 1), "--suggest", "false"])
     stage.finish({})
     return stage
 

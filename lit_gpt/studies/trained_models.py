@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.config import Config
+from lit_gpt.files import read_json_object
 from lit_gpt.pipeline import Pipeline, Stage
 
 _SAVED_EVERY = 200
@@ -102,7 +102,7 @@ def train_model(
         with TrainingProgress(pipeline.console, flags.get("max_steps")) as progress:
             pipeline.run(words, progress)
         (record_path,) = (folder / "run").glob("*/run.json")
-        record = json.loads(record_path.read_text())
+        record = read_json_object(record_path)
         minutes = (time.monotonic() - started) / 60
         stage.finish({**record["result"], "config": record["config"], "minutes": minutes})
     assert stage.result is not None

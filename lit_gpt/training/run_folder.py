@@ -176,10 +176,10 @@ class RunFolder:
                 "command": shlex.join(sys.argv),
                 **experiment.record,
             }
-        record["finished"] = False
+        # An extension may begin, or one be given up that wrote its settings and no checkpoint.
+        record |= {"finished": False, "settings": self.settings}
         if start is not None and start.step == self.extended_from:
-            # What it says of the run's end holds no more.
-            record = {key: value for key, value in record.items() if key != "result"} | {"settings": self.settings}
+            record.pop("result", None)  # the shorter run's
         if skipped:
             record[SKIPPED] = skipped
         target = export.claim_export(

@@ -25,9 +25,14 @@ def prepare(flags: PreparationFlags, plan: PackingPlan) -> list[dict[str, Any]]:
         The manifests of the destination; none where jobs have been submitted and are not through.
 
     Raises:
-        ValueError, OSError: as `pack_texts` and `pack_shards`.
+        ValueError: there is nothing to share out over a cluster; or as `pack_texts` and `pack_shards`, as is OSError.
         Interrupted: Ctrl-C or SIGTERM.
     """
+    if flags.shards == 1 and flags.executor != "local":
+        raise ValueError(
+            f"--executor {flags.executor}: {plan.sources[0].path} is the only source file, so there is one shard: leave the "
+            "flag out, or split the file"
+        )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     display = _Display()
@@ -126,15 +131,17 @@ class _Display:
 def _total(manifests: list[dict[str, Any]]) -> dict[str, Any]:
     """The sums over shards, in a manifest's form."""
     sums = {name: sum(one[name] for one in manifests) for name in ("tokens", "documents", "text_bytes")}
+    sums["dropped_tokens"] = sum(one.get("dropped_tokens", 0) for one in manifests)
     return {**sums, "files": {name: entry for one in manifests for name, entry in one["files"].items()}}
 
 
 def _summary(plan: PackingPlan, manifests: Iterable[tuple[str, dict[str, Any]]], was_finished: bool) -> None:
     for prefix, manifest in manifests:
-        mib = manifest["text_bytes"] / 2**20
+        mib, dropped = manifest["text_bytes"] / 2**20, manifest.get("dropped_tokens", 0)
         print(
             f"{prefix}: {len(manifest['files'])} file(s), {manifest['documents']:,} documents ({mib:.1f} MiB of text), "
             f"{manifest['tokens']:,} tokens in {plan.destination}"
+            + (f"; {dropped:,} tokens dropped (--drop_last)" if dropped else "")
         )
     if was_finished:
         print("an earlier run had made exactly this: nothing to do (--overwrite makes it again)")

@@ -113,6 +113,16 @@ def test_truncated_files_are_refused(tmp_path, kind):
         open_series(tmp_path)
 
 
+def test_a_file_of_4_byte_tokens_that_was_cut_in_half_is_not_one_of_2_byte_tokens(tmp_path):
+    """Its index fits, its metadata does not."""
+    write_datatrove(tmp_path, 4, metadata=True)
+    assert open_series(tmp_path)[0].tokens.tolist() == TOKENS[:BLOCK].tolist()
+    path = tmp_path / "00000_corpus.ds"
+    path.write_bytes(path.read_bytes()[: 2 * len(TOKENS)])
+    with pytest.raises(ValueError, match="truncated, or of another file; copy both"):
+        open_series(tmp_path)
+
+
 def test_a_truncated_megatron_index_is_refused(tmp_path):
     write_megatron(tmp_path, 2)
     index = tmp_path / "00000_corpus.idx"

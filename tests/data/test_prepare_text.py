@@ -400,6 +400,21 @@ def test_two_sets_share_a_folder(tmp_path, plan_of, tokenizer):
         assert packed_tokens(tmp_path / "out", prefix) == expected_tokens(tokenizer, DOCUMENTS)
 
 
+def test_training_refuses_a_file_that_its_manifest_contradicts(tmp_path, plan_of):
+    """A valid packed file of another size or type under a name of the manifest."""
+    plan = plan_of(write_jsonl(tmp_path / "a.jsonl", DOCUMENTS))
+    run_plan(plan)
+    for vocab_size, size in ((400, CHUNK - 20), (400, CHUNK + 20), (100_000, CHUNK)):
+        other = PackedDatasetBuilder(tmp_path / "other", "train_slim", size, 1, vocab_size=vocab_size)
+        other.add_array(np.full(size, 7))
+        other.write_reminder()
+        (plan.destination / "train_slim_0000000000.bin").write_bytes(Path(other.filenames[0]).read_bytes())
+        with pytest.raises(
+            ValueError, match=r"train_slim_0000000000\.bin: \d+ tokens of u?int\d+, but its manifest says 60"
+        ):
+            packed_dataset.open_mixture(plan.destination, {"train_slim": 1.0}, 5, vocab_size, seed=0)
+
+
 # --- one line for each mistake ---------------------------------------------------------------------------------------
 
 

@@ -6,9 +6,11 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,18 @@ def test_slurm_without_sbatch_is_one_line(tmp_path, corpus, tokenizer_folder):
     assert "the job could not be submitted" in done.stderr
 
 
+@pytest.mark.parametrize("executor", ["slurm", "ray"])
+def test_one_source_file_is_nothing_for_a_cluster(tmp_path, corpus, tokenizer_folder, executor):
+    """It is one shard whatever --shards says; it was made here, on a login node, or ended in a line about workers."""
+    flags = ("--split", "validation", "--executor", executor, "--slurm_partition", "cpu")
+    done = slimpajama(corpus, tmp_path / "out", tokenizer_folder, *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr.startswith(f"error: --executor {executor}: {corpus}/validation/") and done.stderr.count("\n") == 1
+    )
+    assert "is the only source file, so there is one shard" in done.stderr and not list(tmp_path.glob("out/*.bin"))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 def test_ray_makes_the_same(tmp_path, corpus, plan_in, tokenizer_folder):
     done = slimpajama(corpus, tmp_path / "ray", tokenizer_folder, "--executor", "ray")
@@ -252,6 +266,25 @@ def test_the_last_file_is_dropped_only_where_asked(tmp_path, plan_in):
         assert dropped[number]["tokens"] + dropped[number]["dropped_tokens"] == manifest["tokens"]
 
 
+def test_drop_last_never_drops_a_whole_corpus(tmp_path, corpus, plan_in, tokenizer_folder):
+    """Each shard drops a rest of its own, which the summary counts; nothing at all is no corpus."""
+    made = slimpajama(corpus, tmp_path / "out", tokenizer_folder, "--drop_last", "true")
+    assert made.returncode == 0 and re.search(r"tokens in .*; [\d,]+ tokens dropped \(--drop_last\)", made.stdout)
+    large = replace(plan_in(tmp_path / "none", drop_last=True), chunk_size=1 << 20)
+    with pytest.raises(ValueError, match=r"--drop_last drops all [\d,]{6,} tokens: those of no shard fill a file"):
+        pack(large)
+
+
+def test_a_cluster_is_not_given_a_single_task(tmp_path, corpus, tokenizer_folder):
+    one = tmp_path / "one" / "train"
+    one.mkdir(parents=True)
+    shutil.copy(corpus / "train" / "chunk1" / "example_0.jsonl.zst", one)
+    flags = ("--executor", "slurm", "--slurm_partition", "cpu")
+    done = slimpajama(one.parent, tmp_path / "out", tokenizer_folder, *flags)
+    assert done.returncode == 2 and done.stderr.startswith("error: --executor slurm needs several source files")
+    assert not list(tmp_path.glob("out/*.bin"))
+
+
 def test_other_numbers_of_shards_are_refused_or_replaced(tmp_path, plan_in):
     plan = plan_in(tmp_path / "out")
     pack(plan)
@@ -262,6 +295,23 @@ def test_other_numbers_of_shards_are_refused_or_replaced(tmp_path, plan_in):
     assert content(plan.destination) == content(tmp_path / "fresh")
     with pytest.raises(ValueError, match=r"--shards 8: the corpus has 7 file\(s\)"):
         pack_shards(plan, 8, ExecutorChoice(), False, lambda *counts: None)
+
+
+def test_a_second_series_of_the_same_data_set_is_refused(tmp_path, corpus, plan_in):
+    """Training would read both, and so every text twice: between shards and a series of one piece, whoever came first."""
+    whole = replace(plan_in(tmp_path / "one"), prefix="train_slim")
+    pack_texts(whole, 1, False, lambda progress: None, lambda line: None)
+    before = content(whole.destination)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"train_slim[_0-9a-z.]*: training would read this as part of train_slim;"):
+            pack(plan_in(tmp_path / "one"), overwrite=overwrite)
+    pack(replace(whole, destination=tmp_path / "two", prefix="validation_slimpajama"))
+    pack(plan_in(tmp_path / "two"))
+    for prefix in ("train_slim", "validation"):
+        with pytest.raises(ValueError, match=f"training would read this file as part of {prefix}"):
+            one = replace(whole, destination=tmp_path / "two", prefix=prefix)
+            pack_texts(one, 1, False, lambda progress: None, lambda line: None)
+    assert content(whole.destination) == before
 
 
 def test_a_damaged_source_is_one_line(tmp_path, corpus, tokenizer_folder):

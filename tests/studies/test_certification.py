@@ -10,16 +10,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
+from lit_gpt.config import Config
 from lit_gpt.likelihood.estimators import ESTIMATORS
 from lit_gpt.likelihood.plan import Estimator, MaskingPlan
+from lit_gpt.model.bidirectional import TransEncoder
 from lit_gpt.sampling.algorithm import Algorithm, DenoisingStep, Predictions
 from lit_gpt.sampling.settings import ALGORITHMS, Sampling
-from lit_gpt.studies.certification import load_function
+from lit_gpt.studies.certification import load_function, run_verdict
 from lit_gpt.studies.certification_estimators import check_estimators
 from lit_gpt.studies.certification_findings import Finding, chi_squared_p_value, law_p_value, level_of, mean_p_value
 from lit_gpt.studies.certification_functions import (
@@ -39,7 +42,14 @@ from lit_gpt.studies.certification_mistakes import (
     toy_network,
     unmask_at_random,
 )
-from lit_gpt.studies.certification_models import CheckedModel, check_model, check_own_models, check_shift, check_trained
+from lit_gpt.studies.certification_models import (
+    CheckedModel,
+    check_model,
+    check_own_models,
+    check_shift,
+    check_trained,
+    network_model,
+)
 from lit_gpt.studies.certification_objectives import check_objective, check_objectives, make_objective
 from lit_gpt.studies.certification_samplers import check_rare_words, check_samplers, sampled_tokens
 from lit_gpt.studies.certification_toys import (
@@ -225,6 +235,47 @@ def test_a_model_below_the_entropy_is_impossible_and_one_far_above_has_not_learn
     assert found["mean bound is not below the entropy"] == {"pass"}
 
 
+def random_network(seed: int) -> CheckedModel:
+    config = Config("tiny", 1, 2, 16, 32, 2, block_size=32, vocab_size=50)
+    network = TransEncoder(config)
+    network.init_weights(seed)
+    return network_model(network.eval(), f"seed {seed}")
+
+
+def test_an_untrained_models_place_cannot_be_told() -> None:
+    """All of them are right: by chance a neighbour's logits are better for a short text, which is no failure."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for seed in range(30):
+        text = torch.randint(0, 50, (12,), generator=generator).tolist()
+        found += [one.verdict(1e-3) for one in check_shift(random_network(seed), text)]
+    assert found == ["no"] * 30
+
+
+@pytest.mark.parametrize("text", [[3] * 12, [1, 2, 1, 2, 1, 2, 1, 2, 1, 2], [5], [5, 6], []])
+def test_a_text_of_few_words_tells_no_place(text: list[int]) -> None:
+    found = list(check_shift(random_network(1), text))
+    assert {one.verdict(1e-3) for one in found} == {"no"} and {one.check for one in found} == {
+        "logits stand at their tokens"
+    }
+
+
+def test_a_trained_models_place_is_told() -> None:
+    text = [number % 9 for number in range(12)]
+    assert verdicts(check_shift(CheckedModel("right", copying_network, 9, 9), text)) == {
+        "logits stand at their tokens": {"pass"}
+    }
+    for moved in (-1, 1):
+        wrong = CheckedModel("moved", lambda ids, moved=moved: copying_network(ids).roll(moved, 1), 9, 9)
+        assert verdicts(check_shift(wrong, text)) == {"logits stand at their tokens": {"FAIL"}}
+
+
+def test_a_false_alarm_is_only_of_chance() -> None:
+    certain = Finding("model", "a", "shape", "tokens", "")
+    assert run_verdict([certain] * 4, 3) == "all 4 checks pass (none is of chance; 3 s)"
+    chance = dataclasses.replace(certain, p_value=0.5)
+    assert "1 of chance, each fails at p < 1.0e-03: a false alarm in 0.001 of runs" in run_verdict([certain, chance], 3)
+
+
 # What is new is seen
 
 
@@ -244,10 +295,9 @@ class Unweighted(MaskedDiffusion):
         )
 
 
-def test_a_new_objective_is_checked_and_may_say_that_it_is_no_bound(monkeypatch) -> None:
-    for name in list(OBJECTIVES):
-        monkeypatch.delitem(OBJECTIVES, name)
-    monkeypatch.setitem(OBJECTIVES, "unweighted", Unweighted)
+# Afterwards a registry is as before in its order, too, which users read; undone one by one, it would be turned round.
+@patch.dict(OBJECTIVES, {"unweighted": Unweighted}, clear=True)
+def test_a_new_objective_is_checked_and_may_say_that_it_is_no_bound() -> None:
     found = list(check_objectives(SMALL))
     assert passes(found) and {one.name for one in found} == {"unweighted"}
     own = verdicts(found)
@@ -268,10 +318,8 @@ class HalfSize(Estimator):
         return 1
 
 
-def test_a_new_estimator_is_checked(monkeypatch) -> None:
-    for name in list(ESTIMATORS):
-        monkeypatch.delitem(ESTIMATORS, name)
-    monkeypatch.setitem(ESTIMATORS, HalfSize.name, HalfSize)
+@patch.dict(ESTIMATORS, {HalfSize.name: HalfSize}, clear=True)
+def test_a_new_estimator_is_checked() -> None:
     found = verdicts(check_estimators(SMALL))
     assert found["mean is -log p under the exact model"] == {"FAIL"}
 
@@ -285,10 +333,8 @@ class RightToLeft(Algorithm):
         return candidates & ((later == 1) | step.last)
 
 
+@patch.dict(ALGORITHMS, {"right_to_left": f"{__name__}:RightToLeft"}, clear=True)
 def test_a_new_sampler_is_checked_by_its_own_rule(monkeypatch) -> None:
-    for name in list(ALGORITHMS):
-        monkeypatch.delitem(ALGORITHMS, name)
-    monkeypatch.setitem(ALGORITHMS, "right_to_left", f"{__name__}:RightToLeft")
     # A name in the file itself is a choice from the start.
     (field,) = (one for one in dataclasses.fields(Sampling) if one.name == "algorithm")
     monkeypatch.setattr(field, "metadata", {**field.metadata, "choices": tuple(ALGORITHMS)})

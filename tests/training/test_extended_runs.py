@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from lit_gpt.checkpoints.torch_files import open_torch_file
 from lit_gpt.training import schedule
+from lit_gpt.training.run_folder import RunFolder
 from tests.support.training_runs import (
     assert_same_run,
     differing_tensors,
@@ -150,6 +151,24 @@ def test_only_a_finished_run_is_extended_and_only_its_length(folder: Path):
     _, err = run_pretraining("train_ar.py", folder, **FLAGS, max_steps=9, resume=middle, code=2)
     assert "max_steps: checkpoint 6, now 9" in err
     assert differing_tensors(state, final_state(folder)) == [] and record_of(folder)["finished"]
+
+
+def test_an_extension_that_did_not_begin_leaves_the_run_as_it_was(folder: Path, monkeypatch):
+    """Killed before its first save, and then not wanted: the record is again that of the shorter run."""
+    run_pretraining("train_mdm.py", folder, **FLAGS, max_steps=3)
+    before = record_of(folder)
+
+    def killed(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "restore", killed)
+        with pytest.raises(MemoryError):
+            run_pretraining("train_mdm.py", folder, **FLAGS, max_steps=20)
+    assert record_of(folder)["settings"]["max_steps"] == 20 and not record_of(folder)["finished"]
+    run_pretraining("train_mdm.py", folder, **FLAGS, max_steps=3)
+    after = record_of(folder)
+    assert after["finished"] and after["settings"] == before["settings"] and after["result"] == before["result"]
 
 
 def test_a_longer_run_under_the_published_name_is_told_of_the_shorter(folder: Path):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lit_gpt.cli import parse
 from lit_gpt.config import Config
+from lit_gpt.pipeline import Pipeline
+from lit_gpt.studies.text_corpus import packed_text
 from lit_gpt.training.settings import PretrainConfig
 from lit_gpt.training.suggested_run import SuggestedRun, suggest_run
 from tests.support.small_tokenizers import training_lines
@@ -63,3 +68,24 @@ def test_the_printed_command_runs(tmp_path, tokenizer_folder):
     trained = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert trained.returncode == 0, trained.stderr
     assert list((tmp_path / "models_dir").glob("mdm-*.safetensors"))
+
+
+def test_a_pipeline_is_told_no_command(tmp_path):
+    """It trains by one of its own; none is chosen for it."""
+    (tmp_path / "text.txt").write_text("".join(f"{line}\n\n" for line in training_lines(300)), encoding="utf-8")
+    console = Console(file=io.StringIO(), record=True, width=200)
+    packed_text(Pipeline(tmp_path / "out", console, lambda line: True), tmp_path / "text.txt", 400, 32, 3)
+    printed = console.export_text()
+    assert "train_slim: 1 file(s)" in printed and "train with" not in printed and "that is" not in printed
+
+
+def test_a_finished_preparation_stays_one_where_no_command_can_be_chosen(monkeypatch, capsys):
+    def fail(tokens, vocab_size, largest_block):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("lit_gpt.training.suggested_run.suggest_run", fail)
+    script = runpy.run_path(str(ROOT / "scripts" / "prepare_text.py"))
+    script["suggest"](script["PrepareFlags"](), 1000, 400)
+    assert capsys.readouterr().out == (
+        "the data is finished; no training command could be chosen: CUDA out of memory\n"
+    )
