@@ -103,29 +103,42 @@ def _page(flags: Any, runs: Sequence[RecipeRun], planned: int) -> str:
         "the training loss is; ± is the standard error over seeds.",
         "## The bound by recipe",
         _recipe_table(runs),
+        *_not_measured(runs),
         "## ELBO or cross-entropy as training loss",
         "The difference of the bounds, cross-entropy minus ELBO, seed by seed (the seed gives both the same weights, data and "
         "masks); below 0 the mean cross-entropy of masked tokens is the better training loss.",
-        _referee_table(runs),
+        _referee_table(runs) or "Not yet measured.",
         _example(runs),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _recipe_table(runs: Sequence[RecipeRun]) -> str:
-    """Mean bound over seeds, by recipe and size."""
+    """Mean bound over seeds, by recipe and the sizes that have runs."""
+    shapes = [shape for shape in SHAPES if any(run.shape == shape for run in runs)]
     rows = []
     for name, recipe in RECIPES.items():
         cells = []
-        for shape in SHAPES:
+        for shape in shapes:
             bounds = [run.bound for run in runs if (run.shape, run.recipe) == (shape, name)]
             cells.append(f"{with_error(*mean_and_error(bounds))} ({len(bounds)})" if bounds else "")
         rows.append([f"`{name}`", recipe.what, *cells])
-    return markdown_table(["recipe", "what it is", *(f"{shape}: bound (seeds)" for shape in SHAPES)], rows)
+    return markdown_table(["recipe", "what it is", *(f"{shape}: bound (seeds)" for shape in shapes)], rows)
+
+
+def _not_measured(runs: Sequence[RecipeRun]) -> list[str]:
+    """A paragraph with the recipes of each size that have no run; none where all have."""
+    missing = []
+    for shape in SHAPES:
+        done = {run.recipe for run in runs if run.shape == shape}
+        names = ", ".join(f"`{name}`" for name in RECIPES if name not in done)
+        if names:
+            missing.append(f"at {shape} {names if done else 'every recipe'}")
+    return [f"Not yet measured: {'; '.join(missing)}."] if missing else []
 
 
 def _referee_table(runs: Sequence[RecipeRun]) -> str:
-    """Paired differences of cross-entropy and ELBO, by size, with whole rows and with short rows first."""
+    """Paired differences of cross-entropy and ELBO, by size, with whole rows and with short rows first; '' without a pair."""
     bounds = {(run.shape, run.recipe, run.seed): run.bound for run in runs}
     rows = []
     for shape, (one, other) in itertools.product(SHAPES, _PAIRS):
@@ -137,7 +150,7 @@ def _referee_table(runs: Sequence[RecipeRun]) -> str:
         if found:
             each = ", ".join(f"{difference:+.3f}" for difference in found)
             rows.append([shape, f"`{one}` - `{other}`", with_error(*mean_and_error(found), sign=True), each])
-    return markdown_table(["layers x width", "pair", "difference", "each seed"], rows)
+    return markdown_table(["layers x width", "pair", "difference", "each seed"], rows) if rows else ""
 
 
 def _example(runs: Sequence[RecipeRun]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from lit_gpt.config import Config
 from lit_gpt.data.batching import largest_group
 from lit_gpt.evaluation.versions import commit
-from lit_gpt.files import parse_json, write_file
+from lit_gpt.files import parse_json, read_json_object, write_file
 from lit_gpt.pipeline import Pipeline, Stage
 from lit_gpt.studies.mdm_recipes import RECIPES, StepBudget
 from lit_gpt.studies.study_pages import markdown_table, processor_name, with_error
@@ -207,7 +207,7 @@ def _train_seconds(folder: Path) -> float:
     """Training time from a run's log, over all its starts: validation and saving not counted."""
     (record,) = folder.glob("run/*/run.json")
     # A run that was killed before its first checkpoint began anew, with a log of its own.
-    version = Path(json.loads(record.read_text())["log_path"]).parent.name
+    version = Path(read_json_object(record)["log_path"]).parent.name
     (path,) = folder.glob(f"log/*/{version}/metrics.csv")
     with path.open(newline="") as file:
         times = [float(row["time/train"]) for row in csv.DictReader(file) if row["time/train"]]
@@ -233,7 +233,7 @@ def add_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> list[dict[str, 
 
 
 def speedrun_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Entries by budget, the best first; one that took longer than its time, or of other rows, is left out."""
+    """Entries by budget, the best first; one that took longer than its time, or of other rows, is left out; words for none."""
     rows = []
     counted = [
         line
@@ -251,6 +251,8 @@ def speedrun_table(lines: Sequence[Mapping[str, Any]]) -> str:
             f"{line['flops']:.3g}", f"{line['train_s'] / 60:.1f}", f"`{line['hash']}`", f"`{(line['commit'] or '')[:8]}`",
             str(line["settings"].get("seed", "")), line["date"],
         ])  # fmt: skip
+    if not rows:
+        return "Not yet measured."
     heads = ["budget", "entry", "bits per byte", "nats per token", "FLOPs", "minutes", "hash", "commit", "seed", "date"]
     return markdown_table(heads, rows)
 

@@ -182,6 +182,18 @@ def test_slurm_without_sbatch_is_one_line(tmp_path, corpus, tokenizer_folder):
     assert "the job could not be submitted" in done.stderr
 
 
+@pytest.mark.parametrize("executor", ["slurm", "ray"])
+def test_one_source_file_is_nothing_for_a_cluster(tmp_path, corpus, tokenizer_folder, executor):
+    """It is one shard whatever --shards says; it was made here, on a login node, or ended in a line about workers."""
+    flags = ("--split", "validation", "--executor", executor, "--slurm_partition", "cpu")
+    done = slimpajama(corpus, tmp_path / "out", tokenizer_folder, *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr.startswith(f"error: --executor {executor}: {corpus}/validation/") and done.stderr.count("\n") == 1
+    )
+    assert "is the only source file, so there is one shard" in done.stderr and not list(tmp_path.glob("out/*.bin"))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 def test_ray_makes_the_same(tmp_path, corpus, plan_in, tokenizer_folder):
     done = slimpajama(corpus, tmp_path / "ray", tokenizer_folder, "--executor", "ray")

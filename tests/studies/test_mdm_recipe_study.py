@@ -5,6 +5,7 @@ from __future__ import annotations
 from lit_gpt.pipeline import Pipeline, Stage
 from lit_gpt.studies import mdm_recipe_study
 from lit_gpt.studies.mdm_recipe_study import RecipeRun
+from lit_gpt.studies.mdm_recipes import RECIPES
 from scripts.study_mdm_recipes import Flags
 
 
@@ -38,6 +39,14 @@ def test_the_referee_compares_the_same_seeds_alone():
 def test_the_page_says_how_many_runs_are_done():
     text = mdm_recipe_study._page(Flags(), RUNS, 30)
     assert "6 of 30 runs are done" in text and "1200 x 16 x 128 tokens" in text
+
+
+def test_what_is_not_measured_is_said_and_has_no_empty_table():
+    text = mdm_recipe_study._page(Flags(), [run("published", 1, 5.0), run("best", 1, 4.5)], 30)
+    assert "| layers x width |" not in text and "2x64: bound" not in text
+    assert text.count("Not yet measured") == 2
+    every = [run(recipe, 1, 5.0, shape) for recipe in RECIPES for shape in mdm_recipe_study.SHAPES]
+    assert "Not yet measured" not in mdm_recipe_study._page(Flags(), every, 30)
 
 
 def test_a_stage_counts_as_finished_when_it_has_a_result(tmp_path):

@@ -166,6 +166,8 @@ def test_the_table_has_the_best_entry_of_a_budget_first(tmp_path):
     table = speedrun.speedrun_table([late, in_time, longer])
     assert "`longer rows`" not in table
     assert "`late`" not in table and "| 1.5 minutes | `in time` |" in table
+    speedrun.write_table(page, [])
+    assert "<!-- table -->\n\nNot yet measured.\n\n<!-- end of table -->" in page.read_text()
     page.write_text("nothing")
     with pytest.raises(ValueError, match="no place for the table"):
         speedrun.write_table(page, [])
