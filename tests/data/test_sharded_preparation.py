@@ -275,16 +275,6 @@ def test_drop_last_never_drops_a_whole_corpus(tmp_path, corpus, plan_in, tokeniz
         pack(large)
 
 
-def test_a_cluster_is_not_given_a_single_task(tmp_path, corpus, tokenizer_folder):
-    one = tmp_path / "one" / "train"
-    one.mkdir(parents=True)
-    shutil.copy(corpus / "train" / "chunk1" / "example_0.jsonl.zst", one)
-    flags = ("--executor", "slurm", "--slurm_partition", "cpu")
-    done = slimpajama(one.parent, tmp_path / "out", tokenizer_folder, *flags)
-    assert done.returncode == 2 and done.stderr.startswith("error: --executor slurm needs several source files")
-    assert not list(tmp_path.glob("out/*.bin"))
-
-
 def test_other_numbers_of_shards_are_refused_or_replaced(tmp_path, plan_in):
     plan = plan_in(tmp_path / "out")
     pack(plan)
