@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,10 +83,14 @@ def pack(plan, executor=None, overwrite=False):
     return pack_shards(plan, SHARDS, executor or ExecutorChoice(workers=1), overwrite, lambda *counts: None)
 
 
-def slimpajama(corpus, destination, tokenizer_folder, *more, path=""):
+def slimpajama_command(corpus, destination, tokenizer_folder, *more):
     command = [sys.executable, str(ROOT / "scripts" / "prepare_slimpajama.py"), "--source_path", str(corpus)]
     command += ["--destination_path", str(destination), "--tokenizer_path", str(tokenizer_folder)]
-    command += ["--chunk_size", str(CHUNK), "--shards", str(SHARDS), *more]
+    return [*command, "--chunk_size", str(CHUNK), "--shards", str(SHARDS), *more]
+
+
+def slimpajama(corpus, destination, tokenizer_folder, *more, path=""):
+    command = slimpajama_command(corpus, destination, tokenizer_folder, *more)
     environment = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -101,6 +107,38 @@ def test_two_local_workers_make_what_one_process_makes(tmp_path, corpus, documen
     assert content(tmp_path / "two") == expected
     again = slimpajama(corpus, tmp_path / "two", tokenizer_folder)
     assert "an earlier run had made exactly this" in again.stdout
+
+
+def processes_of_session(number):
+    """Those that still run, zombies apart."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(session) == number and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are counted in /proc")
+def test_no_process_outlives_a_local_preparation_that_is_killed(tmp_path, corpus, tokenizer_folder):
+    """Neither its workers nor the process that keeps their queue."""
+    command = slimpajama_command(corpus, tmp_path / "out", tokenizer_folder, "--num_workers", "2")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while len(processes_of_session(process.pid)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 30
+        while (left := processes_of_session(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for number in left:
+            os.kill(number, signal.SIGKILL)
+    assert not left
 
 
 SBATCH = """#!{python}
