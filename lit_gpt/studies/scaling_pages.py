@@ -70,8 +70,8 @@ Threshold and residuals: {thresholds}.
 
 ## The rule for the learning rate
 
-Peak 2e-3 at 1.05M parameters, times (N / 1.05M)^(-1/3); batches of 2048 tokens at 2.46M tokens, growing as D^(2/3). The same
-runs at other factors of that rate:
+Peak 2e-3 at 1.05M parameters, times (N / 1.05M)^(-1/3) up to 6M, and from there a power law to the published 2e-4 at 170M
+and above; batches of 2048 tokens at 2.46M tokens, growing as D^(2/3). The same runs at other factors of that rate:
 
 {check}
 

@@ -1,8 +1,8 @@
 """The runs of a scaling study: sizes by budgets by kinds, with shape, tokens, steps, batch, learning rate and cost.
 
 Budgets are counted as the published ones, C = 6 N D with N non-embedding parameters and D tokens. Two rules of thumb give
-what a size and a budget leave open. Both are the power law through two known points: this project's quickstart (1.05M
-parameters, 2.46M tokens) and the published code (170M to 1028M, batches of 256 x 2048 tokens).
+what a size and a budget leave open: the learning rate's is `training.peak_rate`; the batch is the power law through two known
+points, this project's quickstart (2.46M tokens, batches of 2048) and the published code (batches of 256 x 2048 tokens).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lit_gpt.model.flops import forward_flops
 from lit_gpt.studies.mdm_recipes import RECIPES, StepBudget
 from lit_gpt.studies.scaling_settings import ScalingFlags
 from lit_gpt.training import schedule
+from lit_gpt.training.peak_rate import ruled_rate
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,8 @@ SCALING_KINDS = {
 }
 """By name; a new objective is one line, and every recipe of the MDM is there."""
 
-# The quickstart: parameters, tokens, tokens of a step, learning rate.
-_QUICKSTART_SIZE, _QUICKSTART_TOKENS, _QUICKSTART_STEP, _QUICKSTART_RATE = 1.05e6, 2.46e6, 2048, 2e-3
-# The published code at 1028M: 2e-4, a tenth at 980 times the parameters.
-_RATE_EXPONENT = -1 / 3
+# The quickstart: tokens, tokens of a step.
+_QUICKSTART_TOKENS, _QUICKSTART_STEP = 2.46e6, 2048
 # The published 256 x 2048 tokens a step at some 1e10 tokens: 256 times the quickstart's at 4000 times its tokens.
 _STEP_EXPONENT = 2 / 3
 # Below four sequences a masked model hardly sees two masking rates.
@@ -166,11 +165,6 @@ def kind_label(kind: str) -> str:
     """`ARM`, `MDM`, `MDM best`: for tables and figures."""
     name, _, recipe = kind.partition("_")
     return f"{name.upper()} {recipe.replace('_', ' ')}".strip()
-
-
-def ruled_rate(non_embedding_params: int) -> float:
-    """Peak learning rate: 2e-3 at 1.05M parameters, falling with the cube root of the size to 2e-4 at 1028M."""
-    return float(f"{_QUICKSTART_RATE * (non_embedding_params / _QUICKSTART_SIZE) ** _RATE_EXPONENT:.3g}")
 
 
 def ruled_batch(tokens: float, block_size: int) -> int:

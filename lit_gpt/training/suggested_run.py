@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lit_gpt.config import Config
 from lit_gpt.training import schedule
 from lit_gpt.training.measured_speed import tokens_per_second
+from lit_gpt.training.peak_rate import ruled_rate
 
 # Layers and widths by size: two below the published ones, the first the quickstart's.
 _SHAPES = (
@@ -37,8 +38,6 @@ _BLOCK_SIZES = (2048, 1024, 512, 256, 128)
 # Steps that a schedule with a warmup and a cosine wants, and the sequences of a step.
 _STEPS = 1000
 _BATCH_SIZES = (16, 32, 64, 128, 256)
-# The quickstart's peak at 1M parameters and the published one at 170M, with a power law between.
-_SMALL_PEAK, _LEAST_PEAK, _PEAK_EXPONENT = 2e-3, 2e-4, 0.45
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class SuggestedRun:
     @property
     def learning_rate(self) -> float:
         """The peak."""
-        peak = _SMALL_PEAK * max(1.0, self.config.size_in_millions) ** -_PEAK_EXPONENT
-        return float(f"{max(_LEAST_PEAK, peak):.1g}")
+        return ruled_rate(self.config.non_embedding_params)
 
     @property
     def command(self) -> str:

@@ -87,12 +87,16 @@ class Validation:
         bound = "<= " if self.is_bound else ""
         error = "" if self.loss_se is None else f" (standard error {self.loss_se:.4f})"
         bits = "" if self.bits_per_byte is None else f", bits per byte {bound}{self.bits_per_byte:.4f}"
-        of_draws = "" if self.loss_draws_se is None else f" (standard error {self.loss_draws_se:.4f})"
-        draws = f", {self.draws} draws{of_draws}" if self.is_bound else ""
         return (
-            f"val loss {bound}{self.loss:.4f}{error}, val ppl {bound}{loggers.perplexity(self.loss):.2f}{bits} "
-            f"({self.samples} sequences{draws}; {self.estimator})"
+            f"val loss {bound}{self.loss:.4f}{error}, val ppl {bound}{loggers.perplexity(self.loss):.2f}{bits}; "
+            f"{self.samples} sequences{self._draws_words()}; {self.estimator}"
         )
+
+    def _draws_words(self) -> str:
+        if not self.is_bound:
+            return ""
+        draws = f", {self.draws} {'draw' if self.draws == 1 else 'draws'} each"
+        return draws if self.loss_draws_se is None else f"{draws}, whose own standard error is {self.loss_draws_se:.4f}"
 
 
 @dataclass(frozen=True)

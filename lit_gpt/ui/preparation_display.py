@@ -25,9 +25,14 @@ def prepare(flags: PreparationFlags, plan: PackingPlan) -> list[dict[str, Any]]:
         The manifests of the destination; none where jobs have been submitted and are not through.
 
     Raises:
-        ValueError, OSError: as `pack_texts` and `pack_shards`.
+        ValueError: there is nothing to share out over a cluster; or as `pack_texts` and `pack_shards`, as is OSError.
         Interrupted: Ctrl-C or SIGTERM.
     """
+    if flags.shards == 1 and flags.executor != "local":
+        raise ValueError(
+            f"--executor {flags.executor}: {plan.sources[0].path} is the only source file, so there is one shard: leave the "
+            "flag out, or split the file"
+        )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     display = _Display()

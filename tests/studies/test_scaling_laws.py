@@ -24,6 +24,7 @@ from lit_gpt.model.causal import GPT
 from lit_gpt.studies import scaling_fits, scaling_pages, scaling_plan, scaling_summary, scaling_sweep
 from lit_gpt.studies.scaling_fits import SweptRuns
 from lit_gpt.studies.scaling_settings import ScalingFlags
+from lit_gpt.training.suggested_run import SuggestedRun
 
 ROOT = Path(__file__).resolve().parents[2]
 # The law that Besiroglu et al. 2024 (arXiv 2404.10102) found for the runs of Hoffmann et al. 2022: E, A, B, a, b.
@@ -191,6 +192,20 @@ def test_a_plan_spends_its_budgets_on_shapes_of_the_family():
     assert scaling_plan.ruled_batch(2.46e6, 128) == 16 and scaling_plan.ruled_batch(1e10, 2048) == 256
     with pytest.raises(ValueError, match="--sizes 0.001: there are"):
         scaling_plan.family_config(0.001, 128, 1024)
+
+
+def test_one_rule_for_the_learning_rate():
+    """What a preparation suggests is what a study plans; the default study's rates are those of its runs."""
+    for size in (0.03, 0.6, 3, 6, 19, 85, 170, 472, 1028):
+        config = scaling_plan.family_config(size, 128, 1024)
+        rate = scaling_plan.ruled_rate(config.non_embedding_params)
+        assert SuggestedRun(config, 16, 1000, 1.0, 1.0).learning_rate == rate
+        assert size < 170 or rate == 2e-4
+    below, above = (scaling_plan.ruled_rate(number) for number in (5_999_999, 6_000_001))
+    assert below == above == 1.12e-3
+    planned = [run for run in scaling_plan.planned_runs(ScalingFlags()) if run.rate_factor == 1]
+    rates = {run.config.non_embedding_params: run.learning_rate for run in planned}
+    assert rates == {110928: 0.00423, 307760: 0.00301, 590688: 0.00242, 1639840: 0.00172}
 
 
 def test_flags_reach_the_kind_they_name():

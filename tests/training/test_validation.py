@@ -49,6 +49,30 @@ def test_the_draws_error_is_that_of_repeated_noise_on_one_text(interaction):
     assert validation.draws_standard_error(nats[0, :, :1], tokens[:1]) is None
 
 
+@pytest.mark.parametrize(
+    ("draws", "draws_se", "is_bound", "shown"),
+    [
+        (
+            *(2, 0.0123, True),
+            "val loss <= 5.0000 (standard error 0.0612), val ppl <= 148.41, bits per byte <= 2.1000; "
+            "237 sequences, 2 draws each, whose own standard error is 0.0123; a bound",
+        ),
+        (
+            *(1, None, True),
+            "val loss <= 5.0000 (standard error 0.0612), val ppl <= 148.41, bits per byte <= 2.1000; "
+            "237 sequences, 1 draw each; a bound",
+        ),
+        (
+            *(1, 0.0, False),
+            "val loss 5.0000 (standard error 0.0612), val ppl 148.41, bits per byte 2.1000; 237 sequences; a bound",
+        ),
+    ],
+)
+def test_the_line_of_a_validation(draws, draws_se, is_bound, shown):
+    found = validation.Validation(5.0, 0.0612, draws_se, 2.1, 0.03, 237, draws, "a bound", is_bound)
+    assert found.line() == shown
+
+
 NAMES = ("val_loss", "val_loss_se", "val_loss_draws_se")
 
 
