@@ -17,8 +17,24 @@ def quiet_local_executor(**options: Any) -> Any:
     """datatrove's `LocalPipelineExecutor` whose tasks write to their logs alone, and end with the process that started them."""
     import multiprocess
     from datatrove.executor import LocalPipelineExecutor
+    from multiprocess.managers import SyncManager
+
+    def following_manager() -> Any:
+        """As `multiprocess.Manager()`: the process that keeps the tasks' queue, but it ends with this one."""
+        manager = SyncManager(ctx=multiprocess.get_context())
+        manager.start(lambda: follow_parent(multiprocess.parent_process()))
+        return manager
 
     class QuietLocalExecutor(LocalPipelineExecutor):
+        def run(self) -> Any:
+            # By itself it would wait for ever after a kill -9 of this process, with our output open.
+            before = multiprocess.Manager
+            multiprocess.Manager = following_manager
+            try:
+                return LocalPipelineExecutor.run(self)
+            finally:
+                multiprocess.Manager = before
+
         def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
             if (parent := multiprocess.parent_process()) is not None:
                 # Ctrl-C is the launcher's, which ends its workers.

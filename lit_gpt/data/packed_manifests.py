@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lit_gpt.data.packed_foreign import document_ends
+from lit_gpt.data.packed_format import index_path
 from lit_gpt.files import read_json_object
 
 MANIFEST_SUFFIX = ".manifest.json"
@@ -103,6 +105,36 @@ def _manifest_values(manifest: Path) -> _ManifestValues:
 
 
 def recorded_hashes(manifest: Path) -> dict[str, str]:
-    """SHA-256 by file name, of those files that have one in a manifest; ValueError as `recorded_tokens`."""
+    """SHA-256 by file name, '' where a manifest has none; ValueError as `recorded_tokens`."""
     entries = read_json_object(manifest).get("files", {})
-    return {name: str(entry["sha256"]) for name, entry in entries.items() if "sha256" in entry}
+    return {name: str((entry or {}).get("sha256", "")) for name, entry in entries.items()}
+
+
+def index_problems(manifest: Path) -> list[str]:
+    """What is wrong with the indexes beside the files of a manifest with hashes, a line each.
+
+    A document ends in one file alone, so that the ends of all files are as many as the documents, but those of a last file
+    that was left out.
+    """
+    values = read_json_object(manifest)
+    found, total = [], 0
+    for name, entry in values.get("files", {}).items():
+        if not (entry or {}).get("sha256"):
+            return []  # of an earlier version, or of scripts/prepare_fineweb.py, which write none
+        path = manifest.parent / name
+        try:
+            ends = document_ends(path)
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        if ends is None:
+            found.append(f"{index_path(path)}: missing")
+        elif len(ends) and (ends[-1] > entry["tokens"] or (ends[1:] < ends[:-1]).any()):
+            found.append(f"{index_path(path)}: not the ends of documents in {entry['tokens']} tokens")
+        else:
+            total += len(ends)
+    documents = values.get("documents")
+    short = documents is not None and total < documents and not values.get("dropped_tokens")
+    if not found and documents is not None and (short or total > documents):
+        found.append(f"{manifest}: counts {documents} documents, the indexes of its files {total}")
+    return found

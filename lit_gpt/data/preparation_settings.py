@@ -43,13 +43,10 @@ class PreparationFlags:
     """Replace another result in the destination."""
 
     def limit_shards(self, files: int) -> None:
-        """Lower the shards to the number of source files; ValueError where that leaves a cluster a single task."""
-        if files == 1 and self.executor != "local":
-            raise ValueError(
-                f"--executor {self.executor} needs several source files, each shard is a task of its own; found 1: leave it out"
-            )
+        """Lower the shards to the number of source files, and say so."""
         if files < self.shards:
-            print(f"{files} shard(s) instead of --shards {self.shards}: the corpus has {files} file(s)")
+            if files > 1:
+                print(f"{files} shards instead of --shards {self.shards}: the corpus has {files} files")
             self.shards = files
 
     def problems(self) -> list[str]:

@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,10 +83,14 @@ def pack(plan, executor=None, overwrite=False):
     return pack_shards(plan, SHARDS, executor or ExecutorChoice(workers=1), overwrite, lambda *counts: None)
 
 
-def slimpajama(corpus, destination, tokenizer_folder, *more, path=""):
+def slimpajama_command(corpus, destination, tokenizer_folder, *more):
     command = [sys.executable, str(ROOT / "scripts" / "prepare_slimpajama.py"), "--source_path", str(corpus)]
     command += ["--destination_path", str(destination), "--tokenizer_path", str(tokenizer_folder)]
-    command += ["--chunk_size", str(CHUNK), "--shards", str(SHARDS), *more]
+    return [*command, "--chunk_size", str(CHUNK), "--shards", str(SHARDS), *more]
+
+
+def slimpajama(corpus, destination, tokenizer_folder, *more, path=""):
+    command = slimpajama_command(corpus, destination, tokenizer_folder, *more)
     environment = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -101,6 +107,38 @@ def test_two_local_workers_make_what_one_process_makes(tmp_path, corpus, documen
     assert content(tmp_path / "two") == expected
     again = slimpajama(corpus, tmp_path / "two", tokenizer_folder)
     assert "an earlier run had made exactly this" in again.stdout
+
+
+def processes_of_session(number):
+    """Those that still run, zombies apart."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(session) == number and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are counted in /proc")
+def test_no_process_outlives_a_local_preparation_that_is_killed(tmp_path, corpus, tokenizer_folder):
+    """Neither its workers nor the process that keeps their queue."""
+    command = slimpajama_command(corpus, tmp_path / "out", tokenizer_folder, "--num_workers", "2")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while len(processes_of_session(process.pid)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 30
+        while (left := processes_of_session(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for number in left:
+            os.kill(number, signal.SIGKILL)
+    assert not left
 
 
 SBATCH = """#!{python}
@@ -275,16 +313,6 @@ def test_drop_last_never_drops_a_whole_corpus(tmp_path, corpus, plan_in, tokeniz
         pack(large)
 
 
-def test_a_cluster_is_not_given_a_single_task(tmp_path, corpus, tokenizer_folder):
-    one = tmp_path / "one" / "train"
-    one.mkdir(parents=True)
-    shutil.copy(corpus / "train" / "chunk1" / "example_0.jsonl.zst", one)
-    flags = ("--executor", "slurm", "--slurm_partition", "cpu")
-    done = slimpajama(one.parent, tmp_path / "out", tokenizer_folder, *flags)
-    assert done.returncode == 2 and done.stderr.startswith("error: --executor slurm needs several source files")
-    assert not list(tmp_path.glob("out/*.bin"))
-
-
 def test_other_numbers_of_shards_are_refused_or_replaced(tmp_path, plan_in):
     plan = plan_in(tmp_path / "out")
     pack(plan)
@@ -360,3 +388,33 @@ def test_a_copy_is_checked_by_its_hashes(tmp_path, plan_in):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and f"{path}: differs from its manifest" in done.stdout
     assert "files differ: make or copy them again" in done.stderr
+
+
+def check_data(folder):
+    command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_nothing_that_was_not_compared_counts_as_whole(tmp_path, plan_in):
+    plan = replace(plan_in(tmp_path / "out"), prefix="train_slim")
+    pack_texts(plan, 1, False, lambda progress: None, lambda line: None)
+    assert check_data(plan.destination).returncode == 0
+    path, manifest = plan.destination / "train_slim_0000000001.bin", plan.destination / "train_slim.manifest.json"
+    index = path.with_name(f"{path.name}.index")
+    raw = index.read_bytes()
+    for content, message in ((None, f"{index}: missing"), (b"", "the indexes of its files"), (raw[:-8], "documents")):
+        index.unlink() if content is None else index.write_bytes(content)
+        done = check_data(plan.destination)
+        assert done.returncode == 2 and message in done.stdout and "all " not in done.stdout
+    index.write_bytes(raw)
+    stale = plan.destination / "train_slim_0000000999.bin"
+    shutil.copy(path, stale)
+    done = check_data(plan.destination)
+    assert done.returncode == 2 and f"{stale}: in no manifest, and training reads it" in done.stdout
+    stale.unlink()
+    values = json.loads(manifest.read_text())
+    values["files"] = {name: {"tokens": entry["tokens"]} for name, entry in values["files"].items()}
+    values["files"][path.name] = None  # which training takes
+    manifest.write_text(json.dumps(values))
+    done = check_data(plan.destination)
+    assert done.returncode == 2 and "nothing could be compared" in done.stderr and done.stderr.count("\n") == 1
