@@ -1,8 +1,9 @@
 """Files of text: .txt, .jsonl and .parquet, plain or compressed, here or on the hub.
 
-A folder's files count by their suffix; a file that is named counts as text whatever it is called, and so do those of a
-folder whose names match a pattern that the user gives. What lies on the hub (`hf://datasets/OWNER/NAME`, or any address
-that fsspec opens) is read in place, nothing is kept of it. A compressed file that ends too early is an error.
+The files of a folder, or of a pattern such as `*`, count by their suffix; a file that is named counts as text whatever it is
+called, and so do those that match a pattern with a suffix of its own, such as `*.py`. What lies on the hub
+(`hf://datasets/OWNER/NAME`, or any address that fsspec opens) is read in place, nothing is kept of it. A compressed file that
+ends too early is an error.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class RemotePath:
     size: int
     """Bytes."""
     content: str
-    """What the store says of its content: a hash where it has one, else ''."""
+    """What the store says of its content: a hash where it has one, else the time of its last change, else ''."""
 
     def __str__(self) -> str:
         return self.url
@@ -138,11 +139,16 @@ def _sources_of(given: str, as_text: tuple[str, ...]) -> list[TextFile]:
         return [TextFile(path, path.name)]
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if matches:
-        sources = [TextFile(match, match.name) for match in matches if match.is_file()]
-        if not sources:
+        files = [match for match in matches if match.is_file()]
+        if not files:
             raise ValueError(
                 f"--source_path {given}: matches folders only; give a folder itself, or a pattern of files"
             )
+        # A suffix that is written out is meant; `*` also matches what lies beside the text, such as a description in JSON.
+        meant = as_text if glob.has_magic(path.suffix) or not path.suffix else ("*",)
+        sources = [TextFile(file, file.name) for file in files if _is_text(file.name, meant)]
+        if not sources:
+            raise _no_text(given, [file.name for file in files])
         return sources
     missing = f"--source_path {given}: no such file or folder, and no file matches it as a pattern"
     if _HUB_NAME.fullmatch(given) and not given.endswith(SUFFIXES) and not Path(path.parts[0]).exists():
@@ -179,9 +185,11 @@ def _remote_sources(given: str, url: str, as_text: tuple[str, ...]) -> list[Text
 
 
 def _content_of(info: dict[str, Any]) -> str:
-    """A hash of a remote file's content, as far as its store tells one without reading it."""
+    """A hash of a remote file's content, or when it was changed, as far as its store tells without reading it."""
     stored = info.get("lfs") or {}
-    return str(stored.get("sha256") or info.get("blob_id") or info.get("ETag") or info.get("etag") or "")
+    known = stored.get("sha256") or info.get("blob_id") or info.get("ETag") or info.get("etag")
+    times = (info.get(name) for name in ("mtime", "LastModified", "last_modified", "modified", "updated", "created"))
+    return str(known or next((time for time in times if time), ""))
 
 
 def _no_text(given: str, others: list[str]) -> ValueError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -12,10 +14,13 @@ from lit_gpt.data.preparation import PackingProgress, pack_texts
 from lit_gpt.data.preparation_plan import PackingPlan
 from lit_gpt.data.preparation_settings import PreparationFlags
 from lit_gpt.data.sharded_preparation import ExecutorChoice, pack_shards
+from lit_gpt.data.text_files import RemotePath, TextFile
 from lit_gpt.data.text_sources import available_cores
 
 # Seconds between two lines where there is no terminal to draw a bar on.
 _LINE_EVERY_S = 30.0
+# In the names of files that are beside the training text.
+_OTHER_SPLITS = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval|samples?)(?![a-z])")
 
 
 def prepare(flags: PreparationFlags, plan: PackingPlan) -> list[dict[str, Any]]:
@@ -35,6 +40,8 @@ def prepare(flags: PreparationFlags, plan: PackingPlan) -> list[dict[str, Any]]:
         )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    if isinstance(plan.sources[0].path, RemotePath):
+        _say_sources(plan.sources)
     display = _Display()
     workers = flags.num_workers or (available_cores() if flags.executor == "local" else -1)
     if flags.shards == 1:
@@ -58,6 +65,21 @@ def prepare(flags: PreparationFlags, plan: PackingPlan) -> list[dict[str, Any]]:
     ]
     _summary(plan, totals, made.was_finished)
     return made.manifests
+
+
+def _say_sources(sources: list[TextFile]) -> None:
+    """Which files of an address are read: a whole data set of the hub may hold splits and samples of its own."""
+    folders = Counter(source.name.rpartition("/")[0].partition("/")[0] for source in sources)
+    places = ", ".join(
+        f"{count} in {folder}/" if folder else f"{count} at its top" for folder, count in folders.items()
+    )
+    print(f"reading {len(sources)} files: {places}")
+    others = [source.name for source in sources if _OTHER_SPLITS.search(source.name.lower())]
+    if 0 < len(others) < len(sources):
+        print(
+            f"{len(others)} of the {len(sources)} files are by their names no training text of their own but tests or "
+            f"samples, such as {others[0]}: give the folder or files that are meant, if these are not"
+        )
 
 
 def _stop(number: int, _: object) -> NoReturn:

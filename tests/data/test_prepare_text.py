@@ -164,6 +164,45 @@ def test_files_of_any_name_count_as_text_where_they_are_meant(tmp_path, plan_of,
         find_sources([str(tmp_path / "src")])
 
 
+def test_a_pattern_takes_what_it_names_and_no_more(tmp_path):
+    """`*` follows the suffixes; a suffix that is written out is meant."""
+    for name in ("a.txt", "dataset_infos.json", "table.csv"):
+        (tmp_path / name).write_text("{}")
+
+    def names(pattern, **options):
+        return [source.name for source in find_sources([str(tmp_path / pattern)], **options)]
+
+    assert names("*") == names("[a-d]*.*") == ["a.txt"]
+    assert names("*", as_text=["*.csv"]) == ["a.txt", "table.csv"]
+    assert names("d*.json") == ["dataset_infos.json"]
+    with pytest.raises(ValueError, match=r"of its 1 other file\(s\) --as_text '\*\.csv' takes those like table\.csv"):
+        names("t*")
+
+
+def test_changed_text_behind_an_address_is_another_result(tmp_path, plan_of):
+    """The store of a local address knows no hash, but when a file was changed."""
+    source = tmp_path / "text.txt"
+    source.write_text("one")
+    run_plan(plan_of(f"file://{source}"))
+    assert run_plan(plan_of(f"file://{source}")).was_finished
+    source.write_text("two")
+    os.utime(source, (1e9, 1e9))
+    with pytest.raises(ValueError, match="source_identity"):
+        run_plan(plan_of(f"file://{source}"))
+
+
+def test_what_a_whole_data_set_takes_is_said(tmp_path, tokenizer_folder):
+    """Tests and samples that lie beside the training text are named before they are packed."""
+    for name in ("data/train-0.txt", "data/test-0.txt", "sample/train-0.txt"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_text("text " * 50)
+    command = prepare_command(f"file://{tmp_path / 'set'}", tmp_path / "out", tokenizer_folder, "--suggest", "false")
+    done = subprocess.run([*command[:-4], *command[-2:]], cwd=ROOT, capture_output=True, text=True)
+    assert "3 files: 2 in data/, 1 in sample/" in done.stdout.splitlines()[0]
+    assert "2 of the 3 files are by their names no training text" in done.stdout
+    assert "data/test-0.txt" in done.stdout
+
+
 def test_addresses_are_read_in_place(tmp_path, plan_of, tokenizer):
     """fsspec's own address of a local folder stands for the hub's."""
     write_any(tmp_path, ".jsonl.gz", DOCUMENTS)
