@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 case " $* " in
 *" -h "* | *" --help "*)
     # The comment above, without its signs.
-    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' setup.sh
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' setup.sh
     exit
     ;;
 esac

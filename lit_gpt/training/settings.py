@@ -19,6 +19,8 @@ LARGEST_BATCH = 1 << 20
 """Sequences of one optimizer step. All divisors of a device's are tried; no run comes near."""
 _MOST_EPOCHS = 10**6
 _RUN_NAME = re.compile(r"[\w=+][\w.=+-]{0,99}")
+# A file's name has at most 255 bytes of UTF-8, endings such as that of an unfinished export's included.
+_LONGEST_NAME_BYTES = 200
 PRECISIONS = ("auto", "bf16-mixed", "bf16-true", "32-true")
 
 
@@ -129,6 +131,10 @@ class TrainConfig:
         if self.name is not None and not _RUN_NAME.fullmatch(self.name):
             found.append(
                 f"--name {self.name!r}: expected at most 100 letters, digits and . _ = + -, not beginning with . or -"
+            )
+        elif self.name is not None and (length := len(self.name.encode())) > _LONGEST_NAME_BYTES:
+            found.append(
+                f"--name {self.name}: {length} bytes in a file's name, at most {_LONGEST_NAME_BYTES}: shorten it"
             )
         for name in ("micro_batch_size", "max_steps"):
             if (value := getattr(self, name)) is not None and value < 1:

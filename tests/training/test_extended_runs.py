@@ -52,6 +52,12 @@ def test_what_is_no_name_is_refused(folder: Path, name: str):
     assert err.startswith("error: --name ") and err.count("\n") == 1
 
 
+def test_a_name_may_be_of_any_script_as_long_as_a_file_can_have_it(folder: Path):
+    run_pretraining("train_ar.py", folder, **FLAGS | {"name": "训" * 66}, max_steps=1)
+    _, err = run_pretraining("train_ar.py", folder, **FLAGS | {"name": "训" * 86}, max_steps=1, code=2)
+    assert err.startswith("error: --name ") and "258 bytes in a file's name, at most 200: shorten it" in err
+
+
 def test_a_shape_by_flags_needs_no_size_and_is_said(folder: Path):
     flags = {
         "data_dir": folder / "data",
