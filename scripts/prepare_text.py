@@ -5,9 +5,9 @@
     python scripts/prepare_text.py --source_path hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT --shards 14 \\
         --destination_path /dataset/fineweb_edu
 
-Reads .txt, .jsonl (also .gz, .zst) and .parquet, and as plain text any file that is named, on all cores, a few MB/s per
-core, and shows progress. A corpus of many files is made in shards, here, as a Slurm array or on Ray (--executor). Started
-again after an interruption it goes on where it was, with the same result. Ends with the number of files, documents and
+Reads .txt, .jsonl (also .gz, .zst) and .parquet, and as plain text any file that is named, on all cores, and shows
+progress. A corpus of many files is made in shards, here, as a Slurm array or on Ray (--executor). Started again after an
+interruption it goes on where it was, with the same result. Ends with the number of files, documents and
 tokens, and a training command that fits them; the destination then holds {prefix}_0000000000.bin ..., indexes of where
 documents end, manifests and the tokenizer.
 """

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -19,15 +20,15 @@ from lit_gpt.checkpoints.export import SUFFIX, WeightsRecord, read_record
 from lit_gpt.checkpoints.markers import is_sharded, marker_path
 from lit_gpt.checkpoints.run_record import RUN_RECORD_NAME
 from lit_gpt.checkpoints.shard_files import read_index
-from lit_gpt.data import packed_format
+from lit_gpt.data import packed_foreign, packed_format
 from lit_gpt.files import file_sha256, lock_holder, open_regular, read_json_object
 from lit_gpt.tokenizer import Tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt")
 _EXPECTED = (
-    "a run folder, a checkpoint (.pth, or a folder of shards), weights (.safetensors), packed data (.bin or a folder of "
-    "them), a manifest, or a tokenizer"
+    "a run folder, a checkpoint (.pth, or a folder of shards), weights (.safetensors), packed data (.bin, a folder "
+    "of them, or datatrove's .ds), a manifest, or a tokenizer"
 )
 
 
@@ -52,6 +53,10 @@ def path_info(path: Path | str) -> dict[str, Any]:
         raise FileNotFoundError(f"no such file or folder: {path}")
     with open_regular(path) as file:
         start = file.read(len(packed_format.MAGIC))
+    if path.suffix == packed_foreign.DATATROVE_SUFFIX:
+        return _foreign_tokens(packed_foreign.datatrove_chunk(path, path.stat().st_size), "datatrove's")
+    if path.suffix == ".bin" and path.with_suffix(packed_foreign.MEGATRON_SUFFIX).is_file():
+        return _foreign_tokens(packed_foreign.megatron_chunk(path, path.stat().st_size), "Megatron's")
     if start == packed_format.MAGIC or path.suffix == ".bin":
         return _packed_file(path)
     if path.suffix == SUFFIX:
@@ -244,6 +249,23 @@ def _packed_file(path: Path) -> dict[str, Any]:
         "tokens without padding": entry.get("tokens", "unknown (no manifest)"),
         "largest id": int(tokens.max()) if chunk.size else None,
         "tokenizer": manifest.get("tokenizer", {}),
+    }
+
+
+def _foreign_tokens(chunk: packed_format.Chunk, owner: str) -> dict[str, Any]:
+    """Another program's file of tokens, which training reads as it is."""
+    tokens = np.memmap(chunk.path, chunk.dtype, mode="r") if chunk.size else None
+    ends = packed_foreign.document_ends(chunk.path)
+    return {
+        "what": "packed data",
+        "format": owner,
+        "path": str(chunk.path),
+        "size": chunk.path.stat().st_size,
+        "sha256": file_sha256(chunk.path),
+        "dtype": chunk.dtype.name,
+        "tokens": chunk.size,
+        "documents": "unknown (no index)" if ends is None else len(ends),
+        "largest id": None if tokens is None else int(tokens.max()),
     }
 
 

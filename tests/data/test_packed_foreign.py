@@ -14,6 +14,7 @@ from lit_gpt.data.packed_dataset import PackedSeries, open_mixture
 from lit_gpt.data.packed_files import scan_folder
 from lit_gpt.data.packed_foreign import document_ends
 from lit_gpt.data.packed_format import PackedDatasetBuilder
+from lit_gpt.ui.info import path_info
 
 BLOCK = 16
 GENERATOR = np.random.default_rng(5)
@@ -145,3 +146,16 @@ def test_files_of_earlier_days_have_no_index(tmp_path):
     builder.write_rest()
     assert open_series(tmp_path).document_ends(0) is None
     assert document_ends(tmp_path / "00000_0000000000.bin") is None
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "packed"])
+def test_info_describes_what_training_reads(tmp_path, name):
+    WRITERS[name](tmp_path)
+    (path,) = [one for one in tmp_path.iterdir() if one.suffix in (".ds", ".bin")]
+    found = path_info(path)
+    assert (found["what"], found["format"]) == ("packed data", f"{name.split(',')[0]}'s")
+    assert (found["tokens"], found["largest id"]) == (len(TOKENS), TOKENS.max())
+    assert found["documents"] == len(document_ends(path)) >= 8
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="truncated, or of another file"):
+        path_info(path)
