@@ -72,7 +72,7 @@ class SuggestedRun:
         """Why so, in a line."""
         minutes = "less than a minute" if self.minutes < 1 else f"about {self.minutes:.0f} min"
         size = f"{self.config.size_in_millions:.3g}M parameters beside the embeddings"
-        return f"{size}, {self.epochs:.2g} epochs, {minutes} where nothing else runs on this machine (measured on two steps)"
+        return f"{size}, {self.epochs:.2g} epochs, {minutes} where nothing else runs on this machine (estimated from 2 steps)"
 
 
 def suggest_run(tokens: int, vocab_size: int, largest_block: int) -> SuggestedRun:
@@ -82,9 +82,14 @@ def suggest_run(tokens: int, vocab_size: int, largest_block: int) -> SuggestedRu
         tokens: of the corpus; at least 2.
         vocab_size: of its tokenizer.
         largest_block: tokens of a packed file, which blocks do not cross.
+
+    Raises:
+        ValueError: a single sequence would read the corpus more than 10 times.
     """
     fitting = [size for size in _BLOCK_SIZES if size < largest_block] or [largest_block - 1]
     block_size = next((size for size in fitting if tokens >= size * _LEAST_BLOCKS), fitting[-1])
+    if tokens * _MOST_EPOCHS < block_size:
+        raise ValueError(f"{tokens} tokens are too few to train on: one sequence has {block_size}")
     chosen: tuple[Config, float, float] | None = None
     for n_layer, n_embd in _SHAPES:
         config = Config.from_shape(n_layer=n_layer, n_embd=n_embd, block_size=block_size, vocab_size=vocab_size)
@@ -99,6 +104,9 @@ def suggest_run(tokens: int, vocab_size: int, largest_block: int) -> SuggestedRu
     config, run_tokens, speed = chosen
     per_step = run_tokens / _STEPS / block_size
     batch_size = max((size for size in _BATCH_SIZES if size <= per_step), default=_BATCH_SIZES[0])
+    # Of a corpus of a few sequences, not even one step of the usual batch.
+    batch_size = min(batch_size, _MOST_EPOCHS * tokens // block_size)
     steps = max(1, round(run_tokens / (batch_size * block_size)))
+    steps = min(steps, _MOST_EPOCHS * tokens // (batch_size * block_size))
     used = steps * batch_size * block_size
     return SuggestedRun(config, batch_size, steps, used / tokens, used / speed / 60)

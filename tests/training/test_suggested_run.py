@@ -70,6 +70,17 @@ def test_the_printed_command_runs(tmp_path, tokenizer_folder):
     assert list((tmp_path / "models_dir").glob("mdm-*.safetensors"))
 
 
+@pytest.mark.parametrize("tokens", [13, 14, 100, 205, 2000, 31_000])
+def test_the_smallest_corpora_are_not_read_more_often_either(tokens):
+    run = suggest_run(tokens, 400, 2049)
+    assert 0 < run.steps * run.batch_size * run.config.block_size <= 10 * tokens
+
+
+def test_a_few_words_are_no_corpus():
+    with pytest.raises(ValueError, match="4 tokens are too few to train on: one sequence has 128"):
+        suggest_run(4, 400, 2049)
+
+
 def test_a_pipeline_is_told_no_command(tmp_path):
     """It trains by one of its own; none is chosen for it."""
     (tmp_path / "text.txt").write_text("".join(f"{line}\n\n" for line in training_lines(300)), encoding="utf-8")
