@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lit_gpt.cli import parse, run
+from lit_gpt.cli import below_least, parse, run
 
 if TYPE_CHECKING:
     from lit_gpt.pipeline import Pipeline, Stage
@@ -82,7 +82,7 @@ def main() -> None:
     from lit_gpt.studies.text_corpus import packed_text
 
     folder = report_folder(flags, PAGE)
-    pipeline = Pipeline(Path(flags.out), Console(highlight=False), lambda line: not line.startswith("train with: "))
+    pipeline = Pipeline(Path(flags.out), Console(highlight=False))
     packed = packed_text(pipeline, Path(flags.text), flags.vocab_size, flags.block_size, 7)
     models, arm_runs = train_all(flags, pipeline, packed)
     points = [
@@ -107,11 +107,7 @@ def check(flags: Flags) -> None:
 
     low = {"steps": 1, "batch_size": 1, "n_layer": 1, "n_embd": 32, "most_arms": 1, "judge_steps": 1, "rows": 2}
     low |= {"block_size": PROMPT + 16, "first_arm": 1, "tolerance": 0}
-    problems = [
-        f"--{name} {getattr(flags, name)}: at least {least}"
-        for name, least in low.items()
-        if getattr(flags, name) < least
-    ]
+    problems = below_least(flags, low)
     if flags.recipe not in RECIPES:
         problems.append(f"--recipe {flags.recipe}: expected {', '.join(RECIPES)}")
     if problems:

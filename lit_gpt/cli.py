@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar
 
@@ -129,6 +129,13 @@ def run(main: Callable[[], Any]) -> NoReturn:
             _tell(f"error: {_LOST_PROCESS}")
         leave(_LOST_PROCESS_CODE)
     leave(0)
+
+
+def below_least(flags: Any, least: Mapping[str, float]) -> list[str]:
+    """One line for each flag, by name, whose value is below the least that is possible."""
+    return [
+        f"--{name} {getattr(flags, name)}: at least {low}" for name, low in least.items() if getattr(flags, name) < low
+    ]
 
 
 def _use_utf8() -> None:

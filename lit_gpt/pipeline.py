@@ -76,8 +76,8 @@ class Pipeline:
     """The folder."""
     console: Console
     """Where stages are announced and the scripts' lines are shown."""
-    is_shown: Callable[[str], bool]
-    """Which of the scripts' lines."""
+    is_shown: Callable[[str], bool] = lambda line: True
+    """Which of the scripts' lines; all by default."""
 
     def begin(self, name: str, title: str, settings: dict[str, Any]) -> Stage:
         """Open a stage and announce it."""

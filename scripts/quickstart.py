@@ -91,7 +91,7 @@ def main() -> None:
         raise ValueError(f"--recipe {flags.recipe}: expected {', '.join(RECIPES)}")
     started = time.monotonic()
     console = Console(highlight=False)
-    pipeline = Pipeline(Path(flags.out), console, lambda line: not line.startswith(("error: ", "train with: ")))
+    pipeline = Pipeline(Path(flags.out), console, lambda line: not line.startswith("error: "))
     packed = packed_text(pipeline, Path(flags.text), flags.vocab_size, flags.block_size, 6)
     results = {kind: train(kind, flags, pipeline, packed) for kind in SCRIPTS}
     plot_curves(results, pipeline.out, flags.recipe)
@@ -104,7 +104,9 @@ def main() -> None:
 
 def train(kind: str, flags: Flags, pipeline: Pipeline, packed: Stage) -> dict[str, Any]:
     """Train one model with the script of a cluster user; both get the same shape, data and FLOPs."""
+    from lit_gpt.files import read_json_object
     from lit_gpt.studies.mdm_recipes import RECIPES, StepBudget
+    from lit_gpt.studies.trained_models import run_training, training_command
 
     recipe = RECIPES[flags.recipe if kind == "mdm" else "published"]
     budget = StepBudget(flags.steps, flags.batch_size, flags.block_size, flags.learning_rate)
@@ -120,32 +122,16 @@ def train(kind: str, flags: Flags, pipeline: Pipeline, packed: Stage) -> dict[st
     stage = pipeline.begin(kind, title, {**packed.settings, "kind": kind, **settings})
     if stage.result is not None:
         return stage.result
-    from lit_gpt.ui.training_progress import TrainingProgress
-
-    folder = stage.folder
-    places = {
-        "model": 6,
-        "data_dir": packed.folder,
-        "out_dir": folder / "run",
-        "log_dir": folder / "log",
-        "models_dir": folder / "model",
-        "save_interval": 100,
-        "keep_checkpoints": 1,
-        "val_interval": max(1, -(-settings["max_steps"] // 5)),
-    }
-    started = time.monotonic()
-    with TrainingProgress(pipeline.console, settings["max_steps"]) as progress:
-        arguments = [f"--{name}={value}" for name, value in {**settings, **places}.items()]
-        pipeline.run([SCRIPTS[kind], *arguments], progress)
-    elapsed_s = time.monotonic() - started
-    (record_path,) = (folder / "run").glob("*/run.json")
-    record = json.loads(record_path.read_text())
+    often = {"save_interval": 100, "val_interval": max(1, -(-settings["max_steps"] // 5))}
+    command = training_command(stage, packed, SCRIPTS[kind], {**settings, **often})
+    run_folder, elapsed_s = run_training(pipeline, stage, command, settings["max_steps"])
+    record = read_json_object(run_folder / "run.json")
     # ru_maxrss is the largest of all children so far, in KiB.
     peak_gb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     return stage.finish(
         {
             **record["result"],
-            "run": str(record_path.parent),
+            "run": str(run_folder),
             "metrics": record["log_path"],
             "config": record["config"],
             "last_start_s": round(elapsed_s, 1),

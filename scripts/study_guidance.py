@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lit_gpt.cli import parse, run
+from lit_gpt.cli import below_least, parse, run
 
 if TYPE_CHECKING:
     from lit_gpt.pipeline import Pipeline
@@ -97,7 +97,7 @@ def main() -> None:
 
 def is_shown(line: str) -> bool:
     """What scripts print, but the harness's log, and its progress bars, which are for terminals."""
-    hidden = ("train with: ", "error: ", "bootstrapping", "mdlm (")
+    hidden = ("error: ", "bootstrapping", "mdlm (")
     logged = " INFO  " in line or "--limit SHOULD" in line
     return bool(line.strip()) and not line.startswith(hidden) and not logged and "%|" not in line
 
@@ -106,11 +106,7 @@ def check(flags: Flags) -> None:
     """Refuse what cannot be, all of it at once."""
     low = {"steps": 1, "batch_size": 1, "n_layer": 1, "n_embd": 32, "questions": 2, "passages": 2, "budget": 2}
     low |= {"prefix": 1, "target": 1}
-    problems = [
-        f"--{name} {getattr(flags, name)}: at least {least}"
-        for name, least in low.items()
-        if getattr(flags, name) < least
-    ]
+    problems = below_least(flags, low)
     if not flags.scales or flags.scales[0] != 0 or min(flags.scales) < 0 or len(set(flags.scales)) < len(flags.scales):
         problems.append(f"--scales {flags.scales}: expected different numbers from 0 up, 0 the first")
     if flags.prefix + flags.target > flags.block_size:

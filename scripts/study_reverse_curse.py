@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lit_gpt.cli import parse, run
+from lit_gpt.cli import below_least, parse, run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,11 +102,7 @@ def main() -> None:
     """Every stage in turn, then the report."""
     flags = parse(Flags, None, __doc__)
     low = {"people": 20, "arm_steps": 1, "mdm_steps": 1, "batch_size": 1, "checkpoints": 1, "sampling_steps": 1}
-    problems = [
-        f"--{name} {getattr(flags, name)}: at least {least}"
-        for name, least in low.items()
-        if getattr(flags, name) < least
-    ]
+    problems = below_least(flags, low)
     if problems:
         raise ValueError("; ".join(problems))
     from lit_gpt.studies.study_pages import report_folder

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lit_gpt.cli import parse, run
+from lit_gpt.cli import below_least, parse, run
 
 if TYPE_CHECKING:
     from lit_gpt.pipeline import Pipeline, Stage
@@ -79,7 +79,7 @@ def main() -> None:
     from lit_gpt.studies.text_corpus import packed_text
 
     folder = report_folder(flags, PAGE)
-    pipeline = Pipeline(Path(flags.out), Console(highlight=False), lambda line: not line.startswith("train with: "))
+    pipeline = Pipeline(Path(flags.out), Console(highlight=False))
     kinds = {PLAIN: None, **{f"{ratio:.3g} random lengths": ratio for ratio in flags.ssl_ratios}}
     packed = packed_text(pipeline, Path(flags.text), flags.vocab_size, flags.lengths[-1], 5)
     trained: dict[str, list[TrainedModel]] = {name: [] for name in kinds}
@@ -101,11 +101,7 @@ def main() -> None:
 def check(flags: Flags) -> None:
     """Refuse what cannot be, all of it at once."""
     low = {"seeds": 1, "blocks": 2, "budget": 2, "positions": 2, "batch_size": 1, "n_layer": 1, "n_embd": 32}
-    problems = [
-        f"--{name} {getattr(flags, name)}: at least {least}"
-        for name, least in low.items()
-        if getattr(flags, name) < least
-    ]
+    problems = below_least(flags, low)
     if not all(0 < ratio <= 1 for ratio in flags.ssl_ratios) or not flags.ssl_ratios:
         problems.append(f"--ssl_ratios {flags.ssl_ratios}: expected shares above 0, at most 1")
     if not flags.lengths or any(length < 1 or flags.lengths[-1] % length for length in flags.lengths):

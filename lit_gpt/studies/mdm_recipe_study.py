@@ -59,7 +59,7 @@ def run_study(flags: Any) -> None:
     from rich.console import Console
 
     folder = report_folder(flags, RECIPE_PAGE)
-    pipeline = Pipeline(Path(flags.out), Console(highlight=False), lambda line: not line.startswith("train with: "))
+    pipeline = Pipeline(Path(flags.out), Console(highlight=False))
     packed = packed_text(pipeline, Path(flags.text), _VOCAB_SIZE, _BLOCK_SIZE, 3)
     budget = StepBudget(flags.steps, _BATCH_SIZE, _BLOCK_SIZE, _RATE)
     planned = [

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from lit_gpt.cli import below_least
+
 ACTIONS = ("plan", "sweep", "fit", "plot", "all")
 SIZE_MEASURES = ("M", "N")
 # `apt-get install dict-gcide`: 40 MB of Webster's dictionary of 1913 and its successors, GPL 2 or later, as gzip.
@@ -100,8 +102,7 @@ class ScalingFlags:
     def problems(self) -> list[str]:
         """What is impossible about these values, one line each."""
         least = {"block_size": 2, "vocab_size": 300, "val_samples": 2, "val_draws": 1, "bootstrap_draws": 20, "seed": 0}
-        found = [f"--{name} {getattr(self, name)}: at least {low}" for name, low in least.items()
-                 if getattr(self, name) < low]  # fmt: skip
+        found = below_least(self, least)
         for name in ("sizes", "budgets", "check_factors"):
             found += [f"--{name} {value:g}: more than 0" for value in getattr(self, name) if not value > 0]
         found += [f"--{name} is empty: name some" for name in ("kinds", "sizes", "budgets") if not getattr(self, name)]

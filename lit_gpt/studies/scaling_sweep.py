@@ -143,7 +143,7 @@ def sweep(flags: ScalingFlags, runs: Sequence[PlannedRun], console: Console) -> 
         ValueError, Interrupted: a script's.
     """
     out = Path(flags.out)
-    pipeline = Pipeline(out, console, lambda line: not line.startswith("train with: "))
+    pipeline = Pipeline(out, console)
     if not flags.slurm:
         run_sweep(flags, runs, pipeline)
         return

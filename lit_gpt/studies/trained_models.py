@@ -81,29 +81,37 @@ def train_model(
     Raises:
         ValueError, Interrupted: as `Pipeline.run`.
     """
-    from lit_gpt.ui.training_progress import TrainingProgress
-
-    script, flags = command
     stage = pipeline.begin(name, title, stage_settings(packed.settings, command))
-    folder = stage.folder
+    script, flags = command
+    words = training_command(stage, packed, script, {**flags, "save_interval": _SAVED_EVERY})
+    if stage.result is None:
+        # A budget's steps are the script's to count.
+        run_folder, elapsed_s = run_training(pipeline, stage, words, flags.get("max_steps"))
+        record = read_json_object(run_folder / "run.json")
+        stage.finish({**record["result"], "config": record["config"], "minutes": elapsed_s / 60})
+    assert stage.result is not None
+    return TrainedModel(stage.result, stage.result["minutes"], words)
+
+
+def training_command(stage: Stage, packed: Stage, script: str, flags: Mapping[str, Any]) -> list[str]:
+    """A pretraining script with its flags, and with its run, log and model in the stage's folder."""
     places = {
         "model": 6,
         "data_dir": packed.folder,
-        "out_dir": folder / "run",
-        "log_dir": folder / "log",
-        "models_dir": folder / "model",
-        "save_interval": _SAVED_EVERY,
+        "out_dir": stage.folder / "run",
+        "log_dir": stage.folder / "log",
+        "models_dir": stage.folder / "model",
         "keep_checkpoints": 1,
     }
-    words = [script, *(f"--{key}={value}" for key, value in {**flags, **places}.items())]
-    if stage.result is None:
-        started = time.monotonic()
-        # A budget's steps are the script's to count.
-        with TrainingProgress(pipeline.console, flags.get("max_steps")) as progress:
-            pipeline.run(words, progress)
-        (record_path,) = (folder / "run").glob("*/run.json")
-        record = read_json_object(record_path)
-        minutes = (time.monotonic() - started) / 60
-        stage.finish({**record["result"], "config": record["config"], "minutes": minutes})
-    assert stage.result is not None
-    return TrainedModel(stage.result, stage.result["minutes"], words)
+    return [script, *(f"--{name}={value}" for name, value in {**flags, **places}.items())]
+
+
+def run_training(pipeline: Pipeline, stage: Stage, command: list[str], steps: int | None) -> tuple[Path, float]:
+    """Train by a `training_command`, with the progress of its steps: the run's folder, and seconds."""
+    from lit_gpt.ui.training_progress import TrainingProgress
+
+    started = time.monotonic()
+    with TrainingProgress(pipeline.console, steps) as progress:
+        pipeline.run(command, progress)
+    (record_path,) = (stage.folder / "run").glob("*/run.json")
+    return record_path.parent, time.monotonic() - started

@@ -9,6 +9,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from lit_gpt.cli import below_least
 from lit_gpt.tokenizer import SPECIAL_TOKENS
 from lit_gpt.training import skipped_steps
 from lit_gpt.training.schedule import MOST_STEPS, parse_row_lengths
@@ -123,11 +124,7 @@ class TrainConfig:
         """What is impossible about these values, one line each."""
         least = {"batch_size": 1, "log_interval": 1, "save_interval": 1, "keep_checkpoints": 0, "val_interval": 0}
         least |= {"val_samples": 0, "val_draws": 1, "nodes_num": 1, "seed": 0}
-        found = [
-            f"--{name} {getattr(self, name)}: at least {low}"
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
+        found = below_least(self, least)
         if self.name is not None and not _RUN_NAME.fullmatch(self.name):
             found.append(
                 f"--name {self.name!r}: expected at most 100 letters, digits and . _ = + -, not beginning with . or -"
